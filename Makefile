@@ -1,0 +1,51 @@
+# `make book` and `make test` do everything from a fresh clone; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+STAGE := _build/stage
+NOTEBOOKS := $(wildcard notebooks/*.py)
+PROFILE ?= quick
+
+.PHONY: help book test test-gpu check notebooks bench full clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+book: .venv/installed ## run the notebooks (PROFILE=quick) and build the site into _build/html
+	$(BIN)/python -m book.assemble --stage $(STAGE) --profile $(PROFILE)
+	rm -rf _build/_doctrees _build/.doctrees _build/html
+	$(BIN)/jupyter-book build $(STAGE) --path-output . --all -n -W --keep-going
+	@echo "the book is in _build/html/index.html"
+
+test: .venv/installed ## run the tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: .venv/installed ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+check: .venv/installed ## lint, format, types, notebook pairs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m book.pairs --check
+
+notebooks: .venv/installed ## write the .ipynb of every notebooks/*.py
+	$(BIN)/python -m book.pairs
+
+bench: .venv/installed ## time tracing against what one would do otherwise
+	$(BIN)/python -m benchmarks.trace
+
+full: .venv/installed ## run the notebooks with the full profile and store their results in results/full
+	$(BIN)/python -m book.assemble --stage _build/full --profile full
+	mkdir -p results/full && cp _build/full/results/*.json results/full/
+
+clean: ## remove what was built, keep the environment
+	rm -rf _build

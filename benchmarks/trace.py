@@ -1,0 +1,91 @@
+"""What a trace costs: 12 positions with spectra on one prompt, beside one plain forward and beside the naive way.
+
+    python -m benchmarks.trace [--store]
+
+Each way is run in turn, several times, in one process; the table gives medians and ratios of medians. The naive way is what one
+writes first: a forward from the start for every position, an SVD for every head. `--store` writes results/benchmarks/trace.json,
+which the book shows.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from staterank_utils import domain_prompts, load_model, load_tokenizer, singular_values, trace_states
+from staterank_utils.claims import markdown_table
+from staterank_utils.layouts import linear_layers
+from staterank_utils.models import make_cache
+from staterank_utils.results import STORED, provenance, write_json
+
+POSITIONS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+GOAL = 1.3  # of one forward, on a CPU
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="hybrid")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--store", action="store_true")
+    arguments = parser.parse_args()
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    prompt = domain_prompts("prose", tokenizer, n_prompts=1, n_tokens=POSITIONS[-1], seed=0)
+    layers = [index for index, _, _ in linear_layers(model)]
+
+    @torch.inference_mode()
+    def forward(n_tokens: int = POSITIONS[-1]) -> list[torch.Tensor]:
+        cache = make_cache(model)
+        model.base_model(input_ids=prompt[:, :n_tokens].to(model.device), past_key_values=cache, use_cache=True)
+        return [cache.layers[index].recurrent_states[0] for index in layers]
+
+    def trace() -> None:
+        trace_states(model, prompt, positions=POSITIONS, reduce=singular_values)
+
+    def naive() -> None:
+        for t in POSITIONS:
+            for state in forward(t):
+                for head in state[0]:
+                    torch.linalg.svdvals(head.double())
+
+    ways: dict[str, Callable[[], object]] = {
+        "one plain forward": forward,
+        "trace of 12 positions with spectra": trace,
+        "naive: forward a position, SVD a head": naive,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in tqdm(range(arguments.repeats + 1), desc="rounds"):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    plain = medians["one plain forward"]
+    rows = [
+        (
+            name,
+            f"{1000 * m:.0f}",
+            f"{m / plain:.2f}",
+            f"{1000 * min(seconds[name]):.0f} to {1000 * max(seconds[name]):.0f}",
+        )
+        for name, m in medians.items()
+    ]
+    table = markdown_table(
+        (f"{POSITIONS[-1]:,} tokens, model {arguments.model}", "ms, median", "over one forward", "range"), rows
+    )
+    print(f"{table}\n\ngoal for the trace on a CPU: at most {GOAL} forwards")
+    if arguments.store:
+        parameters = {"model": arguments.model, "repeats": arguments.repeats, "positions": POSITIONS}
+        write_json(
+            STORED / "benchmarks" / "trace.json",
+            {"provenance": provenance(parameters=parameters), "goal": GOAL, "seconds": seconds, "table": table},
+        )
+
+
+if __name__ == "__main__":
+    main()

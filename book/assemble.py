@@ -1,0 +1,119 @@
+"""Put the book together: run every notebook with papermill, write the pages that are made from results, ready for the site.
+
+    python -m book.assemble --stage _build/stage --profile quick
+
+The staging folder then holds all that jupyter-book needs, and the working tree is as it was.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import papermill
+from tqdm import tqdm
+
+from staterank_utils import claims
+from staterank_utils.models import EMBEDDED
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "torch", "transformers", "flash-linear-attention", "triton", "numpy", "scipy", "diptest", "matplotlib", "seaborn", "papermill", "jupyter-book",
+)  # fmt: skip
+
+
+def execute(source: Path, target: Path, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Run a notebook in its folder; return what the status page says of the run."""
+    unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
+    if unknown:
+        raise ValueError(f"{source.name} has no parameter {', '.join(sorted(unknown))}")
+    started = time.monotonic()
+    papermill.execute_notebook(
+        str(source), str(target), parameters=parameters, cwd=str(ROOT), progress_bar=False, log_output=False
+    )
+    return {"notebook": source.stem, "seconds": time.monotonic() - started, **parameters}
+
+
+def notebook_pages(stage: Path, profile: str) -> list[dict[str, Any]]:
+    """Every notebook of the table of contents, run one after the other."""
+    (stage / "notebooks").mkdir(parents=True)
+    runs = []
+    sources = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for source in tqdm(sources, desc="notebooks"):
+        runs.append(
+            execute(
+                source,
+                stage / "notebooks" / source.name,
+                {"profile": profile, "results_folder": str((stage / "results").resolve())},
+            )
+        )
+    return runs
+
+
+def model_card(name: str) -> str:
+    """The card of an embedded model without its front matter, one heading level down."""
+    text = (ROOT / "checkpoints" / name / "README.md").read_text(encoding="utf-8")
+    body = text.split("---\n", 2)[2] if text.startswith("---\n") else text
+    return "\n".join("#" + line if line.startswith("#") else line for line in body.strip().splitlines())
+
+
+def status_tables(runs: list[dict[str, Any]]) -> str:
+    """Versions and timings of this build as Markdown."""
+    versions = [
+        ("Python", platform.python_version()),
+        ("machine", f"{platform.machine()}, {os.cpu_count()} processors"),
+    ]
+    for package in PACKAGES:
+        try:
+            versions.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            versions.append((package, "not installed"))
+    timings = [(run["notebook"], run["profile"], f"{run['seconds']:.0f}", "ran to the end") for run in runs]
+    return (
+        claims.markdown_table(("notebook", "profile", "seconds", "status"), timings)
+        + "\n\n## Versions\n\n"
+        + claims.markdown_table(("", "version"), versions)
+    )
+
+
+def stored_benchmark() -> str:
+    """The stored table of benchmarks/trace.py and where it was measured."""
+    data = json.loads((ROOT / "results" / "benchmarks" / "trace.json").read_text(encoding="utf-8"))
+    made = data["provenance"]
+    where = f"Measured on {made['device']}, {made['date'][:10]}, commit {made['commit'][:10]}, torch {made['packages']['torch']}."
+    return f"{data['table']}\n\nGoal for the trace on a CPU: at most {data['goal']} forwards. {where}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=Path, default=ROOT / "_build" / "stage")
+    parser.add_argument("--profile", choices=("quick", "full"), default="quick")
+    arguments = parser.parse_args()
+    stage: Path = arguments.stage
+    shutil.rmtree(stage, ignore_errors=True)
+    shutil.copytree(ROOT / "book", stage / "book", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, stage / name)
+    runs = notebook_pages(stage, arguments.profile)
+    generated = {
+        "overview": claims.overview_table([stage / "results", ROOT / "results" / "full"], EMBEDDED),
+        "registered": claims.registered_table(),
+        "preamble": claims.PREAMBLE,
+        "controls": claims.CONTROLS,
+        "status": status_tables(runs),
+        "benchmarks": stored_benchmark(),
+        **{f"card_{name}": model_card(name) for name in EMBEDDED},
+    }
+    (stage / "book" / "generated").mkdir()
+    for name, text in generated.items():
+        (stage / "book" / "generated" / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    (stage / "results" / "runs.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The registered claims, and how a measurement becomes a verdict.
+
+`CLAIMS` was fixed on 2026-11-23, before any embedded model was trained; the book prints it. A threshold is never moved after
+a look. Other measures may be added and are then marked exploratory.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from staterank_utils.strata import Estimate
+
+REGISTERED = "2026-11-23"
+HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of arXiv:2602.02195 with its registered measure.
+
+    Attributes:
+        statement: the claim in a clause.
+        measure: what is computed.
+        holds, partly: thresholds for the two better verdicts.
+        paper: the figure given for it, as reported by an independent reader unless it says otherwise.
+        notebook: where it is tested.
+    """
+
+    statement: str
+    measure: str
+    holds: str
+    partly: str
+    paper: str
+    notebook: str
+
+
+CLAIMS = {
+    "C1": Claim(
+        "heads fall into two groups",
+        "r/d over all heads, prose: Sarle's coefficient > 5/9; Hartigan's dip p < 0.05; share of heads outside (0.2, 0.8) >= 2/3",
+        "all three", "two of three", "one layer of Qwen3-Next drawn (Fig. 1)", "01_stratification",
+    ),
+    "C1b": Claim(
+        "rank(S(t)) <= min(t, d)", "violations over every head, position and prompt", "0", "–", "Theorem 3.1", "01_stratification",
+    ),
+    "C1c": Claim(
+        "the grouping is acquired in training", "Spearman between r at initialisation and at the end, same inputs",
+        "< 0.5", "0.5 to 0.9", "said, no number known", "01_stratification",
+    ),
+    "C2": Claim("the order is kept over time", "Spearman of r between t = 128 and T", "> 0.90", "> 0.70", "> 0.90", "02_input_invariance"),
+    "C2n": Claim(
+        "so is the vector of nuclear norms", "cosine of n(t) between t = 128 and T; of r: reported with it (> 0.97)",
+        "> 0.98", "> 0.90", "> 0.98; of r > 0.97", "02_input_invariance",
+    ),
+    "C2b": Claim("cos(n(t), n(t-1)) >= (1 - r_t)/(1 + r_t)", "violations", "0", "–", "Theorem 4.4", "02_input_invariance"),
+    "C3": Claim(
+        "the grouping does not depend on natural input",
+        "smallest Spearman, and smallest kappa of the labels, over all pairs of prose, code, arithmetic, retrieval",
+        "> 0.90 and > 0.80", "medians over pairs beyond both", "consistent, no number known", "02_input_invariance",
+    ),
+    "C3a": Claim(
+        "nor on adversarial input",
+        "Spearman with prose, each of: rare character repeated, common number repeated, random tokens, shuffled prose",
+        "all > 0.90", "half of them", "consistent, no number known", "02_input_invariance",
+    ),
+    "C4": Claim(
+        "removing low-rank heads hurts more than removing high-rank ones",
+        "per task, same number of heads: score(high removed) - score(low removed), paired over prompts, at 38.9 % of heads, or, where "
+        "no arm keeps half of the intact score there, at the largest share of the registered grid at which one does",
+        "> 0 in most tasks, and low below the random arms", "> 0 in some, < 0 in none",
+        "needle 93.8 → 46.9 (low removed), 90.6 (high removed)", "03_ablation_asymmetry",
+    ),
+    "C4a": Claim("high-rank heads are redundant", "score(high removed) / intact at 38.9 %", ">= 0.95", ">= 0.80", "0.97 (Instruct)", "03_ablation_asymmetry"),
+    "C5": Claim(
+        "JRNP removes 38.9 % of the recurrent-state bytes and keeps accuracy",
+        "mean over tasks of score / intact; bytes from the cache's tensors",
+        ">= 0.95 and above every random draw", ">= 0.80, above the mean draw", "38.9 %; GSM8K 96.9 after pruning", "04_joint_rank_norm_pruning",
+    ),
+}  # fmt: skip
+
+PREAMBLE = """\
+Unit: a head of a linear-attention layer. *r* is its effective rank (ε = 10⁻⁴) at the last position, mean over prompts;
+*d* = min(*d*ₖ, *d*ᵥ); a head is *low* under 0.5 *d* and *high* from 0.5 *d*. *T* = 2,048 tokens unless said; quick runs may use
+fewer prompts and tokens, state so, and get the same thresholds. Intervals: 95 %, bootstrap over prompts (and over draws or seeds
+where there are any). "Holds" needs the whole interval beyond the threshold; a point beyond it whose interval is not: "holds in
+part"."""
+
+CONTROLS = """\
+Shares of heads for C4: 1/48, 2/48, 5, 10, 12.5, 25, 38.9, 50 %. Tasks for C4 and C5: those of which the intact model masters at
+least half; fewer than two such tasks: "not testable on this model". C4 is "inverted" where the difference is under 0 in most
+tasks, and shows "no asymmetry" where the intervals hold 0. α for C5: 0.5, model-wide maximum; the sweep is exploratory.
+
+Beside the claims stand: C1 and C3 on the model at initialisation and with its weights shuffled within each tensor; C4 and C5
+with at least 8 random draws, and arms by decay, nuclear norm and write strength; everything on both embedded models, and, where
+several training seeds exist, on each."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A measured number against its threshold.
+
+    Attributes:
+        label: what was measured, short.
+        estimate: the number with its interval.
+        threshold: the registered threshold.
+        above: whether the number must be above it (else below).
+        closed: whether the threshold itself counts as beyond.
+    """
+
+    label: str
+    estimate: Estimate
+    threshold: float
+    above: bool = True
+    closed: bool = False
+
+    def _beyond(self, value: float) -> bool:
+        if self.closed and value == self.threshold:
+            return True
+        return value > self.threshold if self.above else value < self.threshold
+
+    @property
+    def point_beyond(self) -> bool:
+        return self._beyond(self.estimate.point)
+
+    @property
+    def interval_beyond(self) -> bool:
+        return self._beyond(self.estimate.low if self.above else self.estimate.high)
+
+
+def verdict(criteria: Sequence[Criterion], *, partly: bool) -> str:
+    """Judge a claim by the registered rule.
+
+    Args:
+        criteria: all of them must be met for "holds". A NaN meets none.
+        partly: whether the claim's own condition for "holds in part" is met.
+
+    Returns:
+        "holds" where every interval lies beyond its threshold whole; "holds in part" where only every point does, or
+        `partly`; else "does not hold".
+
+    Raises:
+        ValueError: there are no criteria.
+
+    Example:
+        >>> verdict([Criterion("rho", Estimate(0.95, 0.89, 0.97), 0.90)], partly=False)
+        'holds in part'
+    """
+    if not criteria:
+        raise ValueError("a verdict needs at least one criterion")
+    if all(criterion.interval_beyond for criterion in criteria):
+        return HOLDS
+    return PARTLY if partly or all(criterion.point_beyond for criterion in criteria) else FAILS
+
+
+def claim_row(key: str, model: str, criteria: Sequence[Criterion], judgement: str, *, note: str = "") -> dict[str, Any]:
+    """One row of the claims table, as stored in results.
+
+    Raises:
+        KeyError: the claim is not registered.
+    """
+    assert judgement in (HOLDS, PARTLY, FAILS), judgement
+    numbers = [
+        {
+            "label": c.label,
+            **{name: None if math.isnan(value) else round(value, 6) for name, value in asdict(c.estimate).items()},
+        }
+        for c in criteria
+    ]
+    return {
+        "claim": key,
+        "statement": CLAIMS[key].statement,
+        "model": model,
+        "criteria": numbers,
+        "verdict": judgement,
+        "note": note,
+    }
+
+
+def registered_table() -> str:
+    """The registered claims as a Markdown table."""
+    rows = [(f"**{key}**", c.statement, c.measure, c.holds, c.partly) for key, c in CLAIMS.items()]
+    return markdown_table(("", "claim", "measure", "holds", "holds in part"), rows)
+
+
+def verdict_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Stored rows as a Markdown table: claim, measure, threshold, paper, model, measured with interval, verdict."""
+    cells = []
+    for row in rows:
+        claim = CLAIMS[row["claim"]]
+        measured = "; ".join(f"{number['label']} {_interval(number)}" for number in row["criteria"])
+        cells.append(
+            (
+                f"**{row['claim']}** {claim.statement}",
+                claim.measure,
+                claim.holds,
+                claim.paper,
+                row["model"],
+                measured,
+                f"**{row['verdict']}**{row['note']}",
+            )
+        )
+    return markdown_table(("claim", "measure", "holds if", "paper", "model", "measured", "verdict"), cells)
+
+
+def overview_table(folders: Sequence[Path], models: Sequence[str]) -> str:
+    """The book's claims table: one row a claim, one column a model, from the stored results of every notebook.
+
+    Args:
+        folders: where results lie, `NOTEBOOK.json`; the first that holds a notebook's result is used.
+        models: column heads, in order. A claim without a result shows as not yet tested.
+    """
+    verdicts: dict[tuple[str, str], str] = {}
+    for notebook in sorted({claim.notebook for claim in CLAIMS.values()}):
+        for folder in folders:
+            file = folder / f"{notebook}.json"
+            if file.exists():
+                for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+                    verdicts[row["claim"], row["model"]] = f"**{row['verdict']}**<br>" + "<br>".join(
+                        f"{n['label']} {_interval(n)}" for n in row["criteria"]
+                    )
+                break
+    rows = [
+        (
+            f"**{key}** {claim.statement}",
+            claim.holds,
+            claim.paper,
+            *(verdicts.get((key, model), "not yet tested") for model in models),
+        )
+        for key, claim in CLAIMS.items()
+    ]
+    return markdown_table(("claim", "holds if", "paper", *models), rows)
+
+
+def _interval(number: Mapping[str, Any]) -> str:
+    if number["point"] is None:
+        return "undefined"
+    if number["low"] == number["high"]:
+        return f"{number['point']:.4g}"
+    return f"{number['point']:.3f} [{number['low']:.3f}, {number['high']:.3f}]"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a vertical bar inside a cell is escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )

@@ -1,0 +1,114 @@
+"""What a linear-attention head is in each architecture, one entry a layer class.
+
+An architecture is added here and nowhere else: say which modules are linear-attention layers, how many heads they have,
+how large a head's state is, and how decay and write strength follow from the layer's projections.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How to read one class of linear-attention layer.
+
+    Attributes:
+        layer_class: name of the module's class.
+        n_heads: number of states a layer keeps (value heads).
+        d_k, d_v: shape of a state; the cache holds (batch, head, d_k, d_v).
+        gate_projection: name of the submodule whose output holds the gates.
+        gates: (layer, output of that submodule) -> (log_decay, write_strength), each (batch, token, head).
+        kernels: names of the functions, in the layer's Python module, that have a Triton and a plain version.
+    """
+
+    layer_class: str
+    n_heads: Callable[[nn.Module], int]
+    d_k: Callable[[nn.Module], int]
+    d_v: Callable[[nn.Module], int]
+    gate_projection: str
+    gates: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    kernels: tuple[str, ...]
+
+
+def _qwen3_next_gates(layer: nn.Module, ba: Float[Tensor, "batch token ba"]) -> tuple[Tensor, Tensor]:
+    # Rows of in_proj_ba are grouped by key head: [b of its value heads | a of its value heads].
+    grouped = ba.unflatten(-1, (layer.num_k_heads, 2, layer.num_v_heads // layer.num_k_heads))
+    b, a = (grouped[..., i, :].flatten(-2).float() for i in (0, 1))
+    return -layer.A_log.float().exp() * F.softplus(a + layer.dt_bias.float()), b.sigmoid()
+
+
+LAYOUTS = {
+    layout.layer_class: layout
+    for layout in (
+        Layout(
+            layer_class="Qwen3NextGatedDeltaNet",
+            n_heads=lambda layer: layer.num_v_heads,
+            d_k=lambda layer: layer.head_k_dim,
+            d_v=lambda layer: layer.head_v_dim,
+            gate_projection="in_proj_ba",
+            gates=_qwen3_next_gates,
+            kernels=(
+                "torch_chunk_gated_delta_rule",
+                "torch_recurrent_gated_delta_rule",
+                "causal_conv1d_fn",
+                "causal_conv1d_update",
+            ),
+        ),
+    )
+}
+
+# Architectures whose state is there but comes out wrong, without an error, when a prompt is read in segments.
+WRONG_IN_SEGMENTS = {
+    "mamba": "a continuation of several tokens ignores the state it is given",
+    "falcon_mamba": "a continuation of several tokens ignores the state it is given",
+    "jamba": "a continuation of several tokens ignores the state it is given",
+    "zamba": "a continuation of several tokens ignores the state it is given",
+    "recurrent_gemma": "a continuation of several tokens ignores the state, and the state is a vector",
+    "minimax": "its cache counts the tokens of layer 0 only, so positions restart where layer 0 is linear",
+    "bamba": "positions restart at every segment",
+}
+
+
+def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
+    """The linear-attention layers of a model, in order.
+
+    Returns:
+        (index of the decoder layer, module, its layout) for each.
+
+    Raises:
+        ValueError: the architecture is silently wrong in segments, has no linear-attention layer, or has none that a
+            layout describes; the message says which.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> [index for index, _, _ in linear_layers(load_model("hybrid"))]
+        [0, 1, 2, 4, 5, 6]
+    """
+    model_type = getattr(model.config, "model_type", "?")
+    if model_type in WRONG_IN_SEGMENTS:
+        raise ValueError(
+            f"{model_type} cannot be traced: {WRONG_IN_SEGMENTS[model_type]} (transformers 5.17 to 5.23), so its states would be wrong"
+        )
+    found = [
+        (module.layer_idx, module, LAYOUTS[type(module).__name__])
+        for module in model.modules()
+        if type(module).__name__ in LAYOUTS
+    ]
+    if not found:
+        classes = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
+        raise ValueError(
+            f"{model_type} has no linear-attention layer that is supported: its layers are {', '.join(classes) or 'unknown'}, "
+            f"and layouts exist for {', '.join(LAYOUTS)}. Add one to staterank_utils/layouts.py if it keeps a matrix-valued state."
+        )
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def modeling_module(layer: nn.Module) -> ModuleType:
+    """The Python module that defines a layer's class and the kernels that it calls."""
+    return sys.modules[type(layer).__module__]

@@ -1,0 +1,297 @@
+"""Load a model: an embedded one by name, a folder, or a hub id; with the kernels that its device can run."""
+
+import functools
+import hashlib
+import inspect
+import logging
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from staterank_utils.layouts import linear_layers, modeling_module
+
+EMBEDDED = ("hybrid",)
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+
+log = logging.getLogger(__name__)
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    weights: Literal["trained", "initial", "shuffled"] = "trained",
+    seed: int = 0,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a linear-attention language model for measuring.
+
+    Source: the architectures' own classes in transformers; the embedded models are described in their cards.
+
+    Args:
+        name_or_path: an embedded name (`EMBEDDED`, no network), a folder in Hugging Face format, or a hub id.
+        weights: "trained"; "initial", as before training; or "shuffled", the trained values of each tensor in random
+            order. The last two are controls.
+        seed: of the initial weights where the model's configuration names none, and of the shuffle.
+        device: "cpu", "cuda", ...; by default the GPU if there is one.
+        dtype: of the weights; by default float32 on a CPU and the checkpoint's own dtype on a GPU.
+        revision: commit, tag or branch on the hub; required for a hub id, so that a result names what it measured.
+        trust_remote_code: run Python code that comes with the weights. Off unless asked for.
+
+    Returns:
+        The model in evaluation mode, on its device. One log line (level INFO) says what was chosen.
+
+    Raises:
+        FileNotFoundError: an embedded name without the repository's checkpoints, or a folder without weights.
+        ValueError: an unknown name, a hub id without a revision, or weights that fail their checksum.
+
+    Example:
+        >>> model = load_model("hybrid")
+        >>> model.config.num_hidden_layers
+        8
+    """
+    source, options = _source(name_or_path, revision, trust_remote_code)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    if weights == "initial":
+        model = initial_model(AutoConfig.from_pretrained(source, **options), seed=seed)
+        model = model.to(device=device, dtype=None if chosen == "auto" else chosen)
+    elif weights in ("trained", "shuffled"):
+        if Path(source).is_dir():
+            verify_weights(Path(source))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, use_safetensors=True, **options).to(device)
+        if weights == "shuffled":
+            shuffle_weights(model, seed=seed)
+    else:
+        raise ValueError(f"weights must be 'trained', 'initial' or 'shuffled', got {weights!r}")
+    model.requires_grad_(False).eval()
+    kernels = choose_kernels(model)
+    log.info(
+        "%s (%s weights): %s on %s, %s, kernels: %s",
+        name_or_path,
+        weights,
+        type(model).__name__,
+        device,
+        next(model.parameters()).dtype,
+        kernels,
+    )
+    return model
+
+
+def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that belongs to a model; arguments and errors as in `load_model`.
+
+    Example:
+        >>> load_tokenizer("hybrid").decode(load_tokenizer("hybrid").encode("state rank"))
+        'state rank'
+    """
+    source, options = _source(name_or_path, revision, trust_remote_code)
+    return AutoTokenizer.from_pretrained(source, **options)
+
+
+def _source(name_or_path: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    if name_or_path in EMBEDDED:
+        folder = CHECKPOINTS / name_or_path
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"the embedded model {name_or_path!r} is part of the repository, not of the installed package: clone the repository "
+                f"and install it with `pip install -e .`, or pass the path of its folder checkpoints/{name_or_path} (looked in {CHECKPOINTS})"
+            )
+        return str(folder), {"local_files_only": True}
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")):
+            raise FileNotFoundError(f"{folder} has no .safetensors file: expected a folder written by save_pretrained")
+        return str(folder), {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
+        raise ValueError(
+            f"unknown model {name_or_path!r}: expected one of {', '.join(EMBEDDED)}, an existing folder, or a hub id OWNER/NAME"
+        )
+    if revision is None:
+        raise ValueError(
+            f"{name_or_path!r} is a hub id: pass revision=..., a commit or tag, so that the result names what it measured"
+        )
+    return name_or_path, {"revision": revision, "trust_remote_code": trust_remote_code}
+
+
+def verify_weights(folder: Path) -> None:
+    """Compare the files of a model folder with its list of checksums `SHA256SUMS`; without a list, do nothing.
+
+    Raises:
+        ValueError: a file is missing or differs.
+    """
+    sums = folder / "SHA256SUMS"
+    if not sums.exists():
+        return
+    for line in sums.read_text().splitlines():
+        expected, name = line.split()
+        file = folder / name
+        actual = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no such file"
+        if actual != expected:
+            raise ValueError(
+                f"{file} does not match its checksum (SHA-256 {actual}, expected {expected}): restore it with `git checkout -- {file}`"
+            )
+
+
+# ---------------------------------------------------------------- weights as controls
+
+
+def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    """A model with the weights it had before training.
+
+    An embedded configuration names its own seed and scheme (`initialization`), and gets the same bits on every machine:
+    normal weights of standard deviation `initializer_range` from NumPy's PCG64, gates as in Mamba-2 (decay rate A uniform
+    in [1, 16], step dt log-uniform in [0.001, 0.1]), everything rounded to bfloat16. Any other configuration gets its
+    class's own initialization with torch's generator at `seed`.
+
+    Returns:
+        The model in float32 on the CPU.
+
+    Example:
+        >>> config = AutoConfig.from_pretrained(CHECKPOINTS / "hybrid")
+        >>> a, b = (initial_model(config).model.layers[0].linear_attn.A_log for _ in range(2))
+        >>> bool((a == b).all())
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    scheme = getattr(config, "initialization", None)
+    if scheme is None:
+        return model
+    rng = np.random.Generator(np.random.PCG64(scheme["seed"]))
+    for name, parameter in sorted(model.named_parameters()):
+        shape = tuple(parameter.shape)
+        if name.endswith("A_log"):
+            value = np.log(rng.uniform(1.0, 16.0, shape))
+        elif name.endswith("dt_bias"):
+            step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), shape))
+            value = step + np.log(-np.expm1(-step))  # inverse of softplus
+        elif parameter.ndim >= 2:
+            scale = 1 / np.sqrt(shape[-1]) if "conv1d" in name else config.initializer_range
+            value = scale * rng.standard_normal(shape)
+        else:
+            # Norm weights keep the constant that their class gives them.
+            continue
+        parameter.data.copy_(torch.from_numpy(value).to(torch.bfloat16))
+    return model
+
+
+def shuffle_weights(model: nn.Module, *, seed: int = 0) -> None:
+    """Put the values of each tensor in random order, in place: same distribution of weights, nothing learned."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        parameter.data.copy_(parameter.data.flatten()[order].view_as(parameter))
+
+
+def parameters_hash(model: nn.Module) -> str:
+    """SHA-256 over all parameters in bfloat16, in order of their names: what two machines compare."""
+    total = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        total.update(name.encode())
+        total.update(
+            parameter.detach().to(device="cpu", dtype=torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+        )
+    return total.hexdigest()
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
+    """Let each call of a linear-attention kernel run where its tensors are, and say what that means.
+
+    transformers binds fla's Triton kernels when fla can be imported, also on a machine without a GPU, where they die.
+    This puts in a dispatcher: the plain torch version for tensors on a CPU, whatever transformers bound for the others.
+
+    Args:
+        model: any model with a supported linear-attention layer. The choice holds for all models of its class.
+        plain: use the plain version on every device: slower on a GPU, in true float32.
+
+    Returns:
+        "torch", "fla" (Triton) or "torch, for want of fla", for the log.
+    """
+    backends = {
+        _dispatch_by_device(modeling_module(layer), name, plain=plain)
+        for _, layer, layout in linear_layers(model)
+        for name in layout.kernels
+    }
+    if plain or next(model.parameters()).device.type == "cpu":
+        return "torch"
+    return "fla" if "fla" in backends else "torch, for want of fla"
+
+
+def _dispatch_by_device(module: ModuleType, name: str, *, plain: bool) -> str:
+    bound = getattr(module, name)
+    bound = getattr(bound, "staterank_bound", bound)
+    reference = getattr(bound, "__wrapped__", bound)
+    accepted = set(inspect.signature(reference).parameters)
+
+    @functools.wraps(reference)
+    def dispatch(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.device.type == "cpu" or plain:
+            return reference(first, *args, **{key: value for key, value in kwargs.items() if key in accepted})
+        return bound(first, *args, **kwargs)
+
+    vars(dispatch)["staterank_bound"] = bound
+    setattr(module, name, dispatch)
+    chosen = [cell.cell_contents for cell in getattr(bound, "__closure__", None) or () if callable(cell.cell_contents)]
+    return (
+        "fla"
+        if any((getattr(function, "__module__", None) or "").startswith("fla.") for function in chosen)
+        else "torch"
+    )
+
+
+# ---------------------------------------------------------------- cache
+
+
+class LinearOnlyCache(DynamicCache):
+    """A cache for a model without softmax attention: it counts its tokens itself.
+
+    The stock cache asks an attention layer how many tokens it has seen, and raises where there is none.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        self._n_tokens = 0
+        self._n_new = 1
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        if layer_idx == 0:
+            self._n_new = conv_states.shape[-1]
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        if layer_idx == 0:
+            # A step of one token rewrites its convolution state in place, without update_conv_state.
+            self._n_tokens += self._n_new
+            self._n_new = 1
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._n_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._n_tokens + query_length, 0
+
+
+def make_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache that suits the model, for `forward` and `generate`."""
+    has_attention = any("attention" in kind and kind != "linear_attention" for kind in model.config.layer_types)
+    return DynamicCache(config=model.config) if has_attention else LinearOnlyCache(model.config)

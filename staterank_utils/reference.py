@@ -1,0 +1,44 @@
+"""Slow, obviously right versions in float64, which the fast paths are tested against."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def gated_delta_rule(
+    query: Float[Tensor, "batch token head d_k"],
+    key: Float[Tensor, "batch token head d_k"],
+    value: Float[Tensor, "batch token head d_v"],
+    log_decay: Float[Tensor, "batch token head"],
+    write_strength: Float[Tensor, "batch token head"],
+) -> tuple[Float[Tensor, "batch token head d_v"], Float[Tensor, "batch token head d_k d_v"]]:
+    """The gated delta rule, token by token.
+
+    Source: S(t) = a_t (I - b_t k_t k_t^T) S(t-1) + b_t k_t v_t^T, o(t) = S(t)^T q(t) / sqrt(d_k), from S(0) = 0, with
+    a_t = exp(log_decay) and b_t = write_strength (Gated DeltaNet, arXiv:2412.06464, Eq. 10).
+
+    Args:
+        query, key, value: float64, keys and queries of length 1, one for every value head.
+        log_decay: natural logarithm of a_t, at most 0.
+        write_strength: b_t, in [0, 1].
+
+    Returns:
+        Outputs o(t), and the states S(t) after every token.
+
+    Example:
+        >>> one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        >>> out, states = gated_delta_rule(one, one, 3 * one, torch.zeros(1, 1, 1).double(), torch.ones(1, 1, 1).double())
+        >>> states.item()
+        3.0
+    """
+    n_batch, n_tokens, n_heads, d_k = key.shape
+    state = key.new_zeros(n_batch, n_heads, d_k, value.shape[-1])
+    outputs, states = [], []
+    for t in range(n_tokens):
+        k, v, q = key[:, t], value[:, t], query[:, t]
+        a, b = log_decay[:, t].exp()[..., None, None], write_strength[:, t][..., None, None]
+        kept = a * (state - b * k.unsqueeze(-1) * torch.einsum("bhk,bhkv->bhv", k, state).unsqueeze(-2))
+        state = kept + b * k.unsqueeze(-1) * v.unsqueeze(-2)
+        states.append(state)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q, state) / d_k**0.5)
+    return torch.stack(outputs, 1), torch.stack(states, 1)

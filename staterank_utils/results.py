@@ -1,0 +1,197 @@
+"""Write and read results with what is needed to trust them: where, when, from what, with which parameters."""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from staterank_utils.claims import verdict_table
+from staterank_utils.models import CHECKPOINTS, EMBEDDED
+
+STORED = Path(__file__).resolve().parents[1] / "results"
+PACKAGES = ("torch", "transformers", "flash-linear-attention", "numpy", "scipy", "diptest")
+STARTED = time.monotonic()
+
+
+def write_json(path: Path | str, data: Any) -> None:
+    """Write JSON whole or not at all: beside the target first, then renamed over it.
+
+    Whatever interrupts the writing (a full disk, Ctrl-C), the target keeps its old content and the partial file is removed.
+
+    Raises:
+        ValueError: the data hold a NaN or infinity, which JSON has no word for.
+        OSError: the file system's own error, with the target's name.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder, "a.json"), {"x": 1})
+        ...     print(Path(folder, "a.json").read_text().split())
+        ['{', '"x":', '1', '}']
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write results to {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> dict[str, Any]:
+    """What a result needs beside it: commit, versions, device, checkpoint hashes, parameters, time.
+
+    Args:
+        parameters: all that the run could have been given otherwise, seeds included.
+        checkpoints: folders of weights that were measured; each is named with a hash over its safetensors files.
+
+    Returns:
+        A dictionary that JSON can hold. `seconds` is counted from the import of this module; `commit` is "unknown" outside a
+        git checkout, and ends in "+changes" where tracked files were changed.
+
+    Example:
+        >>> provenance(parameters={"seed": 0})["parameters"]
+        {'seed': 0}
+    """
+    return {
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - STARTED, 1),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "packages": dict(_versions()),
+        "checkpoints": {folder.name: weights_hash(folder) for folder in checkpoints},
+        "parameters": dict(parameters),
+    }
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a folder, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no .safetensors file")
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def read_result(path: Path | str, *, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a stored result, and refuse it if it was made with other parameters.
+
+    Args:
+        path: written by `write_json` with a `provenance` entry.
+        parameters: what the caller asks for; each must be stored with the same value.
+
+    Raises:
+        FileNotFoundError: there is no such result.
+        ValueError: a parameter differs; the message names it and both values.
+    """
+    path = Path(path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    stored = data["provenance"]["parameters"]
+    for name, value in parameters.items():
+        if stored.get(name) != value:
+            raise ValueError(
+                f"{path} was made with {name}={stored.get(name)!r}, not {value!r}: run the notebook again with the parameters you want"
+            )
+    return data
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield package, metadata.version(package)
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def embedded_folders(models: Sequence[str]) -> list[Path]:
+    """Folders of those of the models that are local: embedded names and paths. A hub id is named by its revision instead."""
+    candidates = [CHECKPOINTS / name if name in EMBEDDED else Path(name) for name in models]
+    return [folder for folder in candidates if folder.is_dir()]
+
+
+def stored_beside(notebook: str, *, parameters: Mapping[str, Any]) -> str:
+    """The verdicts of the stored full-profile run as Markdown, or a sentence that says why they are not shown.
+
+    Args:
+        notebook: name of the page, such as "01_stratification".
+        parameters: what the stored run must have been given.
+    """
+    path = STORED / "full" / f"{notebook}.json"
+    try:
+        data = read_result(path, parameters=parameters)
+    except FileNotFoundError:
+        return f"*There is no stored full-profile run of {notebook} for these models.*"
+    except ValueError as error:
+        return f"*The stored full-profile run is not shown: {error}.*"
+    made = data["provenance"]
+    return (
+        f"Beside it, the stored run of the full profile ({made['parameters']['n_prompts']} prompts a domain, {made['device']}, "
+        f"{made['seconds']:.0f} s, {made['date'][:10]}, commit {made['commit'][:10]}):\n\n{verdict_table(data['rows'])}"
+    )
+
+
+def check_parameters(namespace: Mapping[str, Any], *, known: Sequence[str]) -> None:
+    """Refuse a misspelt notebook parameter, which papermill only warns about.
+
+    Call it in the cell after the parameters: whatever plain value stands in the namespace then came from there.
+
+    Args:
+        namespace: `globals()` of the notebook.
+        known: names of the parameters.
+
+    Raises:
+        ValueError: a name that is not known, with the nearest one that is.
+
+    Example:
+        >>> check_parameters({"seed": 0}, known=["seed"])
+    """
+    plain = (bool, int, float, str, list, type(None))
+    given = [
+        name
+        for name, value in namespace.items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
+    ]
+    for name in sorted(set(given) - set(known)):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"this notebook has no parameter {name!r}{hint} It has {', '.join(known)}.")

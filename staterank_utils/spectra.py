@@ -1,0 +1,147 @@
+"""How many directions a state uses: from a matrix to its singular values, and from those to one number.
+
+Three measures keep three names. `effective_rank` counts singular values over a threshold and is the paper's; `entropy_rank`
+and `stable_rank` need no threshold and weigh the values instead. Each takes states; `Spectrum` gives them all from singular
+values that are already at hand.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead d"]:
+    """Singular values of states, largest first.
+
+    Computed in float64 on the CPU, where batches of small matrices are faster than on a GPU. A float64 state goes through an
+    SVD. Any narrower state goes through the eigenvalues of its Gram matrix, three times faster: the absolute error is then
+    under 1e-7 of the largest value, no more than the rounding of a float32 state itself moves it, and a value that rounding
+    would put under the root of a negative number is 0.
+
+    Args:
+        state: ``(*lead, d_k, d_v)``, any real floating dtype, any device; [K, V] and [V, K] give the same.
+
+    Returns:
+        float64 on the CPU, ``(*lead, min(d_k, d_v))``, in the unit of the state.
+
+    Raises:
+        ValueError: fewer than two axes, not a real floating dtype, or a NaN or infinity.
+
+    Example:
+        >>> singular_values(torch.diag(torch.tensor([1.0, 3.0])))
+        tensor([3., 1.], dtype=torch.float64)
+    """
+    if state.ndim < 2:
+        raise ValueError(f"a state is a matrix: expected (..., d_k, d_v), got shape {tuple(state.shape)}")
+    if not state.dtype.is_floating_point:
+        raise ValueError(f"expected a real floating dtype, got {state.dtype}")
+    wide = state.detach().to(device="cpu", dtype=torch.float64)
+    if not torch.isfinite(wide).all():
+        raise ValueError(f"state of shape {tuple(state.shape)} holds a NaN or an infinity")
+    if state.dtype == torch.float64:
+        return torch.linalg.svdvals(wide)
+    if wide.shape[-2] < wide.shape[-1]:
+        wide = wide.mT
+    # Eigenvalues of a matrix scaled to 1 neither overflow nor lose to denormals.
+    scale = wide.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    wide = wide / scale
+    return torch.linalg.eigvalsh(wide.mT @ wide).flip(-1).clamp_min(0).sqrt() * scale[..., 0]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Measures of states whose singular values are known.
+
+    Attributes:
+        sigma: singular values ``(*lead, d)``, largest first.
+
+    Example:
+        >>> spectrum = Spectrum(torch.tensor([4.0, 2.0, 0.0]))
+        >>> spectrum.effective_rank().item(), spectrum.nuclear_norm().item(), spectrum.stable_rank().item()
+        (2, 6.0, 1.25)
+    """
+
+    sigma: Float[Tensor, "*lead d"]
+
+    def effective_rank(self, *, rel_tol: float = 1e-4) -> Int[Tensor, "*lead"]:
+        """See `effective_rank`."""
+        if not 0 < rel_tol < 1:
+            raise ValueError(f"rel_tol must be in (0, 1), got {rel_tol}")
+        return (self.sigma > rel_tol * self.sigma[..., :1]).sum(-1)
+
+    def nuclear_norm(self) -> Float[Tensor, "*lead"]:
+        """See `nuclear_norm`."""
+        return self.sigma.sum(-1)
+
+    def stable_rank(self) -> Float[Tensor, "*lead"]:
+        """See `stable_rank`."""
+        return self._relative().square().sum(-1)
+
+    def entropy_rank(self) -> Float[Tensor, "*lead"]:
+        """See `entropy_rank`."""
+        relative = self._relative()
+        share = relative / relative.sum(-1, keepdim=True).clamp_min(1.0)
+        return torch.where(self.sigma[..., 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
+
+    def _relative(self) -> Float[Tensor, "*lead d"]:
+        """Singular values over the largest one; all 0 for a zero state."""
+        largest = self.sigma[..., :1]
+        return torch.where(largest > 0, self.sigma / largest, 0.0)
+
+
+def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e-4) -> Int[Tensor, "*lead"]:
+    """Count the singular values larger than `rel_tol` times the largest one.
+
+    Source: Eq. 6 of arXiv:2602.02195, as reported by an independent reader. There: S_t is `state`, epsilon is `rel_tol`.
+
+    Args:
+        state: as in `singular_values`.
+        rel_tol: relative threshold, dimensionless, in (0, 1).
+
+    Returns:
+        int64 per leading index, 0..min(d_k, d_v). A zero state has rank 0.
+
+    Raises:
+        ValueError: `rel_tol` is outside (0, 1), or as in `singular_values`.
+
+    Example:
+        >>> effective_rank(torch.diag(torch.tensor([1.0, 1e-2, 1e-6]))).item()
+        2
+    """
+    return Spectrum(singular_values(state)).effective_rank(rel_tol=rel_tol)
+
+
+def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
+    """Sum of the singular values, n_h(t) of arXiv:2602.02195, in the unit of the state; errors as in `singular_values`.
+
+    Example:
+        >>> nuclear_norm(torch.diag(torch.tensor([3.0, -4.0]))).item()
+        7.0
+    """
+    return Spectrum(singular_values(state)).nuclear_norm()
+
+
+def stable_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
+    """Squared Frobenius norm over squared largest singular value: 1..min(d_k, d_v), and 0 for a zero state.
+
+    Source: Rudelson and Vershynin, J. ACM 54(4), 2007. Errors as in `singular_values`.
+
+    Example:
+        >>> stable_rank(torch.eye(3)).item()
+        3.0
+    """
+    return Spectrum(singular_values(state)).stable_rank()
+
+
+def entropy_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
+    """Exponential of the entropy of the singular values' shares: 1..min(d_k, d_v), and 0 for a zero state.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007. Not the paper's effective rank. Errors as in `singular_values`.
+
+    Example:
+        >>> round(entropy_rank(torch.eye(4)).item(), 6)
+        4.0
+    """
+    return Spectrum(singular_values(state)).entropy_rank()

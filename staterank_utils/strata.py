@@ -1,0 +1,260 @@
+"""From ranks to groups of heads: are there two, and do they last?
+
+Statistics here take NumPy arrays (or anything that NumPy reads) over heads. `bootstrap` gives any of them an interval by
+drawing the prompts anew, because prompts are what a measurement could have drawn differently.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import diptest
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+LOW_UNDER = 0.5  # a head is low under this share of d, high from it
+GAP = (0.2, 0.8)  # "between the groups", in shares of d
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval.
+
+    Attributes:
+        point: the statistic on all prompts.
+        low, high: ends of the interval.
+    """
+
+    point: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.point:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *groups: NDArray[np.float64],
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of prompts, with its percentile bootstrap interval.
+
+    Args:
+        statistic: takes as many arrays as there are groups, returns a number.
+        groups: arrays with prompts along axis 0. Groups are drawn independently of each other; what was measured on the
+            same prompts belongs into one group.
+        n_resamples: how often all prompts are drawn anew, with replacement.
+        level: of the interval.
+        seed: of the draws.
+
+    Returns:
+        The statistic on the prompts as they are, and the interval. With one prompt a group, the interval is the point.
+
+    Raises:
+        ValueError: a group has no prompts, or a draw gives NaN where the prompts as they are do not.
+
+    Example:
+        >>> estimate = bootstrap(lambda x: x.mean(), np.array([1.0, 2.0, 3.0]))
+        >>> estimate.point, estimate.low >= 1.0, estimate.high <= 3.0
+        (2.0, True, True)
+    """
+    groups = tuple(np.asarray(group, dtype=np.float64) for group in groups)
+    if not groups or any(len(group) == 0 for group in groups):
+        raise ValueError(f"need at least one prompt in every group, got {[len(group) for group in groups]}")
+    point = float(statistic(*groups))
+    rng = np.random.default_rng(seed)
+    draws = np.array(
+        [statistic(*(group[rng.integers(len(group), size=len(group))] for group in groups)) for _ in range(n_resamples)]
+    )
+    if np.isnan(point):
+        return Estimate(point, float("nan"), float("nan"))
+    if np.isnan(draws).any():
+        raise ValueError(
+            f"the statistic is {point} on the prompts but NaN on {np.isnan(draws).sum()} of {n_resamples} draws: use more prompts"
+        )
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(point, float(low), float(high))
+
+
+# ---------------------------------------------------------------- two groups
+
+
+def is_high(rank: ArrayLike, d: int) -> NDArray[np.bool_]:
+    """Label heads: True from half of d on.
+
+    Args:
+        rank: effective ranks, any shape, 0..d.
+        d: largest possible rank.
+
+    Raises:
+        ValueError: d is under 1, or a rank lies outside 0..d.
+
+    Example:
+        >>> is_high([3, 32, 64], 64)
+        array([False,  True,  True])
+    """
+    values = np.asarray(rank, dtype=np.float64)
+    if d < 1 or not ((values >= 0) & (values <= d)).all():
+        raise ValueError(f"ranks must lie in 0..d with d >= 1; got d={d} and ranks {values.min()} to {values.max()}")
+    return values >= LOW_UNDER * d
+
+
+def sarle_coefficient(values: ArrayLike) -> float:
+    """Sarle's bimodality coefficient: 5/9 for a uniform distribution, more for two groups, at most 1.
+
+    Source: SAS/STAT User's Guide, CLUSTER procedure: (skewness^2 + 1) / (excess kurtosis + 3 (n-1)^2 / ((n-2)(n-3))), with
+    the unbiased sample skewness and kurtosis.
+
+    Args:
+        values: at least 4 numbers.
+
+    Returns:
+        The coefficient; NaN where all values are equal.
+
+    Raises:
+        ValueError: fewer than 4 values.
+
+    Example:
+        >>> sarle_coefficient([0.0, 1.0] * 24) > 5 / 9
+        True
+    """
+    x = np.asarray(values, dtype=np.float64).ravel()
+    n = len(x)
+    if n < 4:
+        raise ValueError(f"Sarle's coefficient needs at least 4 values, got {n}")
+    if np.ptp(x) == 0:
+        return float("nan")
+    skewness, kurtosis = stats.skew(x, bias=False), stats.kurtosis(x, bias=False)
+    return float((skewness**2 + 1) / (kurtosis + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3))))
+
+
+def dip_p_value(values: ArrayLike) -> float:
+    """p value of Hartigan's dip test against one group (unimodality), from the tables of the diptest package.
+
+    Source: Hartigan and Hartigan, Annals of Statistics 13(1), 1985.
+
+    Raises:
+        ValueError: fewer than 4 values.
+
+    Example:
+        >>> dip_p_value(np.r_[np.linspace(0, 0.1, 50), np.linspace(0.9, 1, 50)]) < 0.05
+        True
+    """
+    x = np.asarray(values, dtype=np.float64).ravel()
+    if len(x) < 4:
+        raise ValueError(f"the dip test needs at least 4 values, got {len(x)}")
+    return float(diptest.diptest(x)[1])
+
+
+def share_outside(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> float:
+    """Share of the values that are not strictly inside the gap.
+
+    Example:
+        >>> share_outside([0.0, 0.5, 1.0, 0.1])
+        0.75
+    """
+    x = np.asarray(values, dtype=np.float64).ravel()
+    return float(((x <= gap[0]) | (x >= gap[1])).mean())
+
+
+# ---------------------------------------------------------------- the same groups?
+
+
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (a, b))
+    if len(x) != len(y) or len(x) < 2:
+        raise ValueError(
+            f"expected two vectors over the same heads, at least 2 of them; got lengths {len(x)} and {len(y)}"
+        )
+    return x, y
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's rank correlation of two vectors over heads, ties at their mean rank; NaN where a vector is constant.
+
+    Raises:
+        ValueError: the vectors differ in length, or have fewer than 2 values.
+
+    Example:
+        >>> spearman([1, 2, 3], [10, 20, 40])
+        1.0
+    """
+    x, y = (stats.rankdata(values) for values in _pair(a, b))
+    x, y = x - x.mean(), y - y.mean()
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(np.clip(x @ y / norm, -1, 1)) if norm > 0 else float("nan")
+
+
+def cosine(a: ArrayLike, b: ArrayLike) -> float:
+    """Cosine of the angle between two vectors over heads; NaN where one is zero. Errors as in `spearman`.
+
+    Example:
+        >>> cosine([1, 0], [1, 0])
+        1.0
+    """
+    x, y = _pair(a, b)
+    norm = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / norm) if norm > 0 else float("nan")
+
+
+def cohen_kappa(a: ArrayLike, b: ArrayLike) -> float:
+    """Agreement of two labellings beyond chance: 1 for the same labels, 0 for what chance would give.
+
+    Source: Cohen, Educational and Psychological Measurement 20(1), 1960.
+
+    Args:
+        a, b: labels over the same heads, True or False.
+
+    Returns:
+        The coefficient; NaN where both labellings put every head into one and the same group, which says nothing.
+
+    Raises:
+        ValueError: as in `spearman`.
+
+    Example:
+        >>> cohen_kappa([True, True, False, False], [True, False, False, False])
+        0.5
+    """
+    x, y = _pair(a, b)
+    by_chance = x.mean() * y.mean() + (1 - x.mean()) * (1 - y.mean())
+    return float(((x == y).mean() - by_chance) / (1 - by_chance)) if by_chance < 1 else float("nan")
+
+
+def r_squared(x: ArrayLike, y: ArrayLike) -> float:
+    """Share of the variance of `y` that a straight line in `x` explains; NaN where one is constant. Errors as in `spearman`.
+
+    Example:
+        >>> round(r_squared([0, 1, 2], [1, 3, 5]), 6)
+        1.0
+    """
+    a, b = _pair(x, y)
+    a, b = a - a.mean(), b - b.mean()
+    norm = (a @ a) * (b @ b)
+    return float((a @ b) ** 2 / norm) if norm > 0 else float("nan")
+
+
+def turning_bound(before: ArrayLike, largest_step: float) -> float:
+    """Lower bound on cos(n(t), n(t-1)) from the length of n(t-1) and the largest step B.
+
+    Source: Theorem 4.4, Eq. 13 of arXiv:2602.02195, as reported by an independent reader: (1 - r) / (1 + r) with
+    r = B / ||n(t-1)||.
+
+    Args:
+        before: n(t-1), over heads; not all zero.
+        largest_step: B, in the same unit.
+
+    Raises:
+        ValueError: n(t-1) is zero or B is negative.
+
+    Example:
+        >>> turning_bound([3.0, 4.0], 1.0)
+        0.6666666666666667
+    """
+    length = float(np.linalg.norm(np.asarray(before, dtype=np.float64)))
+    if length == 0 or largest_step < 0:
+        raise ValueError(f"need a vector that is not zero and a step >= 0, got length {length} and step {largest_step}")
+    r = largest_step / length
+    return (1 - r) / (1 + r)

@@ -1,0 +1,48 @@
+"""Fixtures: tiny models of the supported class, and the embedded ones, each loaded once."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+from staterank_utils.models import choose_kernels, load_model, load_tokenizer
+
+
+def tiny_qwen3_next(
+    layer_types: list[str], *, n_k: int = 2, n_v: int = 4, d_k: int = 8, d_v: int = 8
+) -> Qwen3NextForCausalLM:
+    """A random model of a few thousand weights with grouped value heads."""
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=len(layer_types), layer_types=layer_types,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, linear_num_key_heads=n_k, linear_num_value_heads=n_v,
+        linear_key_head_dim=d_k, linear_value_head_dim=d_v, num_experts=0, mlp_only_layers=list(range(len(layer_types))),
+        tie_word_embeddings=True, use_cache="full_attention" in layer_types,
+    )  # fmt: skip
+    model = Qwen3NextForCausalLM(config).eval()
+    choose_kernels(model)
+    return model
+
+
+def unchecked(function: Callable) -> Callable:
+    """A function as users call it, without the shape checks that the test run wraps around it."""
+    return getattr(function, "__wrapped__", function)
+
+
+@pytest.fixture(scope="session", params=["hybrid", "pure", "d_k != d_v"])
+def tiny_model(request: pytest.FixtureRequest) -> Qwen3NextForCausalLM:
+    layers = ["linear_attention", "full_attention", "linear_attention"]
+    if request.param == "pure":
+        layers = ["linear_attention", "linear_attention"]
+    return tiny_qwen3_next(layers, d_v=16 if request.param == "d_k != d_v" else 8)
+
+
+@pytest.fixture(scope="session")
+def hybrid():
+    return load_model("hybrid")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer("hybrid")

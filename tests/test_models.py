@@ -1,0 +1,151 @@
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_qwen3_next, unchecked
+from transformers import AutoModelForCausalLM
+
+from staterank_utils import models
+from staterank_utils.models import (
+    CHECKPOINTS,
+    EMBEDDED,
+    initial_model,
+    load_model,
+    load_tokenizer,
+    parameters_hash,
+)
+from staterank_utils.tracing import trace_states
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_models_load_with_transformers_alone(name: str) -> None:
+    stock = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=torch.float32)
+    ours = load_model(name)
+    assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), ours.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_models_are_small_safe_and_described(name: str) -> None:
+    shards = [file.stat().st_size for file in (CHECKPOINTS / name).glob("*.safetensors")]
+    assert max(shards) < 15_000_000
+    assert sum(shards) <= 25_000_000
+    assert not list((CHECKPOINTS / name).glob("*.bin"))
+    card = (CHECKPOINTS / name / "README.md").read_text()
+    assert all(word in card for word in ("Data", "seed", "million tokens", "bits a byte", "SHA-256", "Limits"))
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_initial_weights_have_the_hash_of_the_card(name: str) -> None:
+    initial = load_model(name, weights="initial")
+    assert parameters_hash(initial) in (CHECKPOINTS / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_models_have_enough_linear_heads(name: str) -> None:
+    config = load_model(name).config
+    n_heads = config.layer_types.count("linear_attention") * config.linear_num_value_heads
+    assert n_heads >= {"hybrid": 48, "pure": 64}[name]
+    assert config.linear_num_value_heads == 2 * config.linear_num_key_heads
+
+
+def test_weights_are_float32_on_a_cpu_and_the_log_says_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="staterank_utils.models"):
+        model = load_model("hybrid", device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "torch.float32" in caplog.text
+    assert "kernels: torch" in caplog.text
+    assert not model.training
+
+
+def test_shuffled_weights_keep_every_tensor_s_values(hybrid) -> None:
+    shuffled = load_model("hybrid", weights="shuffled", seed=1)
+    for (name, a), b in zip(hybrid.named_parameters(), shuffled.parameters(), strict=True):
+        assert torch.equal(a.flatten().sort().values, b.flatten().sort().values), name
+    assert not torch.equal(hybrid.model.embed_tokens.weight, shuffled.model.embed_tokens.weight)
+
+
+def test_initial_weights_of_a_foreign_configuration_follow_the_seed() -> None:
+    config = tiny_qwen3_next(["linear_attention", "full_attention"]).config
+    one, same, other = (parameters_hash(initial_model(config, seed=seed)) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_folder_is_loaded_like_a_name(tmp_path: Path) -> None:
+    tiny = tiny_qwen3_next(["linear_attention", "full_attention"])
+    tiny.save_pretrained(tmp_path)
+    assert parameters_hash(load_model(str(tmp_path))) == parameters_hash(tiny)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown model 'hybird': expected one of .*hybrid"):
+        load_model("hybird")
+
+
+def test_a_hub_id_needs_a_revision() -> None:
+    with pytest.raises(ValueError, match="revision"):
+        load_model("owner/name")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no \.safetensors file"):
+        load_model(str(tmp_path))
+
+
+def test_unknown_kinds_of_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="'trained', 'initial' or 'shuffled'"):
+        unchecked(load_model)("hybrid", weights="random")
+
+
+def test_without_the_repository_an_embedded_name_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(models, "CHECKPOINTS", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="clone the repository"):
+        load_model("hybrid")
+    with pytest.raises(FileNotFoundError, match="clone the repository"):
+        load_tokenizer("hybrid")
+
+
+def test_a_truncated_weight_file_fails_its_checksum(tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(CHECKPOINTS / "hybrid", folder)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"does not match its checksum.*git checkout"):
+        load_model(str(folder))
+
+
+PROBE = """
+import torch
+{prelude}
+from staterank_utils import load_model, trace_states, effective_rank
+print(trace_states(load_model("hybrid"), torch.arange(130)[None], positions=[64, 65, 130], reduce=effective_rank).values.sum().item())
+"""
+
+
+def test_results_on_a_cpu_are_the_same_with_and_without_fla(hybrid) -> None:
+    pytest.importorskip("fla", reason="fla is not installed on this platform: then there is only one case")
+    sums = []
+    for prelude in ("import fla", "import sys; sys.modules['fla'] = None"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PROBE.format(prelude=prelude)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        sums.append(done.stdout.split()[-1])
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.gpu
+def test_fla_kernels_give_the_states_of_the_plain_ones() -> None:
+    ids = torch.arange(300)[None]
+    fast = trace_states(load_model("hybrid", device="cuda", dtype=torch.float32), ids, positions=[64, 65, 300])
+    slow = trace_states(load_model("hybrid", device="cpu"), ids, positions=[64, 65, 300])
+    # tf32 products inside the kernels
+    assert (fast.values - slow.values).abs().max() < 5e-3 * slow.values.abs().max()

@@ -1,0 +1,72 @@
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from staterank_utils import results
+from staterank_utils.results import check_parameters, provenance, read_result, stored_beside, write_json
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    write_json(tmp_path / "deep" / "a.json", {"x": [1, 2]})
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"x": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["disk full", "Ctrl-C"]
+)
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    target = tmp_path / "a.json"
+    write_json(target, {"x": 1})
+
+    def fail(descriptor: int) -> None:
+        raise failure
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(failure)) as caught:
+        write_json(target, {"x": 2})
+    if isinstance(failure, OSError):
+        assert "could not write results to" in str(caught.value)
+        assert "No space left" in str(caught.value)
+    assert json.loads(target.read_text()) == {"x": 1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_nan_is_refused_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_provenance_names_all_that_a_result_depends_on() -> None:
+    made = provenance(parameters={"seed": 3}, checkpoints=[results.CHECKPOINTS / "hybrid"])
+    assert set(made) == {"commit", "date", "seconds", "device", "python", "packages", "checkpoints", "parameters"}
+    assert len(made["checkpoints"]["hybrid"]) == 64
+    assert "torch" in made["packages"]
+
+
+def test_a_result_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"provenance": provenance(parameters={"seed": 0, "n": 4})})
+    assert read_result(tmp_path / "a.json", parameters={"seed": 0})["provenance"]["parameters"]["n"] == 4
+    with pytest.raises(ValueError, match="seed=0, not 1"):
+        read_result(tmp_path / "a.json", parameters={"seed": 1})
+
+
+def test_a_stored_run_of_other_parameters_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "STORED", tmp_path)
+    assert "no stored full-profile run" in stored_beside("01_x", parameters={})
+    write_json(
+        tmp_path / "full" / "01_x.json",
+        {"provenance": provenance(parameters={"model": "a", "n_prompts": 1}), "rows": []},
+    )
+    assert "not shown" in stored_beside("01_x", parameters={"model": "b"})
+    assert "not shown" not in stored_beside("01_x", parameters={"model": "a"})
+
+
+def test_a_misspelt_parameter_is_refused_with_a_hint() -> None:
+    with pytest.raises(ValueError, match="no parameter 'n_prompt': did you mean 'n_prompts'"):
+        check_parameters({"n_prompt": 3, "seed": 0, "In": [], "_x": 1, "module": json}, known=["n_prompts", "seed"])

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from staterank_utils import strata
+from staterank_utils.strata import (
+    bootstrap,
+    cohen_kappa,
+    cosine,
+    is_high,
+    sarle_coefficient,
+    share_outside,
+    spearman,
+    turning_bound,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def test_spearman_agrees_with_scipy_with_and_without_ties() -> None:
+    for values in (RNG.normal(size=(2, 40)), RNG.integers(0, 5, size=(2, 40))):
+        assert spearman(*values) == pytest.approx(stats.spearmanr(*values).statistic, abs=1e-12)
+
+
+def test_constant_vectors_have_no_order_and_no_line() -> None:
+    assert np.isnan(spearman([1, 1, 1], [1, 2, 3]))
+    assert np.isnan(strata.r_squared([1, 1, 1], [1, 2, 3]))
+    assert np.isnan(cosine([0, 0], [1, 2]))
+    assert np.isnan(sarle_coefficient([2, 2, 2, 2, 2]))
+
+
+def test_sarle_separates_one_group_from_two() -> None:
+    assert sarle_coefficient(RNG.normal(size=4000)) < 0.4
+    assert sarle_coefficient(RNG.uniform(size=4000)) == pytest.approx(5 / 9, abs=0.03)
+    assert sarle_coefficient(np.r_[np.zeros(200), np.ones(200)] + 0.01 * RNG.normal(size=400)) > 0.95
+
+
+def test_dip_separates_one_group_from_two() -> None:
+    assert strata.dip_p_value(RNG.normal(size=200)) > 0.05
+    assert strata.dip_p_value(np.r_[RNG.normal(0, 1, 100), RNG.normal(9, 1, 100)]) < 0.01
+
+
+def test_share_outside_counts_the_borders() -> None:
+    assert share_outside([0.2, 0.8, 0.5, 0.21]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "kappa"),
+    [([1, 1, 0, 0], [1, 1, 0, 0], 1.0), ([1, 1, 0, 0], [0, 0, 1, 1], -1.0), ([1, 0, 1, 0], [1, 1, 0, 0], 0.0)],
+    ids=["same", "opposite", "chance"],
+)
+def test_kappa(a: list[int], b: list[int], kappa: float) -> None:
+    assert cohen_kappa(a, b) == pytest.approx(kappa)
+
+
+def test_kappa_of_one_group_says_nothing() -> None:
+    assert np.isnan(cohen_kappa([True, True], [True, True]))
+    assert cohen_kappa([True, True], [True, False]) == 0
+
+
+def test_labels_start_at_half_of_d() -> None:
+    assert is_high([31, 32], 64).tolist() == [False, True]
+    with pytest.raises(ValueError, match="ranks must lie in"):
+        is_high([65], 64)
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
+    hits = 0
+    for seed in range(200):
+        estimate = bootstrap(
+            lambda x: float(x.mean()), np.random.default_rng(seed).normal(size=40), n_resamples=300, seed=seed
+        )
+        hits += estimate.low <= 0 <= estimate.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_bootstrap_draws_groups_independently_and_repeats_with_its_seed() -> None:
+    a, b = RNG.normal(size=(8, 5)), RNG.normal(size=(6, 5))
+    one, two = (bootstrap(lambda x, y: spearman(x.mean(0), y.mean(0)), a, b, seed=3) for _ in range(2))
+    assert one == two
+    assert one.low <= one.point <= one.high
+
+
+def test_bootstrap_refuses_no_prompts_and_passes_nan_on() -> None:
+    with pytest.raises(ValueError, match="at least one prompt"):
+        bootstrap(lambda x: 0.0, np.empty((0, 3)))
+    assert np.isnan(bootstrap(lambda x: float("nan"), np.ones((2, 3))).low)
+
+
+def test_turning_bound_is_below_the_cosine_of_any_step_it_allows() -> None:
+    for _ in range(500):
+        before = RNG.uniform(0, 10, size=6)
+        after = np.abs(before + RNG.normal(size=6) * RNG.uniform(0, 5))
+        assert cosine(before, after) >= turning_bound(before, float(np.linalg.norm(after - before))) - 1e-12
+    with pytest.raises(ValueError, match="not zero"):
+        turning_bound([0, 0], 1.0)
+
+
+@pytest.mark.parametrize("function", [spearman, cosine, cohen_kappa, strata.r_squared])
+def test_vectors_over_different_heads_are_refused(function) -> None:
+    with pytest.raises(ValueError, match="lengths 3 and 2"):
+        function([1, 0, 1], [1, 0])
+
+
+@pytest.mark.parametrize("function", [sarle_coefficient, strata.dip_p_value])
+def test_too_few_heads_are_refused(function) -> None:
+    with pytest.raises(ValueError, match="at least 4"):
+        function([1.0, 2.0, 3.0])

@@ -1,0 +1,160 @@
+import re
+
+import pytest
+import torch
+from conftest import tiny_qwen3_next, unchecked
+from transformers import BambaConfig, BambaForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+from staterank_utils.layouts import linear_layers, modeling_module
+from staterank_utils.models import make_cache
+from staterank_utils.reference import gated_delta_rule
+from staterank_utils.spectra import effective_rank
+from staterank_utils.tracing import trace_states
+
+POSITIONS = [1, 2, 3, 5, 31, 63, 64, 65, 100, 129, 150]
+# float32 sums in another order; the states and logits compared are of size 1.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def prompts() -> torch.Tensor:
+    return torch.randint(0, 64, (3, 150), generator=torch.Generator().manual_seed(0))
+
+
+def recorded_inputs(model, prompts: torch.Tensor) -> dict[int, tuple[torch.Tensor, ...]]:
+    """What every linear layer hands to its chunked kernel in one full forward: (query, key, value, log_decay, beta)."""
+    calls: list[tuple[torch.Tensor, ...]] = []
+    layers = linear_layers(model)
+    module = modeling_module(layers[0][1])
+    kernel = module.torch_chunk_gated_delta_rule
+
+    def spy(query, key, value, g, beta, **kwargs):
+        calls.append((query, key, value, g, beta))
+        return kernel(query, key, value, g=g, beta=beta, **kwargs)
+
+    module.torch_chunk_gated_delta_rule = spy
+    try:
+        with torch.no_grad():
+            model(prompts, use_cache=False)
+    finally:
+        module.torch_chunk_gated_delta_rule = kernel
+    return {index: call for (index, _, _), call in zip(layers, calls, strict=True)}
+
+
+def test_states_agree_with_the_float64_recurrence(tiny_model, prompts: torch.Tensor) -> None:
+    trace = trace_states(tiny_model, prompts, positions=POSITIONS)
+    for row, (query, key, value, log_decay, beta) in enumerate(recorded_inputs(tiny_model, prompts).values()):
+        heads = value.shape[2] // key.shape[2]
+        query, key = (x.double().repeat_interleave(heads, dim=2) for x in (query, key))
+        query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
+        _, states = gated_delta_rule(query, key, value.double(), log_decay.double(), beta.double())
+        expected = states[:, [t - 1 for t in POSITIONS]]
+        assert (trace.values[row].double() - expected).abs().max() < TOLERANCE
+        torch.testing.assert_close(trace.log_decay[row], log_decay.double().mean(1), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(trace.write_strength[row], beta.double().mean(1), rtol=1e-5, atol=1e-7)
+
+
+def test_logits_agree_with_one_full_forward(tiny_model, prompts: torch.Tensor) -> None:
+    trace = trace_states(tiny_model, prompts, positions=POSITIONS, logits=True)
+    with torch.no_grad():
+        full = tiny_model(prompts, use_cache=False).logits
+    assert (trace.logits - full[:, [t - 1 for t in POSITIONS]]).abs().max() < TOLERANCE
+
+
+def test_positions_batches_and_segments_do_not_change_the_states(tiny_model, prompts: torch.Tensor) -> None:
+    sparse = trace_states(tiny_model, prompts, positions=[64, 150], batch_size=3)
+    dense = trace_states(tiny_model, prompts, positions=list(range(1, 151)), batch_size=2)
+    assert (dense.values[:, :, [63, 149]] - sparse.values).abs().max() < TOLERANCE
+
+
+def test_snapshots_are_copies_not_the_live_buffer(tiny_model, prompts: torch.Tensor) -> None:
+    trace = trace_states(tiny_model, prompts, positions=[10, 150])
+    assert not torch.equal(trace.values[:, :, 0], trace.values[:, :, 1])
+
+
+def test_reduce_sees_every_state_and_keeps_none(tiny_model, prompts: torch.Tensor) -> None:
+    kept = trace_states(tiny_model, prompts, positions=POSITIONS)
+    reduced = trace_states(tiny_model, prompts, positions=POSITIONS, reduce=effective_rank)
+    assert torch.equal(reduced.values, effective_rank(kept.values))
+
+
+def test_rank_is_at_most_the_number_of_tokens(tiny_model, prompts: torch.Tensor) -> None:
+    trace = trace_states(tiny_model, prompts, positions=POSITIONS, reduce=effective_rank)
+    bound = torch.tensor([min(t, trace.d) for t in POSITIONS])
+    assert (trace.values <= bound[None, None, :, None]).all()
+    assert trace.values[:, :, 0].eq(1).all()
+
+
+def test_the_model_is_left_without_hooks(tiny_model, prompts: torch.Tensor) -> None:
+    with pytest.raises(RuntimeError, match="stop here"):
+        trace_states(
+            tiny_model, prompts, positions=[10], reduce=lambda state: (_ for _ in ()).throw(RuntimeError("stop here"))
+        )
+    assert not any(module._forward_hooks for module in tiny_model.modules())
+
+
+def test_generate_with_our_cache_is_generate_without(tiny_model, prompts: torch.Tensor) -> None:
+    tokens = prompts[:, :7]
+    grown = tokens
+    for _ in range(8):
+        with torch.no_grad():
+            grown = torch.cat([grown, tiny_model(grown, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    cache = make_cache(tiny_model)
+    made = tiny_model.generate(
+        tokens, max_new_tokens=8, do_sample=False, use_cache=True, past_key_values=cache, eos_token_id=-1
+    )
+    assert torch.equal(made, grown)
+    assert cache.get_seq_length() == 14
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "words"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), [1], "at least one token"),
+        (torch.zeros(4, dtype=torch.long), [1], "shape"),
+        (torch.tensor([[1, 64]]), [1], "token id 64 is outside the model's vocabulary 0..63"),
+        (torch.tensor([[1, -2]]), [1], "token id -2"),
+        (torch.ones(1, 5, dtype=torch.long), [6], "1..5"),
+        (torch.ones(1, 5, dtype=torch.long), [3, 2], "must increase"),
+        (torch.ones(1, 5, dtype=torch.long), [2, 2], "must increase"),
+        (torch.ones(1, 5, dtype=torch.long), [0, 2], "1..5"),
+        (torch.ones(1, 5, dtype=torch.long), [], "positions"),
+    ],
+    ids=["empty", "flat", "id too large", "id negative", "beyond", "out of order", "repeated", "zero", "none"],
+)
+def test_bad_prompts_and_positions_are_refused(ids: torch.Tensor, positions: list[int], words: str) -> None:
+    model = tiny_qwen3_next(["linear_attention", "full_attention"])
+    with pytest.raises(ValueError, match=re.escape(words)):
+        unchecked(trace_states)(model, ids, positions=positions)
+
+
+def test_bad_batch_size_is_refused(tiny_model, prompts: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        trace_states(tiny_model, prompts, positions=[1], batch_size=0)
+
+
+def test_models_without_linear_attention_are_refused(prompts: torch.Tensor) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match="llama has no linear-attention layer.*LlamaAttention.*Qwen3NextGatedDeltaNet"):
+        trace_states(LlamaForCausalLM(config), prompts, positions=[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "words"),
+    [
+        (MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1), MambaForCausalLM, "mamba cannot be traced: .*ignores the state"),
+        (
+            BambaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+            BambaForCausalLM,
+            "bamba cannot be traced: positions restart",
+        ),
+    ],
+    ids=["mamba", "bamba"],
+)  # fmt: skip
+def test_architectures_that_are_silently_wrong_in_segments_are_refused(
+    config, model, words: str, prompts: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        trace_states(model(config), prompts, positions=[1])

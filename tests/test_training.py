@@ -1,0 +1,142 @@
+"""The training code on a CPU: same function as the model's own forward, same batches after a kill."""
+
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from staterank_utils.layouts import linear_layers, modeling_module
+from staterank_utils.models import CHECKPOINTS, choose_kernels, initial_model
+from training import train as training
+from training.corpus import encode, read_books
+from training.fast_forward import FastForward
+from training.mixture import ANSWER_WEIGHT, Mixture
+from training.train import LAYERS, Settings, configuration, rate, train
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    ids = np.random.default_rng(0).integers(2, len(tokenizer), 20_000).astype(np.uint16)
+    for name in ("books", "code", "held_out_books"):
+        np.save(folder / f"{name}.npy", ids)
+    return folder
+
+
+def plain_recurrence(model) -> Callable:
+    """The chunked gated delta rule of transformers, in plain torch."""
+    choose_kernels(model, plain=True)
+    kernel = modeling_module(linear_layers(model)[0][1]).torch_chunk_gated_delta_rule
+    return lambda q, k, v, log_decay, beta: kernel(q, k, v, g=log_decay, beta=beta)[0]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_fast_forward_is_the_model_s_own_forward(name: str) -> None:
+    model = initial_model(configuration(name, vocabulary=512, eos=0, pad=1, seed=0))
+    ids = torch.randint(0, 512, (2, 131), generator=torch.Generator().manual_seed(0))
+    fast = FastForward(model, plain_recurrence(model), dtype=torch.float32, compiled=False)
+    with torch.no_grad():
+        own = model(ids, use_cache=False).logits
+        assert (fast.logits(ids) - own).abs().max() < 1e-4
+        weights = torch.rand(2, 130)
+        expected = torch.nn.functional.cross_entropy(own[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss, losses = fast.loss(ids, weights)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, (expected * weights.flatten()).sum() / weights.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_follows_from_its_step_alone(corpus: Path, tokenizer) -> None:
+    one, other = (Mixture(corpus, tokenizer, rows=6, n_tokens=256, seed=3) for _ in range(2))
+    one[0]
+    for a, b in zip(one[5], other[5], strict=True):
+        assert torch.equal(a, b)
+    ids, weights = one[5]
+    assert ids.shape == (6, 257)
+    assert weights.shape == (6, 256)
+    assert set(weights.unique().tolist()) <= {1.0, ANSWER_WEIGHT}
+    assert not torch.equal(ids, one[6][0])
+
+
+def test_weights_mark_the_answers(corpus: Path, tokenizer) -> None:
+    mixture = Mixture(corpus, tokenizer, rows=40, n_tokens=512, seed=0)
+    ids, weights = mixture[0]
+    marked = [tokenizer.decode(row[1:][w > 1]) for row, w in zip(ids, weights, strict=True)]
+    assert any("The answer is" in text for text in marked)
+    assert not any("Question:" in text for text in marked)
+
+
+def test_books_are_read_plain_or_compressed_and_held_out_by_name(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("one\n\0\ntwo")
+    with lzma.open(tmp_path / "b_valid.txt.xz", "wt") as stream:
+        stream.write("three")
+    assert list(read_books(tmp_path, held_out=False)) == ["one", "two"]
+    assert list(read_books(tmp_path, held_out=True)) == ["three"]
+    ids = encode(iter(["one", "two"]), tokenizer, label="test")
+    assert tokenizer.decode(ids) == "one<|endoftext|>two<|endoftext|>"
+    (tmp_path / "b_valid.txt.xz").unlink()
+    with pytest.raises(FileNotFoundError, match="no held-out text"):
+        list(read_books(tmp_path, held_out=True))
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:
+    assert rate(0, 0.0) < rate(50, 0.0) < rate(200, 0.1) == 1
+    assert rate(10_000, 1.0) == 0
+    assert rate(10_000, 0.9) < rate(10_000, 0.7) < 1
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "LOG_EVERY": 1,
+        "SAVE_EVERY": 0.0,
+        "RECORD_AT": (0, 1),
+        "RECORD_PROMPTS": 1,
+        "RECORD_DOMAINS": ("prose",),
+        "HELD_OUT_WINDOWS": 2,
+    }.items():
+        monkeypatch.setattr(training, name, value)
+    settings = Settings(
+        "pure", corpus, str(CHECKPOINTS / "hybrid"), tmp_path, minutes=5, workers=0, rows=1, n_tokens=32
+    )
+    recurrence = plain_recurrence(initial_model(configuration("pure", vocabulary=64, eos=0, pad=1, seed=0)))
+    steps: list[int] = []
+    original = Mixture.__getitem__
+
+    def killed_at_third(self: Mixture, step: int):
+        steps.append(step)
+        if steps.count(step) == 1 and step == 2:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    monkeypatch.setattr(Mixture, "__getitem__", killed_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, recurrence, device="cpu", compiled=False)
+    assert not (tmp_path / "training.json").exists()
+    elapsed = torch.load(tmp_path / "progress.pt")["elapsed"]
+    train(Settings(**{**vars(settings), "minutes": elapsed / 60 + 0.01}), recurrence, device="cpu", compiled=False)
+    assert steps[:4] == [0, 1, 2, 2]
+    run = json.loads((tmp_path / "training.json").read_text())
+    assert [entry["step"] for entry in run["log"]] == list(range(1, run["steps"] + 1))
+    assert list(run["record"]["steps"]) == ["0", "1", "end"]
+    assert np.array(run["record"]["steps"]["end"]["prose"]["effective_rank"]).shape == (8, 8)
+    assert (tmp_path / "model" / "model.safetensors.index.json").exists()
+
+
+def test_the_stored_records_of_the_embedded_models_are_whole() -> None:
+    for file in sorted((CHECKPOINTS.parent / "results" / "training").glob("*.json")):
+        data = json.loads(file.read_text())
+        if "record" not in data:
+            continue
+        steps = data["record"]["steps"]
+        assert next(iter(steps)) == "0"
+        assert list(steps)[-1] == "end"
+        for domains in steps.values():
+            assert set(domains) == {"prose", "code", "arithmetic"}
+            assert all(
+                set(m) == {"effective_rank", "nuclear_norm", "log_decay", "write_strength"} for m in domains.values()
+            )

@@ -1,0 +1,214 @@
+"""The training loss of a small `Qwen3NextForCausalLM`, several times faster than its own forward.
+
+Same parameters, same function (a test compares the logits), written so that `torch.compile` can fuse all that lies between
+the matrix products and the chunked recurrence. The recurrence is fla's `chunk_kda`, given each head's decay repeated over
+the key channels: then it is the gated delta rule, exactly. fla's own `chunk_gated_delta_rule` refuses its backward pass on
+Hopper GPUs with Triton 3.4 to 3.7.0, where it would be wrong.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def limit_autotuning() -> None:
+    """Let every Triton kernel that is defined from now on keep one configuration, of four warps. Saves minutes, cold."""
+    from triton.runtime.autotuner import Autotuner
+
+    original = Autotuner.__init__
+
+    def limited(
+        self: Autotuner, fn: object, arg_names: list[str], configs: list[Any], *args: Any, **kwargs: Any
+    ) -> None:
+        by_preference = sorted(
+            configs, key=lambda c: (c.num_warps != 4, c.num_stages != 3, -c.kwargs.get("BK", 0), c.kwargs.get("BV", 0))
+        )
+        original(self, fn, arg_names, by_preference[:1], *args, **kwargs)
+
+    Autotuner.__init__ = limited
+
+
+def fla_recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+    """Gated delta rule by fla's KDA kernel: q, k (batch, token, key head, d), v (batch, token, head, d), gates (batch, token, head)."""
+    return _kda(q, k, v, log_decay, beta, safe_gate=False)
+
+
+def fla_recurrence_bounded(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+    """As `fla_recurrence`, with log-decay held above -5 a token, which lets the kernel use matrix units throughout.
+
+    A token at the bound leaves 0.7 % of the state where the model itself would leave less.
+    """
+    return _kda(q, k, v, log_decay.clamp_min(-5.0), beta, safe_gate=True)
+
+
+def _kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, safe_gate: bool) -> Tensor:
+    from fla.ops.kda import chunk_kda
+
+    per_channel = log_decay.unsqueeze(-1).expand(*log_decay.shape, k.shape[-1]).contiguous()
+    out, _ = chunk_kda(q, k, v, per_channel, beta, disable_recompute=True, safe_gate=safe_gate)
+    return out
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + weight)).to(x.dtype)
+
+
+def _mlp(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float) -> Tensor:
+    h = _rms_norm(x, norm, eps)
+    return x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
+
+
+def _linear_inputs(
+    x: Tensor,
+    norm: Tensor,
+    qkvz: Tensor,
+    ba: Tensor,
+    conv: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    eps: float,
+    d: int,
+    n_k: int,
+    n_v: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    h = _rms_norm(x, norm, eps)
+    per_key = n_v // n_k
+    # Rows are grouped by key head; taking the groups apart in the weight costs nothing, in the activations a pass each.
+    rows = qkvz.view(n_k, (2 + 2 * per_key) * d, -1).split([d, d, per_key * d, per_key * d], dim=1)
+    mixed = F.linear(h, torch.cat([part.flatten(0, 1) for part in rows]))
+    qkv, z = mixed.split([(2 * n_k + n_v) * d, n_v * d], dim=-1)
+    width = conv.shape[-1]
+    padded = F.pad(qkv, (0, 0, width - 1, 0))
+    qkv = F.silu(reduce(torch.add, [padded[:, i : i + x.shape[1]] * conv[:, 0, i] for i in range(width)]))
+    q, k, v = (part.unflatten(-1, (-1, d)) for part in qkv.split([n_k * d, n_k * d, n_v * d], dim=-1))
+    q, k = ((u.float() * torch.rsqrt(u.float().pow(2).sum(-1, keepdim=True) + 1e-6)).to(x.dtype) for u in (q, k))
+    b, a = F.linear(h, ba).unflatten(-1, (n_k, 2, per_key)).unbind(-2)
+    log_decay = -a_log.exp() * F.softplus(a.flatten(-2).float() + dt_bias)
+    return q, k, v, log_decay, b.flatten(-2).float().sigmoid().to(x.dtype), z
+
+
+def _linear_outputs(x: Tensor, out: Tensor, z: Tensor, norm: Tensor, projection: Tensor, eps: float) -> Tensor:
+    wide = out.float()
+    normed = norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    gated = normed * F.silu(z.unflatten(-1, out.shape[-2:]).float())
+    return x + F.linear(gated.flatten(-2).to(x.dtype), projection)
+
+
+def _attention(
+    x: Tensor,
+    norm: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> Tensor:
+    d = q_norm.shape[0]
+    h = _rms_norm(x, norm, eps)
+    query, gate = F.linear(h, q).unflatten(-1, (-1, 2 * d)).chunk(2, dim=-1)
+    key, value = (F.linear(h, w).unflatten(-1, (-1, d)) for w in (k, v))
+    query, key = (_rotate(_rms_norm(u, w, eps).transpose(1, 2), cos, sin) for u, w in ((query, q_norm), (key, k_norm)))
+    out = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), is_causal=True, enable_gqa=True)
+    return x + F.linear(out.transpose(1, 2).flatten(-2) * gate.flatten(-2).sigmoid(), o)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([(turned * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype), kept], dim=-1)
+
+
+def _logits(x: Tensor, norm: Tensor, embedding: Tensor, eps: float) -> Tensor:
+    return F.linear(_rms_norm(x, norm, eps), embedding)
+
+
+def _weighted_loss(
+    x: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    losses = F.cross_entropy(
+        _logits(x, norm, embedding, eps).flatten(0, 1).float(), targets.flatten(), reduction="none"
+    )
+    weights = weights.flatten()
+    return (losses * weights).sum() / weights.sum(), losses.detach()
+
+
+class FastForward:
+    """Loss and logits of a small Qwen3-Next model with dense MLPs and tied embeddings.
+
+    Args:
+        model: the model; its parameters (float32) are used, not copied.
+        recurrence: the gated delta rule, e.g. `fla_recurrence`.
+        dtype: of activations and products.
+        compiled: fuse with `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recurrence: Recurrence,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        compiled: bool = True,
+    ):
+        self.model, self.recurrence, self.dtype = model, recurrence, dtype
+        fuse: Callable[[Any], Any] = torch.compile(dynamic=False) if compiled else lambda function: function
+        self.linear_inputs, self.linear_outputs, self.attention, self.mlp, self.weighted_loss = map(
+            fuse, (_linear_inputs, _linear_outputs, _attention, _mlp, _weighted_loss)
+        )
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        config, low = self.model.config, lambda weight: weight.to(self.dtype)
+        eps = config.rms_norm_eps
+        x = F.embedding(ids, low(self.model.model.embed_tokens.weight))
+        cos, sin = self.model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
+        cos, sin = cos[:, None], sin[:, None]
+        for layer in self.model.model.layers:
+            before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+            if hasattr(layer, "linear_attn"):
+                m = layer.linear_attn
+                *inputs, z = self.linear_inputs(
+                    x, before, low(m.in_proj_qkvz.weight), low(m.in_proj_ba.weight), low(m.conv1d.weight), m.A_log, m.dt_bias, eps, m.head_k_dim, m.num_k_heads, m.num_v_heads
+                )  # fmt: skip
+                x = self.linear_outputs(x, self.recurrence(*inputs), z, low(m.norm.weight), low(m.out_proj.weight), eps)
+            else:
+                m = layer.self_attn
+                x = self.attention(
+                    x,
+                    before,
+                    *(low(p.weight) for p in (m.q_proj, m.k_proj, m.v_proj, m.o_proj)),
+                    m.q_norm.weight,
+                    m.k_norm.weight,
+                    cos,
+                    sin,
+                    eps,
+                )
+            m = layer.mlp
+            x = self.mlp(x, after, low(m.gate_proj.weight), low(m.up_proj.weight), low(m.down_proj.weight), eps)
+        return x
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits (batch, token, vocabulary)."""
+        return _logits(
+            self._hidden(ids),
+            self.model.model.norm.weight,
+            self.model.lm_head.weight.to(self.dtype),
+            self.model.config.rms_norm_eps,
+        )
+
+    def loss(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted mean loss of predicting ids[:, 1:], and the loss of every token (flat, detached), in nats."""
+        return self.weighted_loss(
+            self._hidden(ids[:, :-1]), self.model.model.norm.weight, self.model.lm_head.weight.to(self.dtype), ids[:, 1:], weights, self.model.config.rms_norm_eps
+        )  # fmt: skip
