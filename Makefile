@@ -43,8 +43,8 @@ notebooks: .venv/installed ## write the .ipynb of every notebooks/*.py
 bench: .venv/installed ## time tracing against what one would do otherwise
 	$(BIN)/python -m benchmarks.trace
 
-full: .venv/installed ## run the notebooks with the full profile and store their results in results/full
-	$(BIN)/python -m book.assemble --stage _build/full --profile full
+full: .venv/installed ## run the notebooks with the full profile; store results/full and the figure of the README
+	$(BIN)/python -m book.assemble --stage _build/full --profile full --figure book/ranks.png
 	mkdir -p results/full && cp _build/full/results/*.json results/full/
 
 clean: ## remove what was built, keep the environment

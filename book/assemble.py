@@ -6,6 +6,7 @@ The staging folder then holds all that jupyter-book needs, and the working tree 
 """
 
 import argparse
+import base64
 import json
 import os
 import platform
@@ -43,13 +44,15 @@ def notebook_pages(stage: Path, profile: str) -> list[dict[str, Any]]:
     """Every notebook of the table of contents, run one after the other."""
     (stage / "notebooks").mkdir(parents=True)
     runs = []
+    # Relative to the folder that notebooks run in, since the page shows the parameters.
+    folder = os.path.relpath(stage / "results", ROOT)
     sources = sorted((ROOT / "notebooks").glob("*.ipynb"))
     for source in tqdm(sources, desc="notebooks"):
         runs.append(
             execute(
                 source,
                 stage / "notebooks" / source.name,
-                {"profile": profile, "results_folder": str((stage / "results").resolve())},
+                {"profile": profile, "results_folder": folder},
             )
         )
     return runs
@@ -81,6 +84,18 @@ def status_tables(runs: list[dict[str, Any]]) -> str:
     )
 
 
+def first_figure(notebook: Path) -> bytes:
+    """The first PNG among the outputs of an executed notebook."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    images = (
+        output["data"]["image/png"]
+        for cell in cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    )
+    return base64.b64decode(next(images))
+
+
 def stored_benchmark() -> str:
     """The stored table of benchmarks/trace.py and where it was measured."""
     data = json.loads((ROOT / "results" / "benchmarks" / "trace.json").read_text(encoding="utf-8"))
@@ -92,6 +107,7 @@ def stored_benchmark() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=Path, default=ROOT / "_build" / "stage")
+    parser.add_argument("--figure", type=Path, help="where to put the first figure, for the README")
     parser.add_argument("--profile", choices=("quick", "full"), default="quick")
     arguments = parser.parse_args()
     stage: Path = arguments.stage
@@ -112,6 +128,8 @@ def main() -> None:
     (stage / "book" / "generated").mkdir()
     for name, text in generated.items():
         (stage / "book" / "generated" / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    if arguments.figure:
+        arguments.figure.write_bytes(first_figure(stage / "notebooks" / "01_stratification.ipynb"))
     (stage / "results" / "runs.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
 
 

@@ -33,11 +33,9 @@ if importlib.util.find_spec("staterank_utils") is None:
 # %%
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from myst_nb import glue
-
 from staterank_utils import (
     Spectrum,
     claims,
@@ -69,14 +67,7 @@ results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
 N_PROMPTS = n_prompts or {"quick": 6, "full": 16}[profile]
 POSITIONS = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if t < n_tokens] + [n_tokens]
-PARAMETERS = {
-    "model": model,
-    "revision": revision,
-    "profile": profile,
-    "seed": seed,
-    "n_prompts": N_PROMPTS,
-    "n_tokens": n_tokens,
-}
+PARAMETERS = {"model": model, "revision": revision, "profile": profile, "seed": seed, "n_prompts": N_PROMPTS, "n_tokens": n_tokens}
 
 # %% [markdown]
 # ## How many directions does a state use?
@@ -119,16 +110,7 @@ glue(
 # layer of 32 heads; here are all layers.
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Effective rank of every head against the number of tokens read, one panel a layer, mean over prompts of technical prose. Solid blue lines with dots are heads that end at or over d/2, dashed orange lines with squares heads that end under it; the dotted black line is the bound min(t, d). Two bundles that part early are what the claim predicts; lines spread evenly over the height would speak against it.", "name": "fig-ranks-over-time"}, "image": {"alt": "Panels of lines rising from rank 1 at one token, some along the bound min(t, d), others levelling off below it."}}
-rows = [-(-len(trace.layers) // 4) for trace in traces.values()]
-figure = plt.figure(figsize=(10, 1.9 * sum(rows) + 0.6 * len(rows)), layout="constrained")
-for part, (name, trace) in zip(
-    np.atleast_1d(figure.subfigures(len(rows), height_ratios=rows)), traces.items(), strict=True
-):
-    part.suptitle(f"{name}: {ranks[name].shape[0] * ranks[name].shape[-1]} heads, d = {trace.d}", fontsize="medium")
-    part.supxlabel("tokens read, t", fontsize="small")
-    part.supylabel("effective rank r", fontsize="small")
-    axes = plotting.layer_panels(part, len(trace.layers))
-    plotting.plot_ranks_over_time(axes, POSITIONS, ranks[name].mean(1).numpy(), d=trace.d, layers=trace.layers)
+plotting.plot_all_ranks(traces, {name: table.mean(1).numpy() for name, table in ranks.items()})
 
 # %% [markdown]
 # The bound itself (claim C1b, the paper's Theorem 3.1) is a fact of linear algebra: a sum of $t$ matrices of rank 1. What can break
@@ -137,17 +119,9 @@ for part, (name, trace) in zip(
 
 
 # %%
-def count_violations(name):
-    bound = np.minimum(np.array(POSITIONS), traces[name].d)[None, None, :, None]
-    return int((ranks[name].numpy() > bound).sum()), ranks[name].numel()
-
-
-violations = {name: count_violations(name) for name in MODELS}
-glue(
-    "bound_violations",
-    "; ".join(f"{count} in {total:,} ({name})" for name, (count, total) in violations.items()),
-    display=False,
-)
+BOUND = {name: np.minimum(np.array(POSITIONS), trace.d)[None, None, :, None] for name, trace in traces.items()}
+violations = {name: int((ranks[name].numpy() > BOUND[name]).sum()) for name in MODELS}
+glue("bound_violations", "; ".join(f"{violations[name]} in {ranks[name].numel():,} ({name})" for name in MODELS), display=False)
 
 # %% [markdown]
 # ## Are there two groups?
@@ -165,16 +139,7 @@ def heads_at_end(name, table):
 
 
 relative = {name: heads_at_end(name, table) for name, table in ranks.items()}
-evidence = {
-    name: [
-        claims.Criterion("Sarle", bootstrap(lambda x: strata.sarle_coefficient(x.mean(0)), values), 5 / 9),
-        claims.Criterion("dip p", bootstrap(lambda x: strata.dip_p_value(x.mean(0)), values), 0.05, above=False),
-        claims.Criterion(
-            "share outside", bootstrap(lambda x: strata.share_outside(x.mean(0)), values), 2 / 3, closed=True
-        ),
-    ]
-    for name, values in relative.items()
-}
+evidence = {name: strata.two_groups(values) for name, values in relative.items()}
 
 # %% [markdown]
 # ## Is it training that makes the groups?
@@ -191,36 +156,19 @@ control_relative = {
 }
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank r/d of all heads at the last token, sorted, mean over prompts of technical prose: trained weights (solid), the same model before training (dashed) and with shuffled weights (dotted). Two groups look like a step with little in the grey gap (0.2, 0.8); a straight diagonal is no grouping at all.", "name": "fig-rank-distribution"}, "image": {"alt": "Sorted curves of relative rank for trained, initial and shuffled weights, with the gap between 0.2 and 0.8 shaded."}}
-figure, axes = plt.subplots(
-    1, len(MODELS), figsize=(5 * len(MODELS), 3.6), sharey=True, squeeze=False, layout="constrained"
-)
-for ax, name in zip(axes.flat, MODELS, strict=True):
+for name, ax in plotting.model_panels(MODELS).items():
     curves = {"trained": relative[name], **control_relative[name]}
     plotting.plot_rank_distribution(ax, {label: values.mean(0) for label, values in curves.items()})
-    ax.set_title(name, fontsize="medium")
 
 
 # %%
 def evidence_row(name, label, values):
-    mean = values.mean(0)
-    numbers = strata.sarle_coefficient(mean), strata.dip_p_value(mean), strata.share_outside(mean)
-    return (
-        name,
-        label,
-        *(f"{number:.3f}" for number in numbers),
-        str(int((mean < 0.2).sum())),
-        str(int((mean > 0.8).sum())),
-    )
+    numbers = [f"{estimate.point:.3f}" for estimate in strata.two_groups(values).values()]
+    return name, label, *numbers, f"{(values.mean(0) < 0.2).sum()}", f"{(values.mean(0) > 0.8).sum()}"
 
 
-groups = {name: {"trained": relative[name], **control_relative[name]} for name in MODELS}
-table = [evidence_row(name, label, values) for name in MODELS for label, values in groups[name].items()]
-Markdown(
-    claims.markdown_table(
-        ("model", "weights", "Sarle", "dip p", "share outside (0.2, 0.8)", "heads under 0.2 d", "heads over 0.8 d"),
-        table,
-    )
-)
+table = [evidence_row(name, *item) for name in MODELS for item in [("trained", relative[name]), *control_relative[name].items()]]
+Markdown(claims.markdown_table(("model", "weights", "Sarle", "dip p", "share outside", "heads under 0.2 d", "over 0.8 d"), table))
 
 # %% [markdown]
 # Read the table by its rows: a control that passes the criteria takes the claim's news away. That there are groups is then not
@@ -238,17 +186,10 @@ rho_initial = {name: bootstrap(lambda x: strata.spearman(*x.mean(0)), before_and
 glue("rho_initial", "; ".join(f"{estimate} ({name})" for name, estimate in rho_initial.items()), display=False)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank of each head before training (horizontal) and after it (vertical), at the last token, mean over the same prompts. Dots are heads that end high, squares heads that end low. On the dotted diagonal training changed nothing; a cloud without direction is a grouping that training made.", "name": "fig-init"}, "image": {"alt": "Scatter of relative rank before against after training with a dotted diagonal."}}
-figure, axes = plt.subplots(
-    1, len(MODELS), figsize=(4.6 * len(MODELS), 4), sharey=True, squeeze=False, layout="constrained"
-)
-for ax, name in zip(axes.flat, MODELS, strict=True):
+for name, ax in plotting.model_panels(MODELS, height=4.2).items():
     before, after = before_and_after(name).mean(0)
     ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
-    plotting.plot_head_pairs(
-        ax, before, after, after >= strata.LOW_UNDER, xlabel="r / d before training", ylabel="r / d after training"
-    )
-    ax.set_title(name, fontsize="medium")
-_ = axes.flat[0].legend(frameon=False, title="after training")
+    plotting.plot_head_pairs(ax, before, after, after >= strata.LOW_UNDER, xlabel="r / d before training", ylabel="r / d after")
 
 # %% [markdown]
 # ## Does it depend on the threshold?
@@ -259,21 +200,10 @@ _ = axes.flat[0].legend(frameon=False, title="after training")
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "The sorted distribution of r/d over heads (trained weights, last token, mean over prompts) for five thresholds. The registered threshold 1e-4 is the thick line. If the two ends stay where they are, the groups do not hang on the threshold; if a whole bundle sinks, its rank was in small singular values.", "name": "fig-eps"}, "image": {"alt": "Five sorted curves of relative rank, one for each threshold from 1e-2 to 1e-6."}}
 THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-figure, axes = plt.subplots(
-    1, len(MODELS), figsize=(5 * len(MODELS), 3.6), sharey=True, squeeze=False, layout="constrained"
-)
-for ax, name in zip(axes.flat, MODELS, strict=True):
-    for threshold, grey in zip(THRESHOLDS, np.linspace(0.75, 0, len(THRESHOLDS)), strict=True):
-        values = heads_at_end(name, Spectrum(traces[name].values).effective_rank(rel_tol=threshold).double()).mean(0)
-        ax.plot(
-            np.linspace(0, 1, len(values)),
-            np.sort(values),
-            color=str(grey),
-            linewidth=3 if threshold == 1e-4 else 1.2,
-            label=f"{threshold:.0e}",
-        )
-    ax.set(title=name, xlabel="share of heads, sorted", ylabel="effective rank r / d")
-_ = axes.flat[0].legend(title="threshold ε", frameon=False, fontsize="small")
+spectra = {name: Spectrum(trace.values) for name, trace in traces.items()}
+for name, ax in plotting.model_panels(MODELS).items():
+    tables = {eps: spectra[name].effective_rank(rel_tol=eps).double() for eps in THRESHOLDS}
+    plotting.plot_thresholds(ax, {eps: heads_at_end(name, table).mean(0) for eps, table in tables.items()}, registered=1e-4)
 
 # %% [markdown]
 # Two measures need no threshold. The *stable rank* $\|S\|_F^2/\sigma_1^2$ weighs a direction by its energy; the *entropy rank*
@@ -283,24 +213,17 @@ _ = axes.flat[0].legend(title="threshold ε", frameon=False, fontsize="small")
 
 # %%
 def order_row(name, label, values):
-    values = values.double()[:, :, -1].movedim(1, 0).flatten(1).numpy().mean(0)
-    registered = relative[name].mean(0)
-    return (
-        name,
-        label,
-        f"{strata.spearman(values, registered):.3f}",
-        f"{values.min():.1f} to {values.max():.1f}",
-        f"{strata.sarle_coefficient(values):.3f}",
-    )
+    x = heads_at_end(name, values.double()).mean(0) * traces[name].d
+    rho, sarle = strata.spearman(x, relative[name].mean(0)), strata.sarle_coefficient(x)
+    return name, label, f"{rho:.3f}", f"{x.min():.1f} to {x.max():.1f}", f"{sarle:.3f}"
 
 
-def measures_of(name):
-    spectrum = Spectrum(traces[name].values)
-    yield from ((f"effective rank, ε = {t:.0e}", spectrum.effective_rank(rel_tol=t)) for t in THRESHOLDS)
+def measures_of(spectrum):
+    yield from ((f"effective rank, ε = {eps:.0e}", spectrum.effective_rank(rel_tol=eps)) for eps in THRESHOLDS)
     yield from (("entropy rank", spectrum.entropy_rank()), ("stable rank", spectrum.stable_rank()))
 
 
-table = [order_row(name, label, values) for name in MODELS for label, values in measures_of(name)]
+table = [order_row(name, *measure) for name in MODELS for measure in measures_of(spectra[name])]
 Markdown(claims.markdown_table(("model", "measure", "Spearman with r", "range over heads", "Sarle"), table))
 
 # %% [markdown]
@@ -311,17 +234,11 @@ Markdown(claims.markdown_table(("model", "measure", "Spearman with r", "range ov
 
 
 # %%
-def judge(name):
-    met = sum(criterion.point_beyond for criterion in evidence[name])
-    yield claims.claim_row("C1", name, evidence[name], claims.verdict(evidence[name], partly=met >= 2))
-    count = strata.Estimate(*[float(violations[name][0])] * 3)
-    none = [claims.Criterion("violations", count, 0.0, above=False, closed=True)]
-    yield claims.claim_row("C1b", name, none, claims.verdict(none, partly=False))
-    acquired = [claims.Criterion("rho", rho_initial[name], 0.5, above=False)]
-    yield claims.claim_row("C1c", name, acquired, claims.verdict(acquired, partly=rho_initial[name].point <= 0.9))
-
-
-verdicts = [row for name in MODELS for row in judge(name)]
+verdicts = []
+for name in MODELS:
+    verdicts.append(claims.judge("C1", name, evidence[name]))
+    verdicts.append(claims.judge("C1b", name, {"violations": strata.exactly(violations[name])}))
+    verdicts.append(claims.judge("C1c", name, {"rho": rho_initial[name]}))
 Markdown(claims.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
@@ -347,9 +264,5 @@ Markdown(results.stored_beside("01_stratification", parameters={**PARAMETERS, "p
 # ```
 
 # %% tags=["hide-input"]
-by_claim = {
-    key: "; ".join(f"{row['verdict']} ({row['model']})" for row in verdicts if row["claim"] == key)
-    for key in ("C1", "C1c")
-}
-glue("answer_groups", by_claim["C1"], display=False)
-glue("answer_acquired", by_claim["C1c"], display=False)
+glue("answer_groups", claims.by_model(verdicts, "C1"), display=False)
+glue("answer_acquired", claims.by_model(verdicts, "C1c"), display=False)

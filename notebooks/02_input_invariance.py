@@ -38,7 +38,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from myst_nb import glue
-
 from staterank_utils import (
     Spectrum,
     claims,
@@ -51,7 +50,7 @@ from staterank_utils import (
     strata,
     trace_states,
 )
-from staterank_utils.strata import Estimate, bootstrap, cohen_kappa, cosine, is_high, spearman
+from staterank_utils.strata import bootstrap, cohen_kappa, cosine, is_high, spearman
 from staterank_utils.tasks import ADVERSARIAL_DOMAINS, NATURAL_DOMAINS
 
 plotting.use_style()
@@ -73,14 +72,7 @@ N_PROMPTS = n_prompts or {"quick": 4, "full": 16}[profile]
 DOMAINS = NATURAL_DOMAINS + ADVERSARIAL_DOMAINS
 EARLY = min(128, n_tokens // 2)  # the registered early position
 POSITIONS = [t for t in (32, 64, 128, 256, 512, 1024) if t < n_tokens] + [n_tokens]
-PARAMETERS = {
-    "model": model,
-    "revision": revision,
-    "profile": profile,
-    "seed": seed,
-    "n_prompts": N_PROMPTS,
-    "n_tokens": n_tokens,
-}
+PARAMETERS = {"model": model, "revision": revision, "profile": profile, "seed": seed, "n_prompts": N_PROMPTS, "n_tokens": n_tokens}
 
 # %% [markdown]
 # We read {glue:text}`setting` Each prompt is read once, and the state of every head is reduced to its singular values at
@@ -106,11 +98,7 @@ ranks = {key: by_prompt(Spectrum(trace.values).effective_rank()) for key, trace 
 norms = {key: by_prompt(Spectrum(trace.values).nuclear_norm()) for key, trace in traces.items()}
 
 # %% tags=["hide-input"]
-glue(
-    "setting",
-    f"{N_PROMPTS} prompts of {n_tokens:,} tokens from each of {len(DOMAINS)} domains (seed {seed}).",
-    display=False,
-)
+glue("setting", f"{N_PROMPTS} prompts of {n_tokens:,} tokens from each of {len(DOMAINS)} domains (seed {seed}).", display=False)
 glue("positions", ", ".join(f"{t:,}" for t in POSITIONS), display=False)
 
 # %% [markdown]
@@ -142,17 +130,14 @@ settling = {
 }
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Similarity over heads between position t and the last position, mean over prompts of technical prose, bands are 95 % bootstrap intervals over prompts. The vertical line marks the registered early position. A curve that is close to 1 at the left settles early; one that climbs all the way is still turning.", "name": "fig-settling"}, "image": {"alt": "Three curves per model rising towards 1 as the early position approaches the end."}}
-figure, axes = plt.subplots(
-    1, len(MODELS), figsize=(5 * len(MODELS), 3.6), sharey=True, squeeze=False, layout="constrained"
-)
 STYLES = ({"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "s"}, {"linestyle": ":", "marker": "^"})
-for ax, name in zip(axes.flat, MODELS, strict=True):
+for name, ax in plotting.model_panels(MODELS).items():
     for (label, estimates), style in zip(settling[name].items(), STYLES, strict=True):
         plotting.plot_with_band(ax, POSITIONS[:-1], estimates, label=label, **style)
     ax.axvline(EARLY, color="0.6", linewidth=1)
-    ax.set_xscale("log", base=2)
-    ax.set(title=name, xlabel="early position t, tokens", ylabel="similarity with the end")
-_ = axes.flat[-1].legend(frameon=False, fontsize="small")
+    plotting.in_tokens(ax)
+    ax.set(xlabel="early position t, tokens", ylabel="similarity with the end")
+    ax.legend(frameon=False, fontsize="small")
 
 # %% [markdown]
 # At the registered position, t = {glue:text}`early`: Spearman {glue:text}`rho_time`; cosine of the nuclear norms {glue:text}`cosine_norm`;
@@ -183,67 +168,24 @@ for key, column in (("rho_time", 0), ("cosine_rank", 1), ("cosine_norm", 2)):
 # %%
 WINDOWS = [range(start, min(start + 32, n_tokens) + 1) for start in (1, EARLY, n_tokens // 2, n_tokens - 32)]
 STEPS = sorted({t for window in WINDOWS for t in window})
-step_norms = {
-    name: by_prompt(Spectrum(measure(name, "prose", STEPS, count=2).values).nuclear_norm()) for name in MODELS
-}
+step_norms = {name: by_prompt(Spectrum(measure(name, "prose", STEPS, count=2).values).nuclear_norm()) for name in MODELS}
+turns = {name: strata.turning(step_norms[name], STEPS) for name in MODELS}
 
-
-def turning(name):
-    """Rows (t, measured cosine, bound, sharper bound) for every prompt and every pair of neighbouring tokens."""
-    pairs = [i for i in range(1, len(STEPS)) if STEPS[i] == STEPS[i - 1] + 1]
-    for vectors in step_norms[name]:
-        largest = max(np.linalg.norm(vectors[i] - vectors[i - 1]) for i in pairs)
-        for i in pairs:
-            ratio = largest / np.linalg.norm(vectors[i - 1])
-            yield (
-                STEPS[i],
-                cosine(vectors[i], vectors[i - 1]),
-                strata.turning_bound(vectors[i - 1], largest),
-                np.sqrt(max(0.0, 1 - ratio**2)),
-            )
-
-
-turns = {name: np.array(list(turning(name))) for name in MODELS}
-
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "One minus the cosine of neighbouring norm vectors, measured (dots), and the most that Theorem 4.4 allows (dashed) and that plane geometry allows (dotted), in four windows of 32 tokens of two prompts of prose; logarithmic axes. The distance between dots and lines is how loose the bound is.", "name": "fig-turning"}, "image": {"alt": "Dots far below a dashed and a dotted line on logarithmic axes."}}
-figure, axes = plt.subplots(
-    1, len(MODELS), figsize=(5 * len(MODELS), 3.6), sharey=True, squeeze=False, layout="constrained"
-)
-for ax, name in zip(axes.flat, MODELS, strict=True):
-    t, measured, bound, sharper = turns[name][np.argsort(turns[name][:, 0], kind="stable")].T
-    ax.plot(
-        t,
-        1 - np.minimum(bound, 1),
-        linestyle="none",
-        marker="_",
-        color="black",
-        markersize=4,
-        label="allowed by Theorem 4.4",
-    )
-    ax.plot(t, 1 - sharper, linestyle="none", marker=".", color="0.6", markersize=3, label="allowed by plane geometry")
-    ax.plot(
-        t,
-        np.maximum(1 - measured, 1e-12),
-        linestyle="none",
-        marker="o",
-        color=plotting.BLUE,
-        markersize=3,
-        label="measured",
-    )
-    ax.set(title=name, xscale="log", yscale="log", xlabel="token t", ylabel="1 - cos(n(t), n(t-1))")
-_ = axes.flat[-1].legend(frameon=False, fontsize="small")
-
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "One minus the cosine of neighbouring norm vectors, measured (large dots), the most that plane geometry allows (small grey dots) and the most that Theorem 4.4 allows (black dashes), in four windows of 32 tokens of two prompts of prose; logarithmic axes. The distance between the large dots and the dashes is how loose the theorem is.", "name": "fig-turning"}, "image": {"alt": "Measured turning far below two bounds, on logarithmic axes."}}
+for name, ax in plotting.model_panels(MODELS).items():
+    plotting.plot_turning(ax, turns[name])
 
 # %%
+broken = {name: int((turns[name][:, 1] < turns[name][:, 2] - 1e-12).sum()) for name in MODELS}
+
+
 def turning_text(name):
     _, measured, bound, _ = turns[name].T
     slack = np.median((1 - bound) / np.maximum(1 - measured, 1e-12))
-    return int(
-        (measured < bound - 1e-12).sum()
-    ), f"{(measured < bound - 1e-12).sum()} of {len(measured):,}, typical slack a factor {slack:,.0f} ({name})"
+    return f"{broken[name]} of {len(bound):,}, typical slack a factor {slack:,.0f} ({name})"
 
 
-glue("turning_answer", "; ".join(turning_text(name)[1] for name in MODELS), display=False)
+glue("turning_answer", "; ".join(turning_text(name) for name in MODELS), display=False)
 
 # %% [markdown]
 # Violations: {glue:text}`turning_answer`. The bound holds, as it must, and says little: what keeps neighbouring vectors parallel is
@@ -258,23 +200,11 @@ glue("turning_answer", "; ".join(turning_text(name)[1] for name in MODELS), disp
 # (high from $d/2$ on).
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank r/d of every head at the last token for each kind of input, mean over prompts. Colour and shape are fixed by the head's label on prose: dots are high there, squares low. Where dots and squares mix, the input moved heads from one group to the other.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by domain; markers show each head's label on prose."}}
-figure, axes = plt.subplots(
-    len(MODELS), 1, figsize=(9, 3.1 * len(MODELS)), sharex=True, squeeze=False, layout="constrained"
-)
-jitter = np.random.default_rng(0).uniform(-0.25, 0.25, 4096)
+figure, axes = plt.subplots(len(MODELS), 1, figsize=(9, 3.1 * len(MODELS)), squeeze=False, layout="constrained")
 for ax, name in zip(axes.flat, MODELS, strict=True):
-    d = traces[name, "prose"].d
-    on_prose = is_high(ranks[name, "prose"].mean(0)[-1], d)
-    for column, domain in enumerate(DOMAINS):
-        values = ranks[name, domain].mean(0)[-1] / d
-        plotting.plot_head_pairs(
-            ax, column + jitter[: len(values)], values, on_prose, xlabel="", ylabel="effective rank r / d"
-        )
-    ax.set(title=name, xticks=range(len(DOMAINS)))
-    ax.set_xticklabels(DOMAINS, rotation=20)
-_ = axes.flat[0].legend(
-    ["high on prose", "low on prose"], frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
-)
+    d, at_end = traces[name, "prose"].d, {domain: ranks[name, domain].mean(0)[-1] for domain in DOMAINS}
+    plotting.plot_by_domain(ax, {domain: values / d for domain, values in at_end.items()}, is_high(at_end["prose"], d))
+    ax.set_title(name, fontsize="medium")
 
 
 # %%
@@ -323,8 +253,7 @@ smallest_kappa = {
 }
 adversarial = {
     name: {
-        domain: bootstrap(rank_agreement, ranks[name, "prose"][:, -1], ranks[name, domain][:, -1])
-        for domain in ADVERSARIAL_DOMAINS
+        domain: bootstrap(rank_agreement, ranks[name, "prose"][:, -1], ranks[name, domain][:, -1]) for domain in ADVERSARIAL_DOMAINS
     }
     for name in MODELS
 }
@@ -355,8 +284,7 @@ table = [control_row(name, "trained", trained_pairs[name]) for name in MODELS]
 table += [control_row(name, weights, control(name, weights)) for name in MODELS for weights in ("initial", "shuffled")]
 Markdown(
     claims.markdown_table(
-        ("model", "weights", "smallest Spearman over natural pairs", "median"),
-        sorted(table, key=lambda row: MODELS.index(row[0])),
+        ("model", "weights", "smallest Spearman over natural pairs", "median"), sorted(table, key=lambda row: MODELS.index(row[0]))
     )
 )
 
@@ -374,9 +302,7 @@ def gates(name):
     """log10 of the half-life in tokens, and mean write strength: (prompt, head) each."""
     trace = traces[name, "prose"]
     half_life = np.log10(np.log(2) / -trace.log_decay.numpy())
-    return tuple(
-        np.moveaxis(values, 1, 0).reshape(values.shape[1], -1) for values in (half_life, trace.write_strength.numpy())
-    )
+    return tuple(np.moveaxis(values, 1, 0).reshape(values.shape[1], -1) for values in (half_life, trace.write_strength.numpy()))
 
 
 def prediction(name, column):
@@ -389,22 +315,11 @@ for key in ("half-life", "write strength"):
     glue(f"r2 {key}", "; ".join(f"{predicted[name][key]} ({name})" for name in MODELS), display=False)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank of each head on prose against the half-life that its mean log-decay gives it, mean over prompts. Dots are high heads, squares low ones. A rising curve that saturates at 1 says that rank is memory length, cut off at d.", "name": "fig-decay"}, "image": {"alt": "Scatter of relative rank against half-life on a logarithmic axis."}}
-figure, axes = plt.subplots(
-    1, len(MODELS), figsize=(5 * len(MODELS), 3.8), sharey=True, squeeze=False, layout="constrained"
-)
-for ax, name in zip(axes.flat, MODELS, strict=True):
-    d = traces[name, "prose"].d
-    values = ranks[name, "prose"].mean(0)[-1]
-    plotting.plot_head_pairs(
-        ax,
-        10 ** gates(name)[0].mean(0),
-        values / d,
-        is_high(values, d),
-        xlabel="half-life of the state, tokens",
-        ylabel="effective rank r / d",
-    )
+for name, ax in plotting.model_panels(MODELS).items():
+    d, values = traces[name, "prose"].d, ranks[name, "prose"].mean(0)[-1]
+    half_life = 10 ** gates(name)[0].mean(0)
+    plotting.plot_head_pairs(ax, half_life, values / d, is_high(values, d), xlabel="half-life of the state, tokens", ylabel="r / d")
     ax.set(title=f"{name}: R² = {predicted[name]['half-life'].point:.2f}", xscale="log")
-_ = axes.flat[0].legend(frameon=False)
 
 # %% [markdown]
 # $R^2$ of the half-life: {glue:text}`r2 half-life`; of the mean write strength: {glue:text}`r2 write strength`. As far as decay
@@ -415,37 +330,17 @@ _ = axes.flat[0].legend(frameon=False)
 
 
 # %%
-def judge(name):
-    rho, _, cosine_norm = at_early[name]
-    order = [claims.Criterion("rho", rho, 0.90)]
-    yield claims.claim_row("C2", name, order, claims.verdict(order, partly=rho.point > 0.70))
-    turned = [claims.Criterion("cosine of n", cosine_norm, 0.98)]
-    yield claims.claim_row(
-        "C2n",
-        name,
-        turned,
-        claims.verdict(turned, partly=cosine_norm.point > 0.90),
-        note=f"; cosine of r {at_early[name][1]}",
-    )
-    count = float(turning_text(name)[0])
-    none = [claims.Criterion("violations", Estimate(count, count, count), 0.0, above=False, closed=True)]
-    yield claims.claim_row("C2b", name, none, claims.verdict(none, partly=False))
-
-
-def judge_inputs(name):
-    both = [
-        claims.Criterion("min rho", smallest_rho[name], 0.90),
-        claims.Criterion("min kappa", smallest_kappa[name], 0.80),
-    ]
-    medians = np.median(trained_pairs[name]), np.median(kappa_matrix[name][:4, :4][np.triu_indices(4, 1)])
-    yield claims.claim_row("C3", name, both, claims.verdict(both, partly=medians[0] > 0.90 and medians[1] > 0.80))
-    each = [claims.Criterion(domain, estimate, 0.90) for domain, estimate in adversarial[name].items()]
-    yield claims.claim_row(
-        "C3a", name, each, claims.verdict(each, partly=sum(c.point_beyond for c in each) >= len(each) / 2)
-    )
-
-
-verdicts = [row for name in MODELS for rows in (judge(name), judge_inputs(name)) for row in rows]
+PAIRS = np.triu_indices(len(NATURAL_DOMAINS), 1)
+verdicts = []
+for name in MODELS:
+    rho, cosine_rank, cosine_norm = at_early[name]
+    medians = [float(np.median(matrix[name][:4, :4][PAIRS])) for matrix in (rho_matrix, kappa_matrix)]
+    smallest = {"min rho": smallest_rho[name], "min kappa": smallest_kappa[name]}
+    verdicts.append(claims.judge("C2", name, {"rho": rho}))
+    verdicts.append(claims.judge("C2n", name, {"cosine of n": cosine_norm}, note=f"; cosine of r {cosine_rank}"))
+    verdicts.append(claims.judge("C2b", name, {"violations": strata.exactly(broken[name])}))
+    verdicts.append(claims.judge("C3", name, smallest, medians=medians))
+    verdicts.append(claims.judge("C3a", name, adversarial[name]))
 Markdown(claims.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
@@ -470,8 +365,4 @@ Markdown(results.stored_beside("02_input_invariance", parameters={**PARAMETERS, 
 
 # %% tags=["hide-input"]
 for key in ("C2", "C2n", "C3", "C3a"):
-    glue(
-        f"answer {key}",
-        "; ".join(f"{row['verdict']} ({row['model']})" for row in verdicts if row["claim"] == key),
-        display=False,
-    )
+    glue(f"answer {key}", claims.by_model(verdicts, key), display=False)

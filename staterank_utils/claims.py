@@ -6,7 +6,7 @@ a look. Other measures may be added and are then marked exploratory.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,28 +155,76 @@ def verdict(criteria: Sequence[Criterion], *, partly: bool) -> str:
     return PARTLY if partly or all(criterion.point_beyond for criterion in criteria) else FAILS
 
 
-def claim_row(key: str, model: str, criteria: Sequence[Criterion], judgement: str, *, note: str = "") -> dict[str, Any]:
-    """One row of the claims table, as stored in results.
+def judge(
+    key: str, model: str, measured: Mapping[str, Estimate], *, medians: Sequence[float] = (), note: str = ""
+) -> dict[str, Any]:
+    """Apply the registered rule of a claim to what was measured; the row that results store and tables show.
+
+    Args:
+        key: a claim that has a rule here (`RULES`).
+        model: what was measured.
+        measured: label -> number with its interval, in the order of the claim's measures.
+        medians: for C3 alone, the medians over pairs of the two measures.
+        note: shown behind the verdict.
 
     Raises:
-        KeyError: the claim is not registered.
+        KeyError: the claim has no rule here.
+        ValueError: not as many measures as the rule has thresholds.
+
+    Example:
+        >>> judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)})["verdict"]
+        'holds'
     """
-    assert judgement in (HOLDS, PARTLY, FAILS), judgement
+    rule = RULES[key]
+    estimates = list(measured.values())
+    thresholds = rule.thresholds * len(estimates) if rule.each else rule.thresholds
+    if len(estimates) != len(thresholds):
+        raise ValueError(f"{key} judges {len(thresholds)} measures, got {len(estimates)}: {', '.join(measured)}")
+    criteria = [
+        Criterion(label, e, t, above=up, closed=closed)
+        for (label, e), (t, up, closed) in zip(measured.items(), thresholds, strict=True)
+    ]
+    judgement = verdict(criteria, partly=rule.partly(criteria, medians))
     numbers = [
-        {
-            "label": c.label,
-            **{name: None if math.isnan(value) else round(value, 6) for name, value in asdict(c.estimate).items()},
-        }
+        {"label": c.label, **{name: None if math.isnan(x) else round(x, 6) for name, x in asdict(c.estimate).items()}}
         for c in criteria
     ]
-    return {
-        "claim": key,
-        "statement": CLAIMS[key].statement,
-        "model": model,
-        "criteria": numbers,
-        "verdict": judgement,
-        "note": note,
-    }
+    return {"claim": key, "model": model, "criteria": numbers, "verdict": judgement, "note": note}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A registered rule: thresholds as (value, must be above, value itself counts), and the condition for "holds in part".
+
+    With `each`, the one threshold is for every measure given.
+    """
+
+    thresholds: tuple[tuple[float, bool, bool], ...]
+    partly: Callable[[Sequence[Criterion], Sequence[float]], bool] = lambda criteria, medians: False
+    each: bool = False
+
+
+def _met(criteria: Sequence[Criterion]) -> int:
+    return sum(criterion.point_beyond for criterion in criteria)
+
+
+RULES = {
+    "C1": Rule(
+        ((5 / 9, True, False), (0.05, False, False), (2 / 3, True, True)), lambda criteria, _: _met(criteria) >= 2
+    ),
+    "C1b": Rule(((0.0, False, True),)),
+    "C1c": Rule(((0.5, False, False),), lambda criteria, _: criteria[0].estimate.point <= 0.9),
+    "C2": Rule(((0.90, True, False),), lambda criteria, _: criteria[0].estimate.point > 0.70),
+    "C2n": Rule(((0.98, True, False),), lambda criteria, _: criteria[0].estimate.point > 0.90),
+    "C2b": Rule(((0.0, False, True),)),
+    "C3": Rule(((0.90, True, False), (0.80, True, False)), lambda _, medians: medians[0] > 0.90 and medians[1] > 0.80),
+    "C3a": Rule(((0.90, True, False),), lambda criteria, _: 2 * _met(criteria) >= len(criteria), each=True),
+}
+
+
+def by_model(rows: Iterable[Mapping[str, Any]], key: str) -> str:
+    """The verdicts on one claim in a sentence's words, such as "holds (hybrid); does not hold (pure)"."""
+    return "; ".join(f"{row['verdict']} ({row['model']})" for row in rows if row["claim"] == key)
 
 
 def registered_table() -> str:

@@ -15,6 +15,7 @@ from matplotlib.figure import SubFigure
 from numpy.typing import NDArray
 
 from staterank_utils.strata import GAP, Estimate, is_high
+from staterank_utils.tracing import StateTrace
 
 BLUE, ORANGE, *_ = sns.color_palette("colorblind")
 HIGH = {"color": BLUE, "linestyle": "-", "marker": "o"}
@@ -29,13 +30,58 @@ def use_style() -> None:
     )
 
 
-def layer_panels(figure: SubFigure, n_panels: int, *, n_columns: int = 4) -> list[Axes]:
+def model_panels(models: Sequence[str], *, width: float = 5.0, height: float = 3.6) -> dict[str, Axes]:
+    """One titled panel a model, side by side on a shared vertical axis; sizes in inches."""
+    _, axes = plt.subplots(
+        1, len(models), figsize=(width * len(models), height), sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, name in zip(axes.flat, models, strict=True):
+        ax.set_title(name, fontsize="medium")
+    return dict(zip(models, axes.flat, strict=True))
+
+
+def panel_rows(n_panels: int) -> tuple[int, int]:
+    """Rows and columns for small panels: four in a row, or three where that leaves no hole and four would.
+
+    Example:
+        >>> panel_rows(6), panel_rows(8), panel_rows(5)
+        ((2, 3), (2, 4), (2, 4))
+    """
+    n_columns = 3 if n_panels % 3 == 0 and n_panels % 4 else 4
+    return -(-n_panels // n_columns), n_columns
+
+
+def layer_panels(figure: SubFigure, n_panels: int) -> list[Axes]:
     """Small panels on shared axes, row by row, as many as asked for."""
-    n_rows = -(-n_panels // n_columns)
+    n_rows, n_columns = panel_rows(n_panels)
     grid = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     for ax in grid.flat[n_panels:]:
         ax.set_axis_off()
     return list(grid.flat[:n_panels])
+
+
+def in_tokens(ax: Axes) -> None:
+    """A logarithmic horizontal axis whose ticks are plain numbers of tokens."""
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def plot_all_ranks(traces: Mapping[str, StateTrace], ranks: Mapping[str, NDArray]) -> None:
+    """A figure with `plot_ranks_over_time` for every layer of every model.
+
+    Args:
+        traces: model -> its trace.
+        ranks: model -> effective ranks (layer, position, head).
+    """
+    n_rows = [panel_rows(len(trace.layers))[0] for trace in traces.values()]
+    figure = plt.figure(figsize=(10, 1.9 * sum(n_rows) + 0.6 * len(n_rows)), layout="constrained")
+    parts = figure.subfigures(len(n_rows), squeeze=False, height_ratios=n_rows)
+    for part, (name, trace) in zip(parts.flat, traces.items(), strict=True):
+        part.suptitle(f"{name}: {ranks[name][:, 0].size} heads, d = {trace.d}", fontsize="medium")
+        part.supxlabel("tokens read, t", fontsize="small")
+        part.supylabel("effective rank r", fontsize="small")
+        axes = layer_panels(part, len(trace.layers))
+        plot_ranks_over_time(axes, trace.positions, ranks[name], d=trace.d, layers=trace.layers)
 
 
 def plot_ranks_over_time(
@@ -55,7 +101,7 @@ def plot_ranks_over_time(
         for head, high in zip(layer_ranks.T, is_high(layer_ranks[-1], d), strict=True):
             ax.plot(positions, head, markersize=2.5, linewidth=1, alpha=0.85, **(HIGH if high else LOW))
         ax.plot(positions, bound, color="black", linewidth=1, linestyle=":")
-        ax.set_xscale("log", base=2)
+        in_tokens(ax)
         ax.set_title(f"layer {layer}", fontsize="medium")
         ax.set_ylim(0, 1.12 * d)
     axes[0].annotate(
@@ -86,6 +132,43 @@ def plot_rank_distribution(ax: Axes, groups: Mapping[str, NDArray]) -> None:
     )
     ax.set(xlabel="share of heads, sorted", ylabel="effective rank r / d", xlim=(0, 1), ylim=(-0.02, 1.05))
     ax.legend(frameon=False, fontsize="small")
+
+
+def plot_thresholds(ax: Axes, curves: Mapping[float, NDArray], *, registered: float) -> None:
+    """Sorted r/d over heads, one grey line a threshold, the smaller the darker; the registered one is thick."""
+    for (threshold, values), grey in zip(curves.items(), np.linspace(0.75, 0, len(curves)), strict=True):
+        width = 3 if threshold == registered else 1.2
+        ax.plot(
+            np.linspace(0, 1, len(values)), np.sort(values), color=str(grey), linewidth=width, label=f"{threshold:.0e}"
+        )
+    ax.set(xlabel="share of heads, sorted", ylabel="effective rank r / d")
+    ax.legend(title="threshold ε", frameon=False, fontsize="small")
+
+
+def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.bool_]) -> None:
+    """One column of heads a kind of input, r/d upwards; marks are by the label given, columns spread for legibility."""
+    spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(high))
+    for column, relative in enumerate(values.values()):
+        plot_head_pairs(ax, column + spread, relative, high, xlabel="", ylabel="effective rank r / d")
+    ax.set_xticks(range(len(values)), list(values), rotation=20)
+    ax.legend(
+        ["high on prose", "low on prose"], frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+
+
+def plot_turning(ax: Axes, rows: NDArray) -> None:
+    """1 - cosine of neighbouring vectors, measured and allowed, against t on logarithmic axes; rows from `strata.turning`."""
+    t, measured, bound, plane = rows.T
+    ax.plot(t, 1 - bound, linestyle="none", marker="_", color="black", markersize=5, label="allowed by Theorem 4.4")
+    ax.plot(t, 1 - plane, linestyle="none", marker=".", color="0.6", markersize=3, label="allowed by plane geometry")
+    ax.plot(
+        t, np.maximum(1 - measured, 1e-12), linestyle="none", marker="o", color=BLUE, markersize=3, label="measured"
+    )
+    ax.set(yscale="log", xlabel="token t", ylabel="1 - cos(n(t), n(t-1))")
+    in_tokens(ax)
+    ax.legend(
+        frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=0.8
+    )
 
 
 def plot_head_pairs(ax: Axes, x: NDArray, y: NDArray, high: NDArray[np.bool_], *, xlabel: str, ylabel: str) -> None:

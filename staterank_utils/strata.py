@@ -4,7 +4,7 @@ Statistics here take NumPy arrays (or anything that NumPy reads) over heads. `bo
 drawing the prompts anew, because prompts are what a measurement could have drawn differently.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import diptest
@@ -79,6 +79,11 @@ def bootstrap(
     return Estimate(point, float(low), float(high))
 
 
+def exactly(value: float) -> Estimate:
+    """A number without uncertainty, such as a count."""
+    return Estimate(float(value), float(value), float(value))
+
+
 # ---------------------------------------------------------------- two groups
 
 
@@ -147,6 +152,20 @@ def dip_p_value(values: ArrayLike) -> float:
     if len(x) < 4:
         raise ValueError(f"the dip test needs at least 4 values, got {len(x)}")
     return float(diptest.diptest(x)[1])
+
+
+def two_groups(values: ArrayLike) -> dict[str, Estimate]:
+    """The registered evidence for two groups (claim C1): Sarle's coefficient, dip p value, share outside the gap.
+
+    Args:
+        values: relative ranks r/d, (prompt, head); the statistics are of the means over prompts.
+
+    Example:
+        >>> list(two_groups(np.tile([0.0, 1.0, 0.1, 0.9], (3, 10))))
+        ['Sarle', 'dip p', 'share outside']
+    """
+    statistics = {"Sarle": sarle_coefficient, "dip p": dip_p_value, "share outside": share_outside}
+    return {label: bootstrap(lambda x, f=f: f(x.mean(0)), np.asarray(values)) for label, f in statistics.items()}
 
 
 def share_outside(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> float:
@@ -234,6 +253,37 @@ def r_squared(x: ArrayLike, y: ArrayLike) -> float:
     a, b = a - a.mean(), b - b.mean()
     norm = (a @ a) * (b @ b)
     return float((a @ b) ** 2 / norm) if norm > 0 else float("nan")
+
+
+def turning(vectors: ArrayLike, positions: Sequence[int]) -> NDArray[np.float64]:
+    """How far a vector over heads turns at each token, beside what allows it.
+
+    Args:
+        vectors: n(t), (prompt, position, head).
+        positions: t of each; only pairs of neighbouring tokens are used.
+
+    Returns:
+        Rows (t, cosine of n(t) and n(t-1), `turning_bound`, the bound of plane geometry sqrt(1 - r^2)), prompt by prompt.
+        B is the largest step of a prompt among the pairs used, which is at most the paper's.
+
+    Raises:
+        ValueError: no two positions are neighbours.
+
+    Example:
+        >>> turning([[[1.0, 0.0], [1.0, 0.1]]], [4, 5])[:, :2].round(3).tolist()
+        [[5.0, 0.995]]
+    """
+    pairs = [i for i in range(1, len(positions)) if positions[i] == positions[i - 1] + 1]
+    if not pairs:
+        raise ValueError(f"no two of the positions {list(positions)} are neighbours")
+    rows = []
+    for path in np.asarray(vectors, dtype=np.float64):
+        largest = max(float(np.linalg.norm(path[i] - path[i - 1])) for i in pairs)
+        for i in pairs:
+            ratio = largest / float(np.linalg.norm(path[i - 1]))
+            plane = np.sqrt(max(0.0, 1 - ratio**2))
+            rows.append((positions[i], cosine(path[i], path[i - 1]), turning_bound(path[i - 1], largest), plane))
+    return np.array(rows)
 
 
 def turning_bound(before: ArrayLike, largest_step: float) -> float:

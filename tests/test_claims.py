@@ -44,7 +44,7 @@ def test_the_registered_list_is_complete() -> None:
 
 
 def test_overview_shows_verdicts_and_what_is_not_yet_tested(tmp_path: Path) -> None:
-    row = claims.claim_row("C2", "hybrid", [Criterion("rho", Estimate(0.95, 0.92, 0.97), 0.90)], HOLDS)
+    row = claims.judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)})
     (tmp_path / "02_input_invariance.json").write_text(json.dumps({"rows": [row]}))
     table = claims.overview_table([tmp_path], ["hybrid", "pure"]).splitlines()
     c2 = next(line for line in table if line.startswith("| **C2** "))
@@ -54,10 +54,50 @@ def test_overview_shows_verdicts_and_what_is_not_yet_tested(tmp_path: Path) -> N
 
 
 def test_an_undefined_number_is_stored_as_null_and_shown_as_such() -> None:
-    row = claims.claim_row("C3", "pure", [Criterion("min kappa", Estimate(NAN, NAN, NAN), 0.8)], FAILS)
+    row = claims.judge("C2", "pure", {"rho": Estimate(NAN, NAN, NAN)})
+    assert row["verdict"] == FAILS
     assert row["criteria"][0]["point"] is None
     assert "undefined" in claims.verdict_table([row])
 
 
 def test_bars_in_cells_do_not_break_a_table() -> None:
     assert claims.markdown_table(("a",), [("x|y",)]).splitlines()[-1] == "| x\\|y |"
+
+
+def at(point: float, width: float = 0.0) -> Estimate:
+    return Estimate(float(point), point - width, point + width)
+
+
+@pytest.mark.parametrize(
+    ("key", "measured", "medians", "expected"),
+    [
+        ("C1", [at(0.7), at(0.01), at(2 / 3)], (), HOLDS),
+        ("C1", [at(0.7), at(0.2), at(0.7)], (), PARTLY),
+        ("C1", [at(0.7, 0.2), at(0.01), at(0.7)], (), PARTLY),
+        ("C1", [at(0.7), at(0.2), at(0.5)], (), FAILS),
+        ("C1b", [at(0)], (), HOLDS),
+        ("C1b", [at(1)], (), FAILS),
+        ("C1c", [at(0.3)], (), HOLDS),
+        ("C1c", [at(0.9)], (), PARTLY),
+        ("C1c", [at(0.95)], (), FAILS),
+        ("C2", [at(0.71)], (), PARTLY),
+        ("C2", [at(0.70)], (), FAILS),
+        ("C2n", [at(0.985)], (), HOLDS),
+        ("C2n", [at(0.97)], (), PARTLY),
+        ("C2n", [at(0.72)], (), FAILS),
+        ("C3", [at(0.95), at(0.85)], (0.95, 0.9), HOLDS),
+        ("C3", [at(0.85), at(0.85)], (0.95, 0.9), PARTLY),
+        ("C3", [at(0.85), at(0.85)], (0.95, 0.8), FAILS),
+        ("C3a", [at(0.95)] * 4, (), HOLDS),
+        ("C3a", [at(0.95)] * 2 + [at(0.1)] * 2, (), PARTLY),
+        ("C3a", [at(0.95)] + [at(0.1)] * 3, (), FAILS),
+    ],
+)
+def test_each_claim_s_own_rule(key: str, measured: list[Estimate], medians: tuple[float, ...], expected: str) -> None:
+    labelled = {str(index): estimate for index, estimate in enumerate(measured)}
+    assert claims.judge(key, "m", labelled, medians=medians)["verdict"] == expected
+
+
+def test_a_rule_refuses_too_many_measures() -> None:
+    with pytest.raises(ValueError, match="C2 judges 1 measures, got 2"):
+        claims.judge("C2", "m", {"a": at(1), "b": at(1)})

@@ -78,6 +78,17 @@ def test_reduce_sees_every_state_and_keeps_none(tiny_model, prompts: torch.Tenso
     assert torch.equal(reduced.values, effective_rank(kept.values))
 
 
+def test_with_reduce_no_state_outlives_the_next_segment(tiny_model, prompts: torch.Tensor) -> None:
+    places: set[int] = set()
+
+    def note(state: torch.Tensor) -> torch.Tensor:
+        places.add(state.data_ptr())
+        return state.sum((-2, -1))
+
+    trace_states(tiny_model, prompts, positions=list(range(2, 151, 2)), reduce=note, batch_size=3)
+    assert len(places) == len(linear_layers(tiny_model))
+
+
 def test_rank_is_at_most_the_number_of_tokens(tiny_model, prompts: torch.Tensor) -> None:
     trace = trace_states(tiny_model, prompts, positions=POSITIONS, reduce=effective_rank)
     bound = torch.tensor([min(t, trace.d) for t in POSITIONS])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from staterank_utils import Spectrum, domain_prompts, load_model, singular_values, trace_states
 from staterank_utils.layouts import linear_layers, modeling_module
-from staterank_utils.models import CHECKPOINTS, choose_kernels, initial_model
+from staterank_utils.models import CHECKPOINTS, EMBEDDED, choose_kernels, initial_model
 from training import train as training
 from training.corpus import encode, read_books
 from training.fast_forward import FastForward
@@ -140,3 +141,14 @@ def test_the_stored_records_of_the_embedded_models_are_whole() -> None:
             assert all(
                 set(m) == {"effective_rank", "nuclear_norm", "log_decay", "write_strength"} for m in domains.values()
             )
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_record_at_step_0_is_what_the_initial_weights_give_here(name: str, tokenizer) -> None:
+    record = json.loads((CHECKPOINTS.parent / "results" / "training" / f"{name}.json").read_text())["record"]
+    n_prompts, n_tokens = record["prompts_a_domain"], record["n_tokens"]
+    # Generated prompts are the same on every version of Python, those from its documentation are not.
+    prompts = domain_prompts("arithmetic", tokenizer, n_prompts=n_prompts, n_tokens=n_tokens, seed=0)
+    trace = trace_states(load_model(name, weights="initial"), prompts, positions=[n_tokens], reduce=singular_values)
+    stored = torch.tensor(record["steps"]["0"]["arithmetic"]["nuclear_norm"], dtype=torch.float64)
+    torch.testing.assert_close(Spectrum(trace.values[:, :, 0]).nuclear_norm().mean(1), stored, rtol=1e-4, atol=0)
