@@ -24,11 +24,15 @@
 
 # %% tags=["remove-cell"]
 import importlib.util
+import os
+
+from IPython import get_ipython
 
 if importlib.util.find_spec("staterank_utils") is None:
-    raise ModuleNotFoundError(
-        "clone the repository and run `pip install -e .` in it: this page needs staterank_utils and its models"
-    )
+    # On Colab: fetch the repository, with its models, and work in it.
+    get_ipython().system("git clone --depth 1 https://github.com/staterank/staterank-book")
+    get_ipython().system("pip install -q ./staterank-book myst-nb")
+    os.chdir("staterank-book")
 
 # %%
 from pathlib import Path
@@ -67,7 +71,14 @@ results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
 N_PROMPTS = n_prompts or {"quick": 6, "full": 16}[profile]
 POSITIONS = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if t < n_tokens] + [n_tokens]
-PARAMETERS = {"model": model, "revision": revision, "profile": profile, "seed": seed, "n_prompts": N_PROMPTS, "n_tokens": n_tokens}
+PARAMETERS = {
+    "model": model,
+    "revision": revision,
+    "profile": profile,
+    "seed": seed,
+    "n_prompts": N_PROMPTS,
+    "n_tokens": n_tokens,
+}
 
 # %% [markdown]
 # ## How many directions does a state use?
@@ -86,7 +97,11 @@ PARAMETERS = {"model": model, "revision": revision, "profile": profile, "seed": 
 def measure(name, positions, weights="trained"):
     """Singular values (layer, prompt, position, head, d) on technical prose."""
     prompts = domain_prompts(
-        "prose", load_tokenizer(name, revision=revision or None), n_prompts=N_PROMPTS, n_tokens=n_tokens, seed=seed
+        "prose",
+        load_tokenizer(name, revision=revision or None),
+        n_prompts=N_PROMPTS,
+        n_tokens=n_tokens,
+        seed=seed,
     )
     network = load_model(name, revision=revision or None, weights=weights, seed=seed)
     return trace_states(network, prompts, positions=positions, reduce=singular_values)
@@ -121,7 +136,11 @@ plotting.plot_all_ranks(traces, {name: table.mean(1).numpy() for name, table in 
 # %%
 BOUND = {name: np.minimum(np.array(POSITIONS), trace.d)[None, None, :, None] for name, trace in traces.items()}
 violations = {name: int((ranks[name].numpy() > BOUND[name]).sum()) for name in MODELS}
-glue("bound_violations", "; ".join(f"{violations[name]} in {ranks[name].numel():,} ({name})" for name in MODELS), display=False)
+glue(
+    "bound_violations",
+    "; ".join(f"{violations[name]} in {ranks[name].numel():,} ({name})" for name in MODELS),
+    display=False,
+)
 
 # %% [markdown]
 # ## Are there two groups?
@@ -149,9 +168,14 @@ evidence = {name: strata.two_groups(values) for name, values in relative.items()
 # stratification is a property of the recurrence and its gates, not of what pre-training wrote into them.
 
 # %%
-controls = {name: {kind: measure(name, [n_tokens], kind) for kind in ("initial", "shuffled")} for name in MODELS}
+controls = {
+    name: {kind: measure(name, [n_tokens], kind) for kind in ("initial", "shuffled")} for name in MODELS
+}
 control_relative = {
-    name: {kind: heads_at_end(name, Spectrum(trace.values).effective_rank().double()) for kind, trace in kinds.items()}
+    name: {
+        kind: heads_at_end(name, Spectrum(trace.values).effective_rank().double())
+        for kind, trace in kinds.items()
+    }
     for name, kinds in controls.items()
 }
 
@@ -164,11 +188,19 @@ for name, ax in plotting.model_panels(MODELS).items():
 # %%
 def evidence_row(name, label, values):
     numbers = [f"{estimate.point:.3f}" for estimate in strata.two_groups(values).values()]
-    return name, label, *numbers, f"{(values.mean(0) < 0.2).sum()}", f"{(values.mean(0) > 0.8).sum()}"
+    return (name, label, *numbers, f"{(values.mean(0) < 0.2).sum()}", f"{(values.mean(0) > 0.8).sum()}")
 
 
-table = [evidence_row(name, *item) for name in MODELS for item in [("trained", relative[name]), *control_relative[name].items()]]
-Markdown(claims.markdown_table(("model", "weights", "Sarle", "dip p", "share outside", "heads under 0.2 d", "over 0.8 d"), table))
+table = [
+    evidence_row(name, *item)
+    for name in MODELS
+    for item in [("trained", relative[name]), *control_relative[name].items()]
+]
+Markdown(
+    claims.markdown_table(
+        ("model", "weights", "Sarle", "dip p", "share outside", "heads under 0.2 d", "over 0.8 d"), table
+    )
+)
 
 # %% [markdown]
 # Read the table by its rows: a control that passes the criteria takes the claim's news away. That there are groups is then not
@@ -182,14 +214,18 @@ def before_and_after(name):
     return np.stack([control_relative[name]["initial"], relative[name]], 1)
 
 
-rho_initial = {name: bootstrap(lambda x: strata.spearman(*x.mean(0)), before_and_after(name)) for name in MODELS}
+rho_initial = {
+    name: bootstrap(lambda x: strata.spearman(*x.mean(0)), before_and_after(name)) for name in MODELS
+}
 glue("rho_initial", "; ".join(f"{estimate} ({name})" for name, estimate in rho_initial.items()), display=False)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank of each head before training (horizontal) and after it (vertical), at the last token, mean over the same prompts. Dots are heads that end high, squares heads that end low. On the dotted diagonal training changed nothing; a cloud without direction is a grouping that training made.", "name": "fig-init"}, "image": {"alt": "Scatter of relative rank before against after training with a dotted diagonal."}}
 for name, ax in plotting.model_panels(MODELS, height=4.2).items():
     before, after = before_and_after(name).mean(0)
     ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
-    plotting.plot_head_pairs(ax, before, after, after >= strata.LOW_UNDER, xlabel="r / d before training", ylabel="r / d after")
+    plotting.plot_head_pairs(
+        ax, before, after, after >= strata.LOW_UNDER, xlabel="r / d before training", ylabel="r / d after"
+    )
 
 # %% [markdown]
 # ## Does it depend on the threshold?
@@ -203,7 +239,9 @@ THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 spectra = {name: Spectrum(trace.values) for name, trace in traces.items()}
 for name, ax in plotting.model_panels(MODELS).items():
     tables = {eps: spectra[name].effective_rank(rel_tol=eps).double() for eps in THRESHOLDS}
-    plotting.plot_thresholds(ax, {eps: heads_at_end(name, table).mean(0) for eps, table in tables.items()}, registered=1e-4)
+    plotting.plot_thresholds(
+        ax, {eps: heads_at_end(name, table).mean(0) for eps, table in tables.items()}, registered=1e-4
+    )
 
 # %% [markdown]
 # Two measures need no threshold. The *stable rank* $\|S\|_F^2/\sigma_1^2$ weighs a direction by its energy; the *entropy rank*
@@ -244,9 +282,14 @@ Markdown(claims.verdict_table(verdicts))
 # %% tags=["hide-input"]
 if results_folder:
     checkpoints = results.embedded_folders(MODELS)
-    record = {"provenance": results.provenance(parameters=PARAMETERS, checkpoints=checkpoints), "rows": verdicts}
+    record = {
+        "provenance": results.provenance(parameters=PARAMETERS, checkpoints=checkpoints),
+        "rows": verdicts,
+    }
     results.write_json(Path(results_folder, "01_stratification.json"), record)
-Markdown(results.stored_beside("01_stratification", parameters={**PARAMETERS, "profile": "full", "n_prompts": 16}))
+Markdown(
+    results.stored_beside("01_stratification", parameters={**PARAMETERS, "profile": "full", "n_prompts": 16})
+)
 
 # %% [markdown]
 # In answer to the three points at the top:

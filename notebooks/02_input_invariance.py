@@ -24,14 +24,18 @@
 
 # %% tags=["remove-cell"]
 import importlib.util
+import os
+
+from IPython import get_ipython
 
 if importlib.util.find_spec("staterank_utils") is None:
-    raise ModuleNotFoundError(
-        "clone the repository and run `pip install -e .` in it: this page needs staterank_utils and its models"
-    )
+    # On Colab: fetch the repository, with its models, and work in it.
+    get_ipython().system("git clone --depth 1 https://github.com/staterank/staterank-book")
+    get_ipython().system("pip install -q ./staterank-book myst-nb")
+    os.chdir("staterank-book")
 
 # %%
-from itertools import combinations
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -50,7 +54,7 @@ from staterank_utils import (
     strata,
     trace_states,
 )
-from staterank_utils.strata import bootstrap, cohen_kappa, cosine, is_high, spearman
+from staterank_utils.strata import bootstrap, cosine, is_high, mean_kappa, mean_spearman, spearman
 from staterank_utils.tasks import ADVERSARIAL_DOMAINS, NATURAL_DOMAINS
 
 plotting.use_style()
@@ -72,7 +76,14 @@ N_PROMPTS = n_prompts or {"quick": 4, "full": 16}[profile]
 DOMAINS = NATURAL_DOMAINS + ADVERSARIAL_DOMAINS
 EARLY = min(128, n_tokens // 2)  # the registered early position
 POSITIONS = [t for t in (32, 64, 128, 256, 512, 1024) if t < n_tokens] + [n_tokens]
-PARAMETERS = {"model": model, "revision": revision, "profile": profile, "seed": seed, "n_prompts": N_PROMPTS, "n_tokens": n_tokens}
+PARAMETERS = {
+    "model": model,
+    "revision": revision,
+    "profile": profile,
+    "seed": seed,
+    "n_prompts": N_PROMPTS,
+    "n_tokens": n_tokens,
+}
 
 # %% [markdown]
 # We read {glue:text}`setting` Each prompt is read once, and the state of every head is reduced to its singular values at
@@ -98,7 +109,11 @@ ranks = {key: by_prompt(Spectrum(trace.values).effective_rank()) for key, trace 
 norms = {key: by_prompt(Spectrum(trace.values).nuclear_norm()) for key, trace in traces.items()}
 
 # %% tags=["hide-input"]
-glue("setting", f"{N_PROMPTS} prompts of {n_tokens:,} tokens from each of {len(DOMAINS)} domains (seed {seed}).", display=False)
+glue(
+    "setting",
+    f"{N_PROMPTS} prompts of {n_tokens:,} tokens from each of {len(DOMAINS)} domains (seed {seed}).",
+    display=False,
+)
 glue("positions", ", ".join(f"{t:,}" for t in POSITIONS), display=False)
 
 # %% [markdown]
@@ -111,7 +126,7 @@ glue("positions", ", ".join(f"{t:,}" for t in POSITIONS), display=False)
 
 # %%
 def against_end(table, similarity, early):
-    """Similarity over heads between position `early` and the last; table (prompt, position, head)."""
+    """Similarity over heads between position `early` and the last."""
     pair = table[:, [POSITIONS.index(early), -1]]
     return bootstrap(lambda x: similarity(*x.mean(0)), pair)
 
@@ -121,16 +136,17 @@ SERIES = {
     "vector of ranks (cosine)": (ranks, cosine),
     "vector of nuclear norms (cosine)": (norms, cosine),
 }
-settling = {
-    name: {
-        label: [against_end(table[name, "prose"], similarity, t) for t in POSITIONS[:-1]]
-        for label, (table, similarity) in SERIES.items()
-    }
-    for name in MODELS
-}
+settling = {name: {} for name in MODELS}
+for name, (label, (table, similarity)) in product(MODELS, SERIES.items()):
+    early = [against_end(table[name, "prose"], similarity, t) for t in POSITIONS[:-1]]
+    settling[name][label] = early
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Similarity over heads between position t and the last position, mean over prompts of technical prose, bands are 95 % bootstrap intervals over prompts. The vertical line marks the registered early position. A curve that is close to 1 at the left settles early; one that climbs all the way is still turning.", "name": "fig-settling"}, "image": {"alt": "Three curves per model rising towards 1 as the early position approaches the end."}}
-STYLES = ({"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "s"}, {"linestyle": ":", "marker": "^"})
+STYLES = (
+    {"linestyle": "-", "marker": "o"},
+    {"linestyle": "--", "marker": "s"},
+    {"linestyle": ":", "marker": "^"},
+)
 for name, ax in plotting.model_panels(MODELS).items():
     for (label, estimates), style in zip(settling[name].items(), STYLES, strict=True):
         plotting.plot_with_band(ax, POSITIONS[:-1], estimates, label=label, **style)
@@ -166,16 +182,18 @@ for key, column in (("rho_time", 0), ("cosine_rank", 1), ("cosine_norm", 2)):
 # within them, which makes the test stricter than the theorem.
 
 # %%
-WINDOWS = [range(start, min(start + 32, n_tokens) + 1) for start in (1, EARLY, n_tokens // 2, n_tokens - 32)]
-STEPS = sorted({t for window in WINDOWS for t in window})
-step_norms = {name: by_prompt(Spectrum(measure(name, "prose", STEPS, count=2).values).nuclear_norm()) for name in MODELS}
-turns = {name: strata.turning(step_norms[name], STEPS) for name in MODELS}
+STARTS = (1, EARLY, n_tokens // 2, n_tokens - 32)
+STEPS = sorted({t for start in STARTS for t in range(start, start + 33) if t <= n_tokens})
+turns = {}
+for name in MODELS:
+    trace = measure(name, "prose", STEPS, count=2)
+    turns[name] = strata.turning(by_prompt(Spectrum(trace.values).nuclear_norm()), STEPS)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "One minus the cosine of neighbouring norm vectors, measured (large dots), the most that plane geometry allows (small grey dots) and the most that Theorem 4.4 allows (black dashes), in four windows of 32 tokens of two prompts of prose; logarithmic axes. The distance between the large dots and the dashes is how loose the theorem is.", "name": "fig-turning"}, "image": {"alt": "Measured turning far below two bounds, on logarithmic axes."}}
 for name, ax in plotting.model_panels(MODELS).items():
     plotting.plot_turning(ax, turns[name])
 
-# %%
+# %% tags=["hide-input"]
 broken = {name: int((turns[name][:, 1] < turns[name][:, 2] - 1e-12).sum()) for name in MODELS}
 
 
@@ -202,34 +220,31 @@ glue("turning_answer", "; ".join(turning_text(name) for name in MODELS), display
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank r/d of every head at the last token for each kind of input, mean over prompts. Colour and shape are fixed by the head's label on prose: dots are high there, squares low. Where dots and squares mix, the input moved heads from one group to the other.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by domain; markers show each head's label on prose."}}
 figure, axes = plt.subplots(len(MODELS), 1, figsize=(9, 3.1 * len(MODELS)), squeeze=False, layout="constrained")
 for ax, name in zip(axes.flat, MODELS, strict=True):
-    d, at_end = traces[name, "prose"].d, {domain: ranks[name, domain].mean(0)[-1] for domain in DOMAINS}
-    plotting.plot_by_domain(ax, {domain: values / d for domain, values in at_end.items()}, is_high(at_end["prose"], d))
+    d, means = (traces[name, "prose"].d, {domain: ranks[name, domain][:, -1].mean(0) for domain in DOMAINS})
+    plotting.plot_by_domain(
+        ax, {domain: values / d for domain, values in means.items()}, is_high(means["prose"], d)
+    )
     ax.set_title(name, fontsize="medium")
 
-
 # %%
-def rank_agreement(x, y):
-    """Spearman of mean ranks; x and y (prompt, head)."""
-    return spearman(x.mean(0), y.mean(0))
+at_end = {key: table[:, -1] for key, table in ranks.items()}
+d_of = {name: traces[name, "prose"].d for name in MODELS}
 
 
-def label_agreement(d):
-    return lambda x, y: cohen_kappa(is_high(x.mean(0), d), is_high(y.mean(0), d))
+def matrices(name, domains):
+    tables = [at_end[name, domain] for domain in domains]
+    return [strata.pairwise(f, tables) for f in (mean_spearman, mean_kappa(d_of[name]))]
 
 
-def agreement(name, statistic, table=ranks, domains=DOMAINS):
-    """Matrix over pairs of domains, at the last position."""
-    return np.array([[statistic(table[name, a][:, -1], table[name, b][:, -1]) for b in domains] for a in domains])
-
-
-rho_matrix = {name: agreement(name, rank_agreement) for name in MODELS}
-kappa_matrix = {name: agreement(name, label_agreement(traces[name, "prose"].d)) for name in MODELS}
+agreement = {name: matrices(name, DOMAINS) for name in MODELS}
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Agreement between every pair of inputs, over all heads at the last token: Spearman correlation of mean ranks (left) and Cohen's kappa of the labels (right), one row a model. The first four inputs are natural, the last four adversarial. An empty cell is undefined, because all heads are in one group for both inputs.", "name": "fig-agreement"}, "image": {"alt": "Heat maps of Spearman and kappa between eight domains for each model."}}
-figure, axes = plt.subplots(len(MODELS), 2, figsize=(10, 4.6 * len(MODELS)), squeeze=False, layout="constrained")
+figure, axes = plt.subplots(
+    len(MODELS), 2, figsize=(10, 4.6 * len(MODELS)), squeeze=False, layout="constrained"
+)
 for row, name in zip(axes, MODELS, strict=True):
-    plotting.plot_agreement(row[0], rho_matrix[name], DOMAINS, title=f"{name}: Spearman of ranks")
-    plotting.plot_agreement(row[1], kappa_matrix[name], DOMAINS, title=f"{name}: kappa of labels")
+    for ax, matrix, label in zip(row, agreement[name], ("Spearman of ranks", "kappa of labels"), strict=True):
+        plotting.plot_agreement(ax, matrix, DOMAINS, title=f"{name}: {label}")
 
 # %% [markdown]
 # The registered measure for natural inputs (claim C3) is the *smallest* agreement over the six pairs, since one input that reorders
@@ -238,55 +253,41 @@ for row, name in zip(axes, MODELS, strict=True):
 
 
 # %%
-def natural(name, table=ranks):
-    return [table[name, domain][:, -1] for domain in NATURAL_DOMAINS]
-
-
-def over_pairs(summary, statistic):
-    return lambda *groups: summary([statistic(a, b) for a, b in combinations(groups, 2)])
-
-
-smallest_rho = {name: bootstrap(over_pairs(np.min, rank_agreement), *natural(name), n_resamples=500) for name in MODELS}
-smallest_kappa = {
-    name: bootstrap(over_pairs(np.min, label_agreement(traces[name, "prose"].d)), *natural(name), n_resamples=500)
-    for name in MODELS
-}
-adversarial = {
-    name: {
-        domain: bootstrap(rank_agreement, ranks[name, "prose"][:, -1], ranks[name, domain][:, -1]) for domain in ADVERSARIAL_DOMAINS
+smallest, adversarial = {}, {}
+for name in MODELS:
+    tables = [at_end[name, domain] for domain in NATURAL_DOMAINS]
+    smallest[name] = {
+        "min rho": strata.smallest_over_pairs(mean_spearman, tables),
+        "min kappa": strata.smallest_over_pairs(mean_kappa(d_of[name]), tables),
     }
-    for name in MODELS
-}
+    adversarial[name] = {
+        domain: bootstrap(mean_spearman, at_end[name, "prose"], at_end[name, domain])
+        for domain in ADVERSARIAL_DOMAINS
+    }
 
 # %% [markdown]
 # ### Would a model that learned nothing agree as well?
 #
 # If heads of an untrained model keep their order across inputs too, agreement across inputs is no sign of a function that was
-# learned: the gates' constants alone may set it. Same measure, on the weights before training and on shuffled weights.
+# learned: the gates' constants alone may set it. Same measure on two prompts a domain, for the weights as trained, before training
+# and shuffled. Where the three rows are alike, agreement across inputs says nothing about what was learned.
 
 
 # %%
-def control(name, weights):
-    pairs = {
-        (name, domain): by_prompt(Spectrum(measure(name, domain, [n_tokens], weights, count=2).values).effective_rank())
-        for domain in NATURAL_DOMAINS
-    }
-    matrix = agreement(name, rank_agreement, pairs, NATURAL_DOMAINS)
-    return matrix[np.triu_indices(len(NATURAL_DOMAINS), 1)]
+def natural_pairs(name, weights, count):
+    """Spearman over heads for every pair of natural inputs."""
+    tables = []
+    for domain in NATURAL_DOMAINS:
+        trace = measure(name, domain, [n_tokens], weights, count)
+        tables.append(by_prompt(Spectrum(trace.values).effective_rank())[:, -1])
+    return strata.off_diagonal(strata.pairwise(mean_spearman, tables))
 
 
-def control_row(name, weights, values):
-    return name, weights, f"{values.min():.3f}", f"{np.median(values):.3f}"
-
-
-trained_pairs = {name: rho_matrix[name][:4, :4][np.triu_indices(4, 1)] for name in MODELS}
-table = [control_row(name, "trained", trained_pairs[name]) for name in MODELS]
-table += [control_row(name, weights, control(name, weights)) for name in MODELS for weights in ("initial", "shuffled")]
-Markdown(
-    claims.markdown_table(
-        ("model", "weights", "smallest Spearman over natural pairs", "median"), sorted(table, key=lambda row: MODELS.index(row[0]))
-    )
-)
+table = []
+for name, weights in product(MODELS, ("trained", "initial", "shuffled")):
+    pairs = natural_pairs(name, weights, count=2)
+    table.append((name, weights, f"{pairs.min():.3f}", f"{np.median(pairs):.3f}"))
+Markdown(claims.markdown_table(("model", "weights", "smallest Spearman", "median"), table))
 
 # %% [markdown]
 # ## What predicts a head's rank?
@@ -298,31 +299,38 @@ Markdown(
 
 
 # %%
-def gates(name):
-    """log10 of the half-life in tokens, and mean write strength: (prompt, head) each."""
-    trace = traces[name, "prose"]
-    half_life = np.log10(np.log(2) / -trace.log_decay.numpy())
-    return tuple(np.moveaxis(values, 1, 0).reshape(values.shape[1], -1) for values in (half_life, trace.write_strength.numpy()))
+def flat(values):
+    """(layer, prompt, head) -> (prompt, layer and head)"""
+    return values.transpose(0, 1).flatten(1).numpy()
 
 
-def prediction(name, column):
-    predictor = gates(name)[column]
-    return bootstrap(lambda x: strata.r_squared(*x.mean(0)), np.stack([predictor, ranks[name, "prose"][:, -1]], 1))
+log_half_life = {name: np.log10(np.log(2) / -flat(traces[name, "prose"].log_decay)) for name in MODELS}
+strength = {name: flat(traces[name, "prose"].write_strength) for name in MODELS}
 
 
-predicted = {name: {"half-life": prediction(name, 0), "write strength": prediction(name, 1)} for name in MODELS}
-for key in ("half-life", "write strength"):
-    glue(f"r2 {key}", "; ".join(f"{predicted[name][key]} ({name})" for name in MODELS), display=False)
+def explained(name, predictor):
+    pair = np.stack([predictor[name], at_end[name, "prose"]], 1)
+    return bootstrap(lambda x: strata.r_squared(*x.mean(0)), pair)
+
+
+by_half_life = {name: explained(name, log_half_life) for name in MODELS}
+by_strength = {name: explained(name, strength) for name in MODELS}
+
+# %% tags=["hide-input"]
+for key, estimates in (("r2_half_life", by_half_life), ("r2_strength", by_strength)):
+    glue(key, "; ".join(f"{estimates[name]} ({name})" for name in MODELS), display=False)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank of each head on prose against the half-life that its mean log-decay gives it, mean over prompts. Dots are high heads, squares low ones. A rising curve that saturates at 1 says that rank is memory length, cut off at d.", "name": "fig-decay"}, "image": {"alt": "Scatter of relative rank against half-life on a logarithmic axis."}}
 for name, ax in plotting.model_panels(MODELS).items():
-    d, values = traces[name, "prose"].d, ranks[name, "prose"].mean(0)[-1]
-    half_life = 10 ** gates(name)[0].mean(0)
-    plotting.plot_head_pairs(ax, half_life, values / d, is_high(values, d), xlabel="half-life of the state, tokens", ylabel="r / d")
-    ax.set(title=f"{name}: R² = {predicted[name]['half-life'].point:.2f}", xscale="log")
+    values, half_life = at_end[name, "prose"].mean(0), 10 ** log_half_life[name].mean(0)
+    high = is_high(values, d_of[name])
+    plotting.plot_head_pairs(
+        ax, half_life, values / d_of[name], high, xlabel="half-life of the state, tokens", ylabel="r / d"
+    )
+    ax.set(title=f"{name}: R² = {by_half_life[name].point:.2f}", xscale="log")
 
 # %% [markdown]
-# $R^2$ of the half-life: {glue:text}`r2 half-life`; of the mean write strength: {glue:text}`r2 write strength`. As far as decay
+# $R^2$ of the half-life: {glue:text}`r2_half_life`; of the mean write strength: {glue:text}`r2_strength`. As far as decay
 # predicts rank, "low rank" and "short memory" are two names of one thing, and an experiment that removes low-rank heads removes
 # short-memory heads. The ablation chapter will need arms matched for decay.
 #
@@ -330,32 +338,37 @@ for name, ax in plotting.model_panels(MODELS).items():
 
 
 # %%
-PAIRS = np.triu_indices(len(NATURAL_DOMAINS), 1)
 verdicts = []
 for name in MODELS:
     rho, cosine_rank, cosine_norm = at_early[name]
-    medians = [float(np.median(matrix[name][:4, :4][PAIRS])) for matrix in (rho_matrix, kappa_matrix)]
-    smallest = {"min rho": smallest_rho[name], "min kappa": smallest_kappa[name]}
-    verdicts.append(claims.judge("C2", name, {"rho": rho}))
-    verdicts.append(claims.judge("C2n", name, {"cosine of n": cosine_norm}, note=f"; cosine of r {cosine_rank}"))
-    verdicts.append(claims.judge("C2b", name, {"violations": strata.exactly(broken[name])}))
-    verdicts.append(claims.judge("C3", name, smallest, medians=medians))
-    verdicts.append(claims.judge("C3a", name, adversarial[name]))
+    medians = [np.median(strata.off_diagonal(m)) for m in matrices(name, NATURAL_DOMAINS)]
+    verdicts += [
+        claims.judge("C2", name, {"rho": rho}),
+        claims.judge("C2n", name, {"cosine of n": cosine_norm}, note=f"; cosine of r {cosine_rank}"),
+        claims.judge("C2b", name, {"violations": strata.exactly(broken[name])}),
+        claims.judge("C3", name, smallest[name], medians=medians),
+        claims.judge("C3a", name, adversarial[name]),
+    ]
 Markdown(claims.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
 if results_folder:
     checkpoints = results.embedded_folders(MODELS)
-    record = {"provenance": results.provenance(parameters=PARAMETERS, checkpoints=checkpoints), "rows": verdicts}
+    record = {
+        "provenance": results.provenance(parameters=PARAMETERS, checkpoints=checkpoints),
+        "rows": verdicts,
+    }
     results.write_json(Path(results_folder, "02_input_invariance.json"), record)
-Markdown(results.stored_beside("02_input_invariance", parameters={**PARAMETERS, "profile": "full", "n_prompts": 16}))
+Markdown(
+    results.stored_beside("02_input_invariance", parameters={**PARAMETERS, "profile": "full", "n_prompts": 16})
+)
 
 # %% [markdown]
 # In answer to the three points at the top:
 #
 # - **Time**: order of ranks: {glue:text}`answer C2`; vector of nuclear norms: {glue:text}`answer C2n`.
 # - **Input**: natural: {glue:text}`answer C3`; adversarial: {glue:text}`answer C3a`.
-# - **Prediction**: decay alone explains {glue:text}`r2 half-life` of the variance of rank over heads.
+# - **Prediction**: decay alone explains {glue:text}`r2_half_life` of the variance of rank over heads.
 #
 # ```{admonition} Differs from the paper
 # The paper's prompt set is not published; the domains here are ours, made offline from the Python installation. Two of the four

@@ -159,16 +159,14 @@ def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.boo
 def plot_turning(ax: Axes, rows: NDArray) -> None:
     """1 - cosine of neighbouring vectors, measured and allowed, against t on logarithmic axes; rows from `strata.turning`."""
     t, measured, bound, plane = rows.T
-    ax.plot(t, 1 - bound, linestyle="none", marker="_", color="black", markersize=5, label="allowed by Theorem 4.4")
-    ax.plot(t, 1 - plane, linestyle="none", marker=".", color="0.6", markersize=3, label="allowed by plane geometry")
-    ax.plot(
-        t, np.maximum(1 - measured, 1e-12), linestyle="none", marker="o", color=BLUE, markersize=3, label="measured"
-    )
+    dots: dict[str, Any] = {"linestyle": "none", "markersize": 3}
+    ax.plot(t, 1 - bound, **{**dots, "marker": "_", "color": "black", "markersize": 5}, label="allowed by Theorem 4.4")
+    ax.plot(t, 1 - plane, **dots, marker=".", color="0.6", label="allowed by plane geometry")
+    ax.plot(t, np.maximum(1 - measured, 1e-12), **dots, marker="o", color=BLUE, label="measured")
     ax.set(yscale="log", xlabel="token t", ylabel="1 - cos(n(t), n(t-1))")
     in_tokens(ax)
-    ax.legend(
-        frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=0.8
-    )
+    ax.set_ylim(top=100)  # room for the legend
+    ax.legend(frameon=False, fontsize="small", loc="upper right")
 
 
 def plot_head_pairs(ax: Axes, x: NDArray, y: NDArray, high: NDArray[np.bool_], *, xlabel: str, ylabel: str) -> None:

@@ -308,3 +308,73 @@ def turning_bound(before: ArrayLike, largest_step: float) -> float:
         raise ValueError(f"need a vector that is not zero and a step >= 0, got length {length} and step {largest_step}")
     r = largest_step / length
     return (1 - r) / (1 + r)
+
+
+# ---------------------------------------------------------------- over prompts and inputs
+
+
+def _mean(table: ArrayLike) -> NDArray[np.float64]:
+    """Over prompts, the first axis."""
+    return np.asarray(np.asarray(table, dtype=np.float64).mean(0))
+
+
+def mean_spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """`spearman` of two tables (prompt, head), each first averaged over its prompts.
+
+    Example:
+        >>> mean_spearman([[1, 2, 3], [1, 3, 4]], [[1, 5, 7]])
+        1.0
+    """
+    return spearman(_mean(x), _mean(y))
+
+
+def mean_kappa(d: int) -> Callable[[ArrayLike, ArrayLike], float]:
+    """A function like `mean_spearman`, for `cohen_kappa` of the labels that `is_high` gives to mean ranks.
+
+    Example:
+        >>> mean_kappa(4)([[1, 4], [1, 4]], [[0, 3]])
+        1.0
+    """
+    return lambda x, y: cohen_kappa(is_high(_mean(x), d), is_high(_mean(y), d))
+
+
+def pairwise(statistic: Callable[[ArrayLike, ArrayLike], float], groups: Sequence[ArrayLike]) -> NDArray[np.float64]:
+    """Matrix of a statistic over every pair of groups.
+
+    Example:
+        >>> pairwise(mean_spearman, [[[1, 2]], [[2, 1]]])
+        array([[ 1., -1.],
+               [-1.,  1.]])
+    """
+    return np.array([[statistic(a, b) for b in groups] for a in groups])
+
+
+def off_diagonal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values of a symmetric matrix over pairs of different groups, each pair once.
+
+    Example:
+        >>> off_diagonal(np.array([[1.0, 0.5], [0.5, 1.0]]))
+        array([0.5])
+    """
+    return matrix[np.triu_indices(len(matrix), 1)]
+
+
+def smallest_over_pairs(
+    statistic: Callable[[ArrayLike, ArrayLike], float], groups: Sequence[NDArray[np.float64]], *, n_resamples: int = 500
+) -> Estimate:
+    """The least agreement between any two groups, with its interval; every group's prompts are drawn anew.
+
+    The least of several noisy numbers lies below the least of their expectations, so the interval leans downwards.
+
+    Args:
+        statistic: such as `mean_spearman`.
+        groups: tables (prompt, head), one an input.
+        n_resamples: as in `bootstrap`.
+
+    Example:
+        >>> smallest_over_pairs(mean_spearman, [np.array([[1.0, 2, 3]]), np.array([[1.0, 3, 2]])]).point
+        0.5
+    """
+    return bootstrap(
+        lambda *drawn: float(off_diagonal(pairwise(statistic, drawn)).min()), *groups, n_resamples=n_resamples
+    )
