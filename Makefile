@@ -45,7 +45,7 @@ bench: .venv/installed ## time tracing against what one would do otherwise
 
 full: .venv/installed ## run the notebooks with the full profile; store results/full and the figure of the README
 	$(BIN)/python -m book.assemble --stage _build/full --profile full --figure book/ranks.png
-	mkdir -p results/full && cp _build/full/results/*.json results/full/
+	mkdir -p results/full && cp _build/full/results/[0-9]*.json results/full/
 
 clean: ## remove what was built, keep the environment
 	rm -rf _build

@@ -280,16 +280,12 @@ for name in MODELS:
 Markdown(claims.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
+checkpoints = results.embedded_folders(MODELS)
 if results_folder:
-    checkpoints = results.embedded_folders(MODELS)
-    record = {
-        "provenance": results.provenance(parameters=PARAMETERS, checkpoints=checkpoints),
-        "rows": verdicts,
-    }
-    results.write_json(Path(results_folder, "01_stratification.json"), record)
-Markdown(
-    results.stored_beside("01_stratification", parameters={**PARAMETERS, "profile": "full", "n_prompts": 16})
-)
+    made = results.provenance(parameters=PARAMETERS, checkpoints=checkpoints)
+    results.write_json(Path(results_folder, "01_stratification.json"), {"provenance": made, "rows": verdicts})
+FULL = {**PARAMETERS, "profile": "full", "n_prompts": 16}
+Markdown(results.stored_beside("01_stratification", parameters=FULL, checkpoints=checkpoints))
 
 # %% [markdown]
 # In answer to the three points at the top:

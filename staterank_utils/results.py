@@ -101,25 +101,30 @@ def weights_hash(folder: Path) -> str:
     return total.hexdigest()
 
 
-def read_result(path: Path | str, *, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a stored result, and refuse it if it was made with other parameters.
+def read_result(path: Path | str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a stored result, and refuse it if it was made with other parameters or other weights.
 
     Args:
         path: written by `write_json` with a `provenance` entry.
         parameters: what the caller asks for; each must be stored with the same value.
+        checkpoints: folders of weights as they are now; each must be stored with the same hash.
 
     Raises:
         FileNotFoundError: there is no such result.
-        ValueError: a parameter differs; the message names it and both values.
+        ValueError: a parameter or the weights differ; the message names them.
     """
     path = Path(path)
-    data = json.loads(path.read_text(encoding="utf-8"))
-    stored = data["provenance"]["parameters"]
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    made = data["provenance"]
+    again = "run the notebook again"
     for name, value in parameters.items():
-        if stored.get(name) != value:
+        if made["parameters"].get(name) != value:
             raise ValueError(
-                f"{path} was made with {name}={stored.get(name)!r}, not {value!r}: run the notebook again with the parameters you want"
+                f"{path.name} was made with {name}={made['parameters'].get(name)!r}, not {value!r}: {again}"
             )
+    for folder in checkpoints:
+        if made["checkpoints"].get(folder.name) != weights_hash(folder):
+            raise ValueError(f"{path.name} was made with other weights of {folder.name}: {again}")
     return data
 
 
@@ -149,16 +154,17 @@ def embedded_folders(models: Sequence[str]) -> list[Path]:
     return [folder for folder in candidates if folder.is_dir()]
 
 
-def stored_beside(notebook: str, *, parameters: Mapping[str, Any]) -> str:
+def stored_beside(notebook: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> str:
     """The verdicts of the stored full-profile run as Markdown, or a sentence that says why they are not shown.
 
     Args:
         notebook: name of the page, such as "01_stratification".
         parameters: what the stored run must have been given.
+        checkpoints: folders of the weights that it must have measured.
     """
     path = STORED / "full" / f"{notebook}.json"
     try:
-        data = read_result(path, parameters=parameters)
+        data = read_result(path, parameters=parameters, checkpoints=checkpoints)
     except FileNotFoundError:
         return f"*There is no stored full-profile run of {notebook} for these models.*"
     except ValueError as error:

@@ -56,6 +56,25 @@ def test_a_result_of_other_parameters_is_refused(tmp_path: Path) -> None:
         read_result(tmp_path / "a.json", parameters={"seed": 1})
 
 
+def test_a_result_of_other_weights_is_refused(tmp_path: Path) -> None:
+    made = provenance(parameters={}, checkpoints=[results.CHECKPOINTS / "hybrid"])
+    write_json(tmp_path / "a.json", {"provenance": made})
+    read_result(tmp_path / "a.json", parameters={}, checkpoints=[results.CHECKPOINTS / "hybrid"])
+    write_json(tmp_path / "a.json", {"provenance": {**made, "checkpoints": {"hybrid": "0" * 64}}})
+    with pytest.raises(ValueError, match="other weights of hybrid"):
+        read_result(tmp_path / "a.json", parameters={}, checkpoints=[results.CHECKPOINTS / "hybrid"])
+
+
+@pytest.mark.parametrize("notebook", ["01_stratification", "02_input_invariance"])
+def test_the_stored_full_run_is_of_the_weights_that_are_embedded(notebook: str) -> None:
+    folders = [results.CHECKPOINTS / name for name in results.EMBEDDED]
+    data = read_result(
+        results.STORED / "full" / f"{notebook}.json", parameters={"profile": "full"}, checkpoints=folders
+    )
+    assert not data["provenance"]["commit"].endswith("+changes")
+    assert data["rows"]
+
+
 def test_a_stored_run_of_other_parameters_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "STORED", tmp_path)
     assert "no stored full-profile run" in stored_beside("01_x", parameters={})
