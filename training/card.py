@@ -39,8 +39,8 @@ tags: [linear-attention, gated-deltanet, state-rank]
 
 # {name}
 
-A small language model for measuring recurrent states: {kind}. Trained from scratch for this book; not for use as a language
-model.
+A small language model for measuring recurrent states: {kind}.
+Trained from scratch for this book; not for use as a language model.
 
 {facts}
 
@@ -55,10 +55,10 @@ around needles and the passages to copy are technical prose, a kind of text that
 
 ## Data
 
-{books:.0%} of the rows are windows of public-domain books (150 MB, github.com/mlschmitt/classic-books-markdown at commit 9448827),
-{code:.0%} of the Python standard library without the held-out files (`staterank_utils.tasks.is_held_out`), {tasks:.0%} generated
-tasks (by documents: {shares}). Answers of tasks weigh {weight:g} times in the loss. Held out: {windows} windows of {tokens_each:,} tokens
-from twelve other books.
+{books:.0%} of the rows are windows of public-domain books ({books_tokens:.1f} million tokens of them, from
+github.com/mlschmitt/classic-books-markdown at commit 9448827), {code:.0%} windows of the Python standard library without the
+held-out files ({code_tokens:.1f} million; `staterank_utils.tasks.is_held_out`), {tasks:.0%} generated tasks (by documents: {shares}).
+Answers of tasks weigh {weight:g} times in the loss. Held out: {windows} windows of {tokens_each:,} tokens from twelve other books.
 
 ## Limits
 
@@ -107,7 +107,7 @@ def facts(name: str, run: dict[str, Any], model: Any) -> str:
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("vocabulary", f"{config.vocab_size:,}, byte-level BPE, one token a digit"),
         ("trained on", f"{run['tokens'] / 1e6:,.0f} million tokens in {run['steps']:,} steps of 65,536"),
-        ("device and wall-clock", f"{run['device']}, {run['seconds'] / 60:.1f} min; the other embedded model shared the device for most of it"),
+        ("device and wall-clock", f"{run['device']}, {run['seconds'] / 60:.1f} min"),
         ("seed", run["seed"]),
         ("held-out books", f"{run['bits_per_byte_held_out_books']:.3f} bits a byte"),
         ("software", f"torch {run['torch']}, Python {run['python']}"),
@@ -154,7 +154,7 @@ def main() -> None:
     text = CARD.format(
         name=name, kind=KINDS[name], facts=facts(name, run, model), n=arguments.instances, mastery=mastery, files=files,
         scores=markdown_table(("task", "what is asked", "score", "floor of the hybrid", "reached"), rows),
-        weight=ANSWER_WEIGHT, books=ROWS["books"], code=ROWS["code"], tasks=ROWS["tasks"], shares=", ".join(f"{k} {v:.0%}" for k, v in TASK_SHARES.items()),
+        weight=ANSWER_WEIGHT, books_tokens=run["books_tokens"] / 1e6, code_tokens=run["code_tokens"] / 1e6, books=ROWS["books"], code=ROWS["code"], tasks=ROWS["tasks"], shares=", ".join(f"{k} {v:.0%}" for k, v in TASK_SHARES.items()),
         tokens=run["tokens"] / 1e6, seed=run["seed"], windows=run["held_out_windows"], tokens_each=run["record"]["n_tokens"],
         initial=parameters_hash(initial_model(model.config)),
     )  # fmt: skip
