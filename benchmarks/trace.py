@@ -28,7 +28,7 @@ GOAL = 1.3  # of one forward, on a CPU
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="hybrid")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--store", action="store_true")
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
