@@ -1,23 +1,30 @@
-"""How well a model does a task: greedy generation, exact scoring, intervals."""
+"""How well a model does the tasks, by greedy generation, and how well it predicts text.
+
+A task is scored on the tokens that the model would generate, greedily, one after the other. Where one wrong token already
+decides the score, none is generated after it; see `decoding.generate_greedily`.
+"""
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Int
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from staterank_utils.models import make_cache
+from staterank_utils.decoding import Tokens, generate_greedily
 from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.tasks import Turn, arithmetic, copying, final_answer, needle, recall, technical_prose
 
-NEEDLE_TOKENS = 1000
+SPARE = 8  # tokens that a continuation may be longer than the answer
 
 
 @dataclass(frozen=True)
@@ -27,114 +34,212 @@ class Task:
     Attributes:
         description: one clause, with the sizes.
         draw: (rng, tokenizer) -> an instance.
-        score: (generated text, expected answer, tokenizer) -> 0..1.
+        score: (tokens generated, tokens of the answer, tokenizer) -> 0..1.
+        first_error_decides: the score is known at the first token that differs from the answer.
     """
 
     description: str
     draw: Callable[[random.Random, Any], Turn]
-    score: Callable[[str, str, Any], float]
+    score: Callable[[Tokens, Tokens, Any], float]
+    first_error_decides: bool = False
+
+
+def exact(generated: Tokens, answer: Tokens, _: Any) -> float:
+    """1 where the tokens generated begin with the answer's, the end of its line included, else 0."""
+    return float(generated[: len(answer)] == answer)
+
+
+def exact_final(generated: Tokens, answer: Tokens, tokenizer: Any) -> float:
+    """1 where the number after "The answer is" is right, else 0."""
+    said, expected = (final_answer(tokenizer.decode(tokens)) for tokens in (generated, answer))
+    return float(said is not None and said == expected)
+
+
+def copied_tokens(generated: Tokens, answer: Tokens, _: Any) -> float:
+    """Share of the answer's tokens, the last of which ends its line and is left out, that stand in the same place of what was generated."""
+    return sum(a == b for a, b in zip(answer[:-1], generated, strict=False)) / (len(answer) - 1)
+
+
+def needle_task(n_needles: int = 3, n_tokens: int = 1000, depth: float | None = None) -> Task:
+    """Needles in unseen technical prose, all asked for and all right.
+
+    Args:
+        n_needles: how many.
+        n_tokens: length of the whole prompt, roughly: a needle and its share of the question take about 25 tokens.
+        depth: where the needles stand, 0 (start) to 1 (end, right before the question); anywhere by default.
+
+    Example:
+        >>> needle_task(1, 256).description
+        'one needle in 256 tokens of unseen prose'
+    """
+    return Task(
+        ("one needle" if n_needles == 1 else f"{n_needles} needles")
+        + f" in {n_tokens:,} tokens of unseen prose"
+        + (", all asked for, all right" if n_needles > 1 else ""),
+        lambda rng, tokenizer: needle(
+            rng, _prose_of(tokenizer, n_tokens - 15 - 25 * n_needles, rng), n_needles=n_needles, depth=depth
+        )[0],
+        exact,
+        first_error_decides=True,
+    )
+
+
+def arithmetic_task(fewest: int = 2, most: int = 6) -> Task:
+    """A story with `fewest` to `most` steps, final answer right.
+
+    Example:
+        >>> arithmetic_task(4, 4).description
+        'a story of 4 steps, final answer right'
+    """
+    steps = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return Task(
+        f"a story of {steps} steps, final answer right",
+        lambda rng, _: arithmetic(rng, n_steps=rng.randrange(fewest, most + 1))[0],
+        exact_final,
+    )
+
+
+def recall_task(n_pairs: int = 16) -> Task:
+    """The number of one of `n_pairs` words.
+
+    Example:
+        >>> recall_task().description
+        'one of 16 word-number pairs'
+    """
+    return Task(
+        f"one of {n_pairs} word-number pairs",
+        lambda rng, _: recall(rng, n_pairs=n_pairs)[0],
+        exact,
+        first_error_decides=True,
+    )
+
+
+def copying_task(fewest: int = 32, most: int = 128) -> Task:
+    """A passage of unseen technical prose, said again; the share of its tokens that are right.
+
+    Example:
+        >>> copying_task().description
+        'a passage of 32 to 128 tokens of unseen prose, share of tokens right'
+    """
+    return Task(
+        f"a passage of {fewest} to {most} tokens of unseen prose, share of tokens right",
+        lambda rng, tokenizer: copying(_prose_of(tokenizer, rng.randrange(fewest, most + 1), rng))[0],
+        copied_tokens,
+    )
+
+
+TASKS = {
+    "needle": needle_task(),
+    "arithmetic": arithmetic_task(),
+    "recall": recall_task(),
+    "copying": copying_task(),
+}
 
 
 def _prose_of(tokenizer: Any, n_tokens: int, rng: random.Random) -> str:
     """Unseen technical prose of about `n_tokens` tokens."""
+    if n_tokens < 1:
+        raise ValueError(f"there is no room for prose: {n_tokens} tokens are left for it; ask for a longer prompt")
     text = technical_prose()
     start = rng.randrange(len(text) - 8 * n_tokens)
     ids = tokenizer.encode(text[start : start + 8 * n_tokens], add_special_tokens=False)
-    return tokenizer.decode(ids[:n_tokens]).strip()
+    return str(tokenizer.decode(ids[:n_tokens])).strip()
 
 
-def _draw_needle(rng: random.Random, tokenizer: Any) -> Turn:
-    # Three needles and the question take about 90 tokens.
-    return needle(rng, _prose_of(tokenizer, NEEDLE_TOKENS - 90, rng), n_needles=3)[0]
+@cache
+def line_ends(tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a line, and with it an answer: all that hold a line break, and the end of text.
+
+    Example:
+        >>> from staterank_utils import load_tokenizer
+        >>> tokenizer = load_tokenizer("hybrid")
+        >>> set(tokenizer.encode("\\n")) < line_ends(tokenizer)
+        True
+    """
+    every = range(len(tokenizer))
+    texts = tokenizer.batch_decode([[token] for token in every])
+    return frozenset({tokenizer.eos_token_id, *(token for token in every if "\n" in texts[token])})
 
 
-def _draw_copying(rng: random.Random, tokenizer: Any) -> Turn:
-    return copying(_prose_of(tokenizer, rng.randrange(32, 129), rng))[0]
+class Instance(NamedTuple):
+    """Token ids of a prompt and of its answer."""
+
+    prompt: Tokens
+    answer: Tokens
 
 
-def exact(generated: str, answer: str, _: Any) -> float:
-    """1 where the first line generated is the answer, else 0."""
-    return float(generated.split("\n")[0].strip() == answer.strip())
+def draw_instances(task: Task | str, tokenizer: Any, *, n_instances: int, seed: int = 0) -> list[Instance]:
+    """Instances of a task as tokens; which ones follows from the task, the number of the instance and the seed alone.
 
+    Args:
+        task: a `Task`, or a key of `TASKS`.
+        tokenizer: of the model that will answer.
+        n_instances: how many, at least 1.
+        seed: of the instances; none was trained on.
 
-def exact_final(generated: str, answer: str, _: Any) -> float:
-    """1 where the number after "The answer is" is right, else 0."""
-    return float(final_answer(generated) is not None and final_answer(generated) == final_answer(answer))
+    Raises:
+        ValueError: an unknown task, or no instances.
 
-
-def copied_tokens(generated: str, answer: str, tokenizer: Any) -> float:
-    """Share of the answer's tokens that stand in the same place of what was generated."""
-    expected, got = (tokenizer.encode(text, add_special_tokens=False) for text in (answer.rstrip("\n"), generated))
-    return sum(a == b for a, b in zip(expected, got, strict=False)) / len(expected)
-
-
-TASKS = {
-    "needle": Task(
-        f"3 needles in {NEEDLE_TOKENS:,} tokens of unseen prose, all three asked for, all right", _draw_needle, exact
-    ),
-    "arithmetic": Task(
-        "a story of 2 to 6 steps, final answer right",
-        lambda rng, _: arithmetic(rng, n_steps=rng.randrange(2, 7))[0],
-        exact_final,
-    ),
-    "recall": Task("one of 16 word-number pairs", lambda rng, _: recall(rng, n_pairs=16)[0], exact),
-    "copying": Task(
-        "a passage of 32 to 128 tokens of unseen prose, share of tokens right", _draw_copying, copied_tokens
-    ),
-}
+    Example:
+        >>> from staterank_utils import load_tokenizer
+        >>> len(draw_instances("recall", load_tokenizer("hybrid"), n_instances=2))
+        2
+    """
+    if isinstance(task, str):
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+        task = TASKS[task]
+    if n_instances < 1:
+        raise ValueError(f"n_instances must be at least 1, got {n_instances}")
+    instances = []
+    for number in range(n_instances):
+        turn = task.draw(random.Random(f"evaluation {task.description} {seed} {number}"), tokenizer)
+        # Prompt and answer are encoded apart, as they were in training.
+        instances.append(
+            Instance(*(tokenizer.encode(text, add_special_tokens=False) for text in (turn.prompt, turn.answer)))
+        )
+    return instances
 
 
 def evaluate(
-    task: str, model: PreTrainedModel, tokenizer: Any, *, n_instances: int, seed: int = 0, batch_size: int = 16
+    task: Task | str, model: PreTrainedModel, tokenizer: Any, *, n_instances: int, seed: int = 0, batch_size: int = 16
 ) -> NDArray[np.float64]:
     """Scores of a model on instances of a task, by greedy generation.
 
     Args:
-        task: a key of `TASKS`.
+        task, n_instances, seed: as in `draw_instances`.
         model, tokenizer: what is measured.
-        n_instances: how many instances are drawn.
-        seed: of the instances; none was trained on.
-        batch_size: prompts generated side by side, padded on the left.
+        batch_size: prompts answered side by side, padded on the left.
 
     Returns:
         One score an instance, 0..1.
 
     Raises:
         ValueError: an unknown task, or sizes under 1.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> evaluate("recall", load_model("hybrid"), load_tokenizer("hybrid"), n_instances=2)
+        array([1., 1.])
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
-    if n_instances < 1 or batch_size < 1:
-        raise ValueError(f"n_instances and batch_size must be at least 1, got {n_instances} and {batch_size}")
-    rng = random.Random(f"evaluation {task} {seed}")
-    turns = [TASKS[task].draw(rng, tokenizer) for _ in range(n_instances)]
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    instances = draw_instances(task, tokenizer, n_instances=n_instances, seed=seed)
+    task = TASKS[task] if isinstance(task, str) else task
     scores: list[float] = []
-    for start in tqdm(range(0, n_instances, batch_size), desc=task, unit="batch", leave=False):
-        batch = turns[start : start + batch_size]
-        budget = max(len(tokenizer.encode(turn.answer, add_special_tokens=False)) for turn in batch) + 8
-        texts = generate_greedily(model, tokenizer, [turn.prompt for turn in batch], max_new_tokens=budget)
-        scores += [TASKS[task].score(text, turn.answer, tokenizer) for text, turn in zip(texts, batch, strict=True)]
+    starts = range(0, n_instances, batch_size)
+    for start in tqdm(starts, desc=task.description, unit="batch", leave=False, disable=len(starts) == 1):
+        prompts, answers = map(list, zip(*instances[start : start + batch_size], strict=True))
+        made = generate_greedily(
+            model,
+            prompts,
+            max_new_tokens=[len(answer) + SPARE for answer in answers],
+            stop=line_ends(tokenizer),
+            drafts=answers,
+            first_error_ends=task.first_error_decides,
+        )
+        scores += [task.score(tokens, answer, tokenizer) for tokens, answer in zip(made, answers, strict=True)]
     return np.array(scores)
-
-
-@torch.inference_mode()
-def generate_greedily(model: PreTrainedModel, tokenizer: Any, prompts: list[str], *, max_new_tokens: int) -> list[str]:
-    """Continue prompts side by side, most likely token first, until the line ends or the budget does."""
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
-        model.device
-    )
-    line_end: list[int] = tokenizer.encode("\n", add_special_tokens=False)
-    output: Tensor = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        past_key_values=make_cache(model),
-        eos_token_id=[tokenizer.eos_token_id, *line_end[-1:]],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def score_interval(scores: NDArray[np.float64]) -> Estimate:
@@ -148,3 +253,107 @@ def score_interval(scores: NDArray[np.float64]) -> Estimate:
         interval = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
         return Estimate(float(scores.mean()), float(interval.low), float(interval.high))
     return bootstrap(lambda drawn: float(drawn.mean()), scores)
+
+
+# ---------------------------------------------------------------- without generation
+
+
+@torch.inference_mode()
+def answer_nats(
+    task: Task | str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    n_instances: int,
+    seed: int = 0,
+    read: Callable[[Tensor], Tensor] | None = None,
+) -> NDArray[np.float64]:
+    """Mean loss on the tokens of the right answer: damage in degrees, where scores only know right and wrong.
+
+    Args:
+        task, n_instances, seed: as in `draw_instances`.
+        model, tokenizer: what is measured.
+        read: (token ids (1, token)) -> hidden states, in the place of the model's own forward, such as
+            `surgery.forward_with_edits` with its arguments bound.
+
+    Returns:
+        One mean an instance, nats a token; the logarithm of the vocabulary's size is chance.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> answer_nats("recall", load_model("hybrid"), load_tokenizer("hybrid"), n_instances=1).max().item() < 0.1
+        True
+    """
+    read = read or (lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    losses = []
+    for prompt, answer in draw_instances(task, tokenizer, n_instances=n_instances, seed=seed):
+        ids = torch.tensor([[*prompt, *answer]], device=model.device)
+        logits = model.get_output_embeddings()(read(ids)[0, len(prompt) - 1 : -1])
+        losses.append(F.cross_entropy(logits.double(), ids[0, len(prompt) :]).item())
+    return np.array(losses)
+
+
+@torch.inference_mode()
+def text_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) -> NDArray[np.float64]:
+    """Mean loss of predicting each token of a text from those before it; its exponential is the perplexity.
+
+    Args:
+        model: what is measured.
+        input_ids: texts of equal length, at least 2 tokens, such as `domain_prompts` gives.
+
+    Returns:
+        One mean a text, nats a token.
+
+    Raises:
+        ValueError: texts of fewer than 2 tokens.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> text_nats(load_model("hybrid"), torch.arange(8).reshape(2, 4)).shape
+        (2,)
+    """
+    if input_ids.shape[1] < 2:
+        raise ValueError(f"a text needs at least 2 tokens, got {input_ids.shape[1]}")
+    losses = []
+    for text in input_ids.to(model.device).split(1):
+        logits = model.get_output_embeddings()(model.base_model(input_ids=text, use_cache=False).last_hidden_state[0])
+        losses.append(F.cross_entropy(logits[:-1].double(), text[0, 1:]).item())
+    return np.array(losses)
+
+
+@torch.inference_mode()
+def induction(
+    model: PreTrainedModel, tokenizer: Any, *, gap: int, n_instances: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """Random tokens said twice: the share of the second copy that the model would have said itself.
+
+    Source: the repeated random tokens of Olsson et al., "In-context Learning and Induction Heads", 2022.
+
+    Args:
+        model, tokenizer: what is measured.
+        gap: length of a copy, at least 2, and so the distance between a token and what it must be copied from.
+        n_instances: how many sequences.
+        seed: of the tokens.
+
+    Returns:
+        One share an instance; the first token of the second copy, which nothing announces, is left out.
+
+    Raises:
+        ValueError: a gap under 2, or no instances.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> induction(load_model("hybrid"), load_tokenizer("hybrid"), gap=16, n_instances=3).shape
+        (3,)
+    """
+    if gap < 2 or n_instances < 1:
+        raise ValueError(f"need gap >= 2 and n_instances >= 1, got {gap} and {n_instances}")
+    rng = random.Random(f"induction {gap} {seed}")
+    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    shares = []
+    for _ in range(n_instances):
+        copy = torch.tensor(rng.choices(ordinary, k=gap), device=model.device)
+        hidden = model.base_model(input_ids=copy.repeat(2)[None], use_cache=False).last_hidden_state[0]
+        best = model.get_output_embeddings()(hidden[gap : 2 * gap - 1]).argmax(-1)
+        shares.append((best == copy[1:]).double().mean().item())
+    return np.array(shares)

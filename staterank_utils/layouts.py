@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Layout:
         d_k, d_v: shape of a state; the cache holds (batch, head, d_k, d_v).
         gate_projection: name of the submodule whose output holds the gates.
         gates: (layer, output of that submodule) -> (log_decay, write_strength), each (batch, token, head).
+        without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.
+        output_projection: name of the submodule that reads what the heads put out, (batch, token, head * d_v), head by head.
         kernels: names of the functions, in the layer's Python module, that have a Triton and a plain version.
     """
 
@@ -33,6 +36,8 @@ class Layout:
     d_v: Callable[[nn.Module], int]
     gate_projection: str
     gates: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    without_writes: Callable[[nn.Module, Tensor, list[int]], Tensor]
+    output_projection: str
     kernels: tuple[str, ...]
 
 
@@ -41,6 +46,13 @@ def _qwen3_next_gates(layer: nn.Module, ba: Float[Tensor, "batch token ba"]) -> 
     grouped = ba.unflatten(-1, (layer.num_k_heads, 2, layer.num_v_heads // layer.num_k_heads))
     b, a = (grouped[..., i, :].flatten(-2).float() for i in (0, 1))
     return -layer.A_log.float().exp() * F.softplus(a + layer.dt_bias.float()), b.sigmoid()
+
+
+def _qwen3_next_without_writes(layer: nn.Module, ba: Float[Tensor, "batch token ba"], heads: list[int]) -> Tensor:
+    # The write strength is the sigmoid of b, so b = -inf writes exactly nothing.
+    per_key = layer.num_v_heads // layer.num_k_heads
+    columns = torch.tensor([head // per_key * 2 * per_key + head % per_key for head in heads], device=ba.device)
+    return ba.index_fill(-1, columns, float("-inf"))
 
 
 LAYOUTS = {
@@ -53,6 +65,8 @@ LAYOUTS = {
             d_v=lambda layer: layer.head_v_dim,
             gate_projection="in_proj_ba",
             gates=_qwen3_next_gates,
+            without_writes=_qwen3_next_without_writes,
+            output_projection="out_proj",
             kernels=(
                 "torch_chunk_gated_delta_rule",
                 "torch_recurrent_gated_delta_rule",

@@ -58,7 +58,9 @@ class Turn:
 # ---------------------------------------------------------------- tasks
 
 
-def needle(rng: random.Random, filler: str, *, n_needles: int = 3, n_asked: int | None = None) -> list[Turn]:
+def needle(
+    rng: random.Random, filler: str, *, n_needles: int = 3, n_asked: int | None = None, depth: float | None = None
+) -> list[Turn]:
     """Hide secret numbers in a text and ask for them.
 
     Source: the retrieval test of arXiv:2602.02195 is named but not published; this is a multi-key needle in a haystack.
@@ -66,14 +68,16 @@ def needle(rng: random.Random, filler: str, *, n_needles: int = 3, n_asked: int 
     Args:
         rng: source of all choices.
         filler: the haystack; sentences are put between its words.
-        n_needles: how many numbers are hidden, at uniformly random depths.
+        n_needles: how many numbers are hidden.
         n_asked: how many are asked for in the one question, in random order; all of them by default.
+        depth: share of the filler's words that stand before the needles, 0..1; random for each by default.
 
     Returns:
         One turn. Its answer lists the five-digit numbers, separated by commas.
 
     Raises:
-        ValueError: `n_asked` is not in 1..n_needles, or there are more needles than words to name them.
+        ValueError: `n_asked` is not in 1..n_needles, there are more needles than words to name them, or `depth` is outside
+            0..1.
 
     Example:
         >>> [turn] = needle(random.Random(0), "A quiet street at night.", n_needles=1)
@@ -85,11 +89,17 @@ def needle(rng: random.Random, filler: str, *, n_needles: int = 3, n_asked: int 
         raise ValueError(
             f"need 1 <= n_asked <= n_needles <= {len(WORDS)}, got n_asked={n_asked}, n_needles={n_needles}"
         )
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth is a share of the filler, 0..1, got {depth}")
     keys = rng.sample(WORDS, n_needles)
     numbers = {key: str(rng.randrange(10_000, 100_000)) for key in keys}
     words = filler.split(" ")
+    at_depth = None if depth is None else round(depth * len(words))
     for key in keys:
-        words.insert(rng.randrange(len(words) + 1), f"The secret number of {key} is {numbers[key]}.")
+        words.insert(
+            rng.randrange(len(words) + 1) if at_depth is None else at_depth,
+            f"The secret number of {key} is {numbers[key]}.",
+        )
     asked = rng.sample(keys, n_asked)
     question = f"Question: What is the secret number of {', '.join(asked)}?"
     return [Turn(" ".join(words) + f"\n{question}\nAnswer:", " " + ", ".join(numbers[key] for key in asked) + "\n")]

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from staterank_utils import tasks
-from staterank_utils.evaluation import TASKS, copied_tokens, evaluate, exact, exact_final, score_interval
 from staterank_utils.tasks import (
     DOMAINS,
     arithmetic,
@@ -128,34 +127,3 @@ def test_final_answer_needs_one() -> None:
 def test_impossible_instances_are_refused(call) -> None:
     with pytest.raises(ValueError, match="need 1|at least 1|empty"):
         call()
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_right_answer_scores_one_and_another_less(task: str, tokenizer) -> None:
-    turn = TASKS[task].draw(rng(), tokenizer)
-    assert TASKS[task].score(turn.answer, turn.answer, tokenizer) == 1
-    assert TASKS[task].score(" nothing\n", turn.answer, tokenizer) < 0.1
-    assert len(tokenizer.encode(turn.prompt)) < 1100
-
-
-def test_scores_look_at_the_first_line_and_the_first_answer(tokenizer) -> None:
-    assert exact(" 123\nmore", " 123\n", tokenizer) == 1
-    assert exact_final("2 + 2 = 5. The answer is 4. The answer is 5.", "The answer is 4.", tokenizer) == 1
-    assert copied_tokens(" a b c", " a b d", tokenizer) == pytest.approx(2 / 3)
-
-
-def test_evaluation_is_the_same_in_any_batch(hybrid, tokenizer) -> None:
-    one, other = (evaluate("recall", hybrid, tokenizer, n_instances=6, batch_size=size) for size in (1, 4))
-    assert one.tolist() == other.tolist()
-    with pytest.raises(ValueError, match="unknown task 'recal'"):
-        evaluate("recal", hybrid, tokenizer, n_instances=1)
-
-
-def test_intervals_of_scores() -> None:
-    import numpy as np
-
-    perfect = score_interval(np.ones(100))
-    assert perfect.point == 1
-    assert perfect.low < 0.98
-    shares = score_interval(np.linspace(0.5, 1, 50))
-    assert shares.low < shares.point < shares.high

@@ -1,0 +1,309 @@
+"""Take heads out of a running model, and put them back.
+
+Nothing here changes a weight: what a head puts out, writes or keeps is changed on its way, by hooks that the context manager
+takes away again, so the model afterwards is the model before, bit for bit.
+
+A head is named (layer, head): the index of the decoder layer and of the value head within it, both from zero.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from staterank_utils.layouts import linear_layers
+from staterank_utils.models import make_cache
+
+Head = tuple[int, int]
+KINDS = ("zero", "mean", "frozen")
+SOFTMAX_PROJECTION = "o_proj"
+
+
+def all_heads(model: PreTrainedModel) -> list[Head]:
+    """Every linear-attention head of a model, in order.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> all_heads(load_model("hybrid"))[-2:]
+        [(6, 6), (6, 7)]
+    """
+    return [(index, head) for index, layer, layout in linear_layers(model) for head in range(layout.n_heads(layer))]
+
+
+@contextmanager
+def ablate_heads(
+    model: PreTrainedModel,
+    heads: Iterable[Head],
+    *,
+    kind: str = "zero",
+    means: Mapping[int, Float[Tensor, "head d_v"]] | None = None,
+) -> Iterator[None]:
+    """Run a model without some of its linear-attention heads, inside a `with` block.
+
+    Source: the intervention of arXiv:2602.02195; which kind the paper used is not known.
+
+    - "zero": what a head puts out, after its gated norm, is 0. Its state goes on as before.
+    - "mean": what it puts out is the same at every token, its mean over reference prompts (`mean_outputs`).
+    - "frozen": it writes nothing (b_t = 0), so a state that starts at 0 stays 0. Where the norm behind a head is its own,
+      as in gated delta layers, this gives the same logits as "zero". Enter the block before the prompt is read.
+
+    Blocks nest; a head in two of them is ablated by both. They work around `forward`, `generate` and `trace_states`, with
+    any batch and padding, and end with the block, also when it ends in an exception.
+
+    Args:
+        model: from `load_model`.
+        heads: (layer, head) pairs; none is allowed and changes nothing.
+        kind: "zero", "mean" or "frozen".
+        means: for "mean" alone, layer -> (head, d_v).
+
+    Raises:
+        ValueError: a head that the model does not have or that is named twice, a layer without linear attention, an unknown
+            kind, or means that are missing or not asked for.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> model, ids = load_model("hybrid"), torch.arange(32).reshape(1, 32)
+        >>> before = model(ids).logits
+        >>> with ablate_heads(model, [(0, 3), (5, 1)]):
+        ...     without = model(ids).logits
+        >>> torch.equal(model(ids).logits, before), torch.equal(without, before)
+        (True, False)
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}: choose from {', '.join(KINDS)}")
+    if (kind == "mean") != (means is not None):
+        raise ValueError(
+            f"kind={kind!r} was given {'no ' if means is None else ''}means: 'mean' needs them, others do not"
+        )
+    by_layer = _by_layer(heads, all_heads(model), what="linear-attention")
+    modules = {index: (layer, layout) for index, layer, layout in linear_layers(model)}
+    if means is not None and not set(by_layer) <= set(means):
+        raise ValueError(
+            f"means are missing for layers {sorted(set(by_layer) - set(means))}: make them with mean_outputs"
+        )
+    with ExitStack() as stack:
+        for index, chosen in by_layer.items():
+            layer, layout = modules[index]
+            if kind == "frozen":
+                gate = layer.get_submodule(layout.gate_projection)
+                handle = gate.register_forward_hook(_without_writes(layer, layout.without_writes, chosen))
+            else:
+                projection = layer.get_submodule(layout.output_projection)
+                put_out = means[index][chosen] if means is not None else torch.zeros(())
+                handle = projection.register_forward_pre_hook(_replaced(layout.n_heads(layer), chosen, put_out))
+            stack.callback(handle.remove)
+        yield
+
+
+def softmax_heads(model: PreTrainedModel) -> list[Head]:
+    """Every softmax-attention head of a hybrid model, in order; empty for a model that has none.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> softmax_heads(load_model("hybrid"))
+        [(3, 0), (3, 1), (3, 2), (3, 3), (7, 0), (7, 1), (7, 2), (7, 3)]
+    """
+    return [(index, head) for index in _softmax_layers(model) for head in range(model.config.num_attention_heads)]
+
+
+@contextmanager
+def ablate_softmax_heads(model: PreTrainedModel, heads: Iterable[Head]) -> Iterator[None]:
+    """As `ablate_heads` with kind "zero", for heads of softmax layers, to see what those carry.
+
+    Raises:
+        ValueError: a head that the model does not have or that is named twice.
+    """
+    layers = _softmax_layers(model)
+    by_layer = _by_layer(heads, softmax_heads(model), what="softmax")
+    with ExitStack() as stack:
+        for index, chosen in by_layer.items():
+            hook = _replaced(model.config.num_attention_heads, chosen, torch.zeros(()))
+            stack.callback(layers[index].get_submodule(SOFTMAX_PROJECTION).register_forward_pre_hook(hook).remove)
+        yield
+
+
+@torch.inference_mode()
+def mean_outputs(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch token"], *, batch_size: int = 1
+) -> dict[int, Float[Tensor, "head d_v"]]:
+    """What each linear-attention head puts out on average over all tokens of reference prompts, for `ablate_heads`.
+
+    Args:
+        model: from `load_model`.
+        input_ids: prompts of equal length.
+        batch_size: prompts read side by side.
+
+    Returns:
+        layer -> (head, d_v), float32, on the model's device.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> mean_outputs(load_model("hybrid"), torch.arange(32).reshape(1, 32))[0].shape
+        torch.Size([8, 64])
+    """
+    sums: dict[int, Tensor] = {}
+
+    def add(index: int, n_heads: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            total = inputs[0].double().sum((0, 1)).unflatten(0, (n_heads, -1))
+            sums[index] = sums.get(index, torch.zeros_like(total)) + total
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, layer, layout in linear_layers(model):
+            projection = layer.get_submodule(layout.output_projection)
+            stack.callback(projection.register_forward_pre_hook(add(index, layout.n_heads(layer))).remove)
+        for batch in input_ids.split(batch_size):
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    return {index: (total / input_ids.numel()).float() for index, total in sums.items()}
+
+
+# ---------------------------------------------------------------- states
+
+
+@torch.no_grad()
+def forward_with_edits(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch token"],
+    *,
+    heads: Iterable[Head],
+    edit: Callable[[Float[Tensor, "batch head d_k d_v"]], Float[Tensor, "batch head d_k d_v"]],
+    every: int = 64,
+) -> Float[Tensor, "batch token d_model"]:
+    """Read prompts in segments and change the states of some heads at each border: is the rank that is there also used?
+
+    Args:
+        model: from `load_model`.
+        input_ids: prompts of equal length.
+        heads: (layer, head) pairs.
+        edit: makes new states of old ones, such as `best_rank` or `rotated`.
+        every: tokens between two edits, at least 1. The last segment is not followed by an edit.
+
+    Returns:
+        Hidden states before the output embedding, for every token.
+
+    Raises:
+        ValueError: as in `ablate_heads`, `every` under 1, or an edit that changes the shape.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> model, ids = load_model("hybrid"), torch.arange(96).reshape(1, 96)
+        >>> forward_with_edits(model, ids, heads=[(0, 3)], edit=lambda state: best_rank(state, 1)).shape
+        torch.Size([1, 96, 256])
+    """
+    if every < 1:
+        raise ValueError(f"every must be at least 1 token, got {every}")
+    by_layer = _by_layer(heads, all_heads(model), what="linear-attention")
+    input_ids = input_ids.to(model.device)
+    order = torch.arange(input_ids.shape[1], device=model.device)[None]
+    cache, hidden = make_cache(model), []
+    for segment, positions in zip(input_ids.split(every, 1), order.split(every, 1), strict=True):
+        output: Any = model.base_model(input_ids=segment, position_ids=positions, past_key_values=cache, use_cache=True)
+        hidden.append(output.last_hidden_state)
+        for index, chosen in by_layer.items():
+            state = cache.layers[index].recurrent_states[0]
+            edited = edit(state[:, chosen])
+            if edited.shape != state[:, chosen].shape:
+                raise ValueError(f"the edit made {tuple(edited.shape)} of states {tuple(state[:, chosen].shape)}")
+            state[:, chosen] = edited.to(state)
+    return torch.cat(hidden, 1)
+
+
+def best_rank(state: Float[Tensor, "*lead d_k d_v"], rank: int) -> Float[Tensor, "*lead d_k d_v"]:
+    """The nearest states of a given rank: the largest singular values stay, the others become 0 (Eckart and Young, 1936).
+
+    Args:
+        state: any real floating dtype; computed in float64.
+        rank: at least 0; from min(d_k, d_v) on, the state is returned as it is.
+
+    Raises:
+        ValueError: a negative rank.
+
+    Example:
+        >>> best_rank(torch.diag(torch.tensor([3.0, 1.0])), 1).round().tolist()
+        [[3.0, 0.0], [0.0, 0.0]]
+    """
+    if rank < 0:
+        raise ValueError(f"rank must be at least 0, got {rank}")
+    if rank >= min(state.shape[-2:]):
+        return state
+    u, sigma, vh = torch.linalg.svd(state.double(), full_matrices=False)
+    sigma[..., rank:] = 0
+    return ((u * sigma.unsqueeze(-2)) @ vh).to(state)
+
+
+def rotated(state: Float[Tensor, "*lead d_k d_v"], *, seed: int) -> Float[Tensor, "*lead d_k d_v"]:
+    """States with the same singular values and random singular vectors: one rotation of keys and one of values for each head.
+
+    Args:
+        state: (..., head, d_k, d_v); all leading indices before the head share its rotations.
+        seed: of the rotations.
+
+    Example:
+        >>> turned = rotated(torch.diag(torch.tensor([3.0, 1.0]))[None], seed=0)
+        >>> torch.linalg.svdvals(turned)[0].round(decimals=4).tolist()
+        [3.0, 1.0]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n_heads, (d_k, d_v) = state.shape[-3], state.shape[-2:]
+    left, right = (
+        torch.linalg.qr(torch.randn(n_heads, d, d, generator=generator, dtype=torch.float64))[0].to(state.device)
+        for d in (d_k, d_v)
+    )
+    return (left @ state.double() @ right).to(state)
+
+
+# ---------------------------------------------------------------- inside
+
+
+def _by_layer(heads: Iterable[Head], known: list[Head], *, what: str) -> dict[int, list[int]]:
+    """Layer -> its heads; refuses what is unknown or repeated."""
+    by_layer: dict[int, list[int]] = {}
+    layers = sorted({layer for layer, _ in known})
+    for layer, head in heads:
+        if layer not in layers:
+            raise ValueError(f"layer {layer} has no {what} heads: layers {layers} have")
+        if (layer, head) not in known:
+            count = sum(index == layer for index, _ in known)
+            raise ValueError(f"layer {layer} has no head {head}: its {what} heads are 0..{count - 1}")
+        if head in by_layer.setdefault(layer, []):
+            raise ValueError(f"head {(layer, head)} is named twice")
+        by_layer[layer].append(head)
+    return by_layer
+
+
+def _softmax_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Decoder layer -> its softmax attention."""
+    linear = {index for index, _, _ in linear_layers(model)}
+    return {
+        module.layer_idx: module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, SOFTMAX_PROJECTION) and module.layer_idx not in linear
+    }
+
+
+def _replaced(n_heads: int, heads: list[int], put_out: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
+    """A hook before an output projection that puts `put_out` in the place of what some heads put out."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0].unflatten(-1, (n_heads, -1)).clone()
+        x[..., heads, :] = put_out.to(x)
+        return (x.flatten(-2), *inputs[1:])
+
+    return hook
+
+
+def _without_writes(
+    layer: nn.Module, without_writes: Callable[[nn.Module, Tensor, list[int]], Tensor], heads: list[int]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook behind a gate projection that keeps some heads from writing."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return without_writes(layer, output, heads)
+
+    return hook
