@@ -15,6 +15,7 @@ from staterank_utils.strata import Estimate
 
 REGISTERED = "2026-11-23"
 HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
+NOT_TESTABLE = "not testable on this model"
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,55 @@ def judge(
         for (label, e), (t, up, closed) in zip(measured.items(), thresholds, strict=True)
     ]
     judgement = verdict(criteria, partly=rule.partly(criteria, medians))
-    numbers = [
-        {"label": c.label, **{name: None if math.isnan(x) else round(x, 6) for name, x in asdict(c.estimate).items()}}
-        for c in criteria
-    ]
+    numbers = [{"label": c.label, **_rounded(c.estimate)} for c in criteria]
     return {"claim": key, "model": model, "criteria": numbers, "verdict": judgement, "note": note}
+
+
+def judge_asymmetry(
+    model: str, differences: Mapping[str, Estimate], below_random: Mapping[str, Estimate], *, note: str = ""
+) -> dict[str, Any]:
+    """Apply the registered rule of C4: does removing low-rank heads hurt more than removing high-rank ones?
+
+    Args:
+        model: what was measured.
+        differences: task -> score(high removed) - score(low removed), paired over prompts, for every task that counts.
+        below_random: for the same tasks, mean score(random removed) - score(low removed).
+        note: shown behind the verdict.
+
+    Returns:
+        The row that results store and tables show. An interval that lies above 0 whole counts as "> 0".
+
+    Raises:
+        ValueError: the two name different tasks.
+
+    Example:
+        >>> up, level = Estimate(0.5, 0.3, 0.7), Estimate(0.0, -0.1, 0.1)
+        >>> judge_asymmetry("hybrid", {"needle": up, "recall": level}, {"needle": up, "recall": up})["verdict"]
+        'holds in part'
+    """
+    if list(differences) != list(below_random):
+        raise ValueError(f"expected the same tasks, got {list(differences)} and {list(below_random)}")
+    above, under = (sum(sign * (e.low if sign > 0 else e.high) > 0 for e in differences.values()) for sign in (1, -1))
+    n_tasks = len(differences)
+    if n_tasks < 2:
+        judgement = NOT_TESTABLE
+    elif 2 * above > n_tasks and 2 * sum(e.low > 0 for e in below_random.values()) > n_tasks:
+        judgement = HOLDS
+    elif above and not under:
+        judgement = PARTLY
+    elif 2 * under > n_tasks:
+        judgement = f"{FAILS}: inverted"
+    elif above or under:
+        judgement = f"{FAILS}: mixed"
+    else:
+        judgement = f"{FAILS}: no asymmetry"
+    numbers = [{"label": task, **_rounded(e)} for task, e in differences.items()]
+    return {"claim": "C4", "model": model, "criteria": numbers, "verdict": judgement, "note": note}
+
+
+def _rounded(estimate: Estimate) -> dict[str, float | None]:
+    """An estimate as JSON can hold it; what is undefined is null."""
+    return {name: None if math.isnan(x) else round(x, 6) for name, x in asdict(estimate).items()}
 
 
 @dataclass(frozen=True)
@@ -219,6 +264,7 @@ RULES = {
     "C2b": Rule(((0.0, False, True),)),
     "C3": Rule(((0.90, True, False), (0.80, True, False)), lambda _, medians: medians[0] > 0.90 and medians[1] > 0.80),
     "C3a": Rule(((0.90, True, False),), lambda criteria, _: 2 * _met(criteria) >= len(criteria), each=True),
+    "C4a": Rule(((0.95, True, True),), lambda criteria, _: criteria[0].estimate.point >= 0.80),
 }
 
 

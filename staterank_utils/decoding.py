@@ -96,25 +96,40 @@ def greedy_choices(model: PreTrainedModel, prompts: Sequence[Tokens], continuati
         >>> [len(best) for best in greedy_choices(load_model("hybrid"), [[5, 6], [7]], [[1, 2, 3], []])]
         [4, 1]
     """
-    ids, mask = _padded(model, [[*p, *c] for p, c in zip(prompts, continuations, strict=True)])
-    hidden = _read(model, ids, mask)
+    ids, mask = pad_left(model, [[*p, *c] for p, c in zip(prompts, continuations, strict=True)])
+    hidden = read_padded(model, ids, mask)
     ends = [hidden[row, ids.shape[1] - len(c) - 1 :] for row, c in enumerate(continuations)]
     best = model.get_output_embeddings()(torch.cat(ends)).argmax(-1).cpu()
     return [part.tolist() for part in best.split([len(part) for part in ends])]
 
 
-def _padded(
+def pad_left(
     model: PreTrainedModel, rows: Sequence[Tokens]
 ) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row token"]]:
-    """Rows of ids as one tensor, padded on the left, and the mask of what is no padding."""
+    """Rows of token ids as one tensor on the model's device, padded on the left, and the mask: 1 for a token, 0 for padding.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> [tensor.tolist() for tensor in pad_left(load_model("hybrid"), [[5, 6], [7]])]
+        [[[5, 6], [0, 7]], [[1, 1], [0, 1]]]
+    """
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
     return ids, mask
 
 
-def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Float[Tensor, "row token d_model"]:
-    """Hidden states of left-padded rows, without a cache."""
+def read_padded(
+    model: PreTrainedModel, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"]
+) -> Float[Tensor, "row token d_model"]:
+    """Hidden states, before the output embedding, of rows from `pad_left`; what stands at padding has no meaning.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> model = load_model("hybrid")
+        >>> read_padded(model, *pad_left(model, [[5, 6], [7]])).shape
+        torch.Size([2, 2, 256])
+    """
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     hidden: Tensor = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
@@ -126,7 +141,7 @@ def _decode(
     model: PreTrainedModel, rows: list[Tokens], made: list[Tokens], limits: list[int], stop: Collection[int]
 ) -> None:
     """Append to each of `made` until its stop token or limit, one token a step for all rows."""
-    ids, mask = _padded(model, rows)
+    ids, mask = pad_left(model, rows)
     cache, positions = make_cache(model), (mask.cumsum(1) - 1).clamp_min(0)
     over = [False] * len(rows)
     # Without padding no mask is needed, and none is cheaper.

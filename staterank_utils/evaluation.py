@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from staterank_utils.decoding import Tokens, generate_greedily
+from staterank_utils.decoding import Tokens, generate_greedily, pad_left, read_padded
 from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.tasks import Turn, arithmetic, copying, final_answer, needle, recall, technical_prose
 
@@ -266,6 +266,7 @@ def answer_nats(
     *,
     n_instances: int,
     seed: int = 0,
+    batch_size: int = 16,
     read: Callable[[Tensor], Tensor] | None = None,
 ) -> NDArray[np.float64]:
     """Mean loss on the tokens of the right answer: damage in degrees, where scores only know right and wrong.
@@ -273,8 +274,9 @@ def answer_nats(
     Args:
         task, n_instances, seed: as in `draw_instances`.
         model, tokenizer: what is measured.
+        batch_size: prompts read side by side, padded on the left.
         read: (token ids (1, token)) -> hidden states, in the place of the model's own forward, such as
-            `surgery.forward_with_edits` with its arguments bound.
+            `surgery.forward_with_edits` with its arguments bound; prompts are then read one by one.
 
     Returns:
         One mean an instance, nats a token; the logarithm of the vocabulary's size is chance.
@@ -284,12 +286,15 @@ def answer_nats(
         >>> answer_nats("recall", load_model("hybrid"), load_tokenizer("hybrid"), n_instances=1).max().item() < 0.1
         True
     """
-    read = read or (lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    instances = draw_instances(task, tokenizer, n_instances=n_instances, seed=seed)
+    size = 1 if read else batch_size
     losses = []
-    for prompt, answer in draw_instances(task, tokenizer, n_instances=n_instances, seed=seed):
-        ids = torch.tensor([[*prompt, *answer]], device=model.device)
-        logits = model.get_output_embeddings()(read(ids)[0, len(prompt) - 1 : -1])
-        losses.append(F.cross_entropy(logits.double(), ids[0, len(prompt) :]).item())
+    for batch in (instances[start : start + size] for start in range(0, n_instances, size)):
+        ids, mask = pad_left(model, [[*prompt, *answer] for prompt, answer in batch])
+        hidden = read(ids) if read else read_padded(model, ids, mask)
+        for row, (_, answer) in enumerate(batch):
+            logits = model.get_output_embeddings()(hidden[row, -len(answer) - 1 : -1])
+            losses.append(F.cross_entropy(logits.double(), ids[row, -len(answer) :]).item())
     return np.array(losses)
 
 

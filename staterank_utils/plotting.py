@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
 from staterank_utils.strata import GAP, Estimate, is_high
@@ -38,6 +38,11 @@ def model_panels(models: Sequence[str], *, width: float = 5.0, height: float = 3
     for ax, name in zip(axes.flat, models, strict=True):
         ax.set_title(name, fontsize="medium")
     return dict(zip(models, axes.flat, strict=True))
+
+
+def legend_above(figure: Figure, ax: Axes) -> None:
+    """One legend above all panels of a figure in constrained layout, for what the panel `ax` shows."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
 
 
 def panel_rows(n_panels: int) -> tuple[int, int]:
@@ -197,8 +202,86 @@ def plot_agreement(ax: Axes, matrix: NDArray, labels: Sequence[str], *, title: s
     plt.setp(ax.get_xticklabels(), rotation=45, ha="right")
 
 
-def plot_with_band(ax: Axes, x: Sequence[float], estimates: Sequence[Estimate], *, label: str, **style: Any) -> None:
+def plot_with_band(
+    ax: Axes, x: Sequence[float] | range, estimates: Sequence[Estimate], *, label: str, **style: Any
+) -> None:
     """Points with their intervals as a band, against x."""
     points, low, high = (np.array([getattr(e, name) for e in estimates]) for name in ("point", "low", "high"))
     [line] = ax.plot(x, points, label=label, **style)
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def plot_doses(ax: Axes, counts: Sequence[int], arms: Mapping[str, Sequence[Estimate]]) -> None:
+    """Score against the number of heads removed, evenly spaced, one curve with its band an arm, in the looks of low and high heads.
+
+    Args:
+        ax: where to draw.
+        counts: numbers of heads removed, from 0.
+        arms: label -> score at each of the counts; labels that begin with "highest" look like high heads.
+    """
+    for label, estimates in arms.items():
+        style = HIGH if label.startswith("highest") else LOW
+        plot_with_band(ax, range(len(counts)), estimates, label=label, markersize=4, linewidth=1.5, **style)
+    ax.set(ylim=(-0.03, 1.05), xlabel="heads removed")
+    ax.set_xticks(range(len(counts)), [str(count) for count in counts], fontsize="small")
+
+
+def plot_arms(ax: Axes, scores: Mapping[str, Estimate], *, draws: Sequence[float], intact: float) -> None:
+    """Scores of the arms of an ablation as dots with intervals, one row an arm, beside random draws and the intact model.
+
+    Args:
+        ax: where to draw.
+        scores: label -> score; labels that begin with "lowest" are squares, others dots.
+        draws: mean score of each random draw, as grey ticks over the whole height.
+        intact: score with all heads, as a dotted line.
+    """
+    for x in draws:
+        ax.axvline(x, color="0.75", linewidth=1, zorder=0)
+    ax.axvline(intact, color="black", linewidth=1, linestyle=":", zorder=0)
+    for row, (label, estimate) in enumerate(scores.items()):
+        style = LOW if label.startswith("lowest") else HIGH
+        ax.plot([estimate.low, estimate.high], [row, row], color=style["color"], linewidth=2)
+        ax.plot(estimate.point, row, marker=style["marker"], color=style["color"], markersize=6)
+    ax.set_yticks(range(len(scores)), list(scores), fontsize="small")
+    ax.set(xlim=(-0.05, 1.05), ylim=(len(scores) - 0.5, -0.5))
+
+
+def plot_parts(
+    ax: Axes, linear: Mapping[int, float], softmax: Mapping[int, float], single: Mapping[tuple[int, int], float]
+) -> None:
+    """Added loss by layer: bars for whole layers, hatched where they are softmax, and a mark for every single head.
+
+    Args:
+        ax: where to draw.
+        linear, softmax: layer -> added loss without the layer, nats.
+        single: (layer, head) -> added loss without the head, nats.
+    """
+    for layers, hatch, label in ((linear, "", "linear layer"), (softmax, "//", "softmax layer")):
+        if layers:
+            ax.bar(list(layers), list(layers.values()), color="0.88", edgecolor="0.4", hatch=hatch, label=label)
+    ax.plot([layer for layer, _ in single], list(single.values()), "_", color=BLUE, markersize=9, label="one head")
+    ax.set_yscale("symlog", linthresh=0.01)
+    ax.set(xlabel="layer", ylabel="added loss, nats")
+    ax.set_xticks(sorted({*linear, *softmax}))
+    ax.legend(frameon=False, fontsize="small")
+
+
+def plot_rank_used(ax: Axes, curves: Mapping[str, Mapping[str, float]]) -> None:
+    """Added loss against what is kept of the states, one curve for "high" heads and one for "low" ones."""
+    for group, style in (("high", HIGH), ("low", LOW)):
+        labels, values = zip(*curves[group].items(), strict=True)
+        ax.plot(range(len(labels)), values, label=f"{group} heads", **style)
+        ax.set_xticks(range(len(labels)), labels, rotation=45, fontsize="x-small")
+    ax.set_yscale("symlog", linthresh=0.01)
+    ax.set(ylabel="added loss, nats", xlabel="what is kept of the state")
+    ax.legend(frameon=False, fontsize="small")
+
+
+def plot_depths(ax: Axes, table: NDArray, depths: Sequence[float], lengths: Sequence[int], *, title: str) -> None:
+    """Heat map of retrieval: depth of the needle downwards, length of the prompt to the right, numbers written in."""
+    sns.heatmap(
+        table, ax=ax, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws={"fontsize": "x-small"}, cbar=False,
+        xticklabels=[f"{n:,}" for n in lengths], yticklabels=[f"{depth:.0%}" for depth in depths],
+    )  # fmt: skip
+    ax.set_title(title, fontsize="small")
+    ax.tick_params(axis="both", length=0, labelsize="small", labelrotation=0)

@@ -79,6 +79,22 @@ def bootstrap(
     return Estimate(point, float(low), float(high))
 
 
+def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
+    """Mean of first minus second, both measured on the same prompts, with its bootstrap interval over prompts.
+
+    Raises:
+        ValueError: not as many of one as of the other.
+
+    Example:
+        >>> paired_difference([1.0, 1.0, 0.0], [0.0, 1.0, 0.0]).point
+        0.3333333333333333
+    """
+    x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (first, second))
+    if len(x) != len(y):
+        raise ValueError(f"expected values on the same prompts, got {len(x)} and {len(y)}")
+    return bootstrap(lambda drawn: float(drawn.mean()), x - y)
+
+
 def exactly(value: float) -> Estimate:
     """A number without uncertainty, such as a count."""
     return Estimate(float(value), float(value), float(value))

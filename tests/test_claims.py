@@ -43,6 +43,37 @@ def test_the_registered_list_is_complete() -> None:
     assert all(f"**{key}**" in claims.registered_table() for key in CLAIMS)
 
 
+UP, DOWN, LEVEL = Estimate(0.5, 0.3, 0.7), Estimate(-0.5, -0.7, -0.3), Estimate(0.0, -0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("differences", "below_random", "expected"),
+    [
+        ([UP, UP, LEVEL], [UP, UP, LEVEL], HOLDS),
+        ([UP, UP, DOWN], [UP, UP, UP], HOLDS),
+        ([UP, UP, LEVEL], [UP, LEVEL, LEVEL], PARTLY),
+        ([UP, LEVEL, LEVEL], [UP, UP, UP], PARTLY),
+        ([DOWN, DOWN, LEVEL], [LEVEL] * 3, f"{FAILS}: inverted"),
+        ([DOWN, DOWN, UP], [LEVEL] * 3, f"{FAILS}: inverted"),
+        ([DOWN, UP, LEVEL], [LEVEL] * 3, f"{FAILS}: mixed"),
+        ([DOWN, LEVEL, LEVEL], [LEVEL] * 3, f"{FAILS}: mixed"),
+        ([LEVEL] * 3, [UP] * 3, f"{FAILS}: no asymmetry"),
+        ([UP], [UP], "not testable on this model"),
+        ([], [], "not testable on this model"),
+    ],
+)
+def test_the_registered_rule_of_asymmetry(differences, below_random, expected: str) -> None:
+    tasks = [f"task {i}" for i in range(len(differences))]
+    row = claims.judge_asymmetry("m", *(dict(zip(tasks, e, strict=True)) for e in (differences, below_random)))
+    assert row["verdict"] == expected
+    assert [number["label"] for number in row["criteria"]] == tasks
+
+
+def test_asymmetry_needs_the_same_tasks() -> None:
+    with pytest.raises(ValueError, match="expected the same tasks"):
+        claims.judge_asymmetry("m", {"a": UP, "b": UP}, {"a": UP})
+
+
 def test_overview_shows_verdicts_and_what_is_not_yet_tested(tmp_path: Path) -> None:
     row = claims.judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)})
     (tmp_path / "02_input_invariance.json").write_text(json.dumps({"rows": [row]}))

@@ -1,0 +1,112 @@
+"""What surgery and decoding cost: an ablated forward beside a plain one, and our greedy decoding beside `model.generate`.
+
+    python -m benchmarks.ablate [--store]
+
+Each way is run in turn, several times, in one process; ratios are medians of the ratios within a round. Decoding continues
+prompts of equal length by a fixed number of tokens, once alone and once 32 side by side. "checked" is what `evaluate` does where the
+model gives the expected answer: one forward over prompt and answer. `--store` writes results/benchmarks/ablate.json.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from staterank_utils import domain_prompts, load_model, load_tokenizer
+from staterank_utils.claims import markdown_table
+from staterank_utils.decoding import generate_greedily
+from staterank_utils.models import make_cache
+from staterank_utils.results import STORED, provenance, write_json
+from staterank_utils.surgery import ablate_heads, all_heads
+
+FORWARD_TOKENS = 1024
+PROMPT_TOKENS = 64
+NEW_TOKENS = 32
+BATCHES = (1, 32)
+GOAL = 1.02  # ablated over plain forward
+
+
+def rounds(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every way in every round; a first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in tqdm(range(repeats + 1), desc=next(iter(ways))):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def rows_of(seconds: dict[str, list[float]], tokens: int) -> list[tuple[str, ...]]:
+    """One row a way: median milliseconds, tokens a second, median ratio to the first way."""
+    first = next(iter(seconds.values()))
+    rows: list[tuple[str, ...]] = []
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        ratio = statistics.median(a / b for a, b in zip(values, first, strict=True))
+        rows.append((name, f"{1000 * median:.0f}", f"{tokens / median:,.0f}", f"{ratio:.3f}"))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="hybrid")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--store", action="store_true")
+    arguments = parser.parse_args()
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    prompts = domain_prompts("prose", tokenizer, n_prompts=max(BATCHES), n_tokens=FORWARD_TOKENS, seed=0)
+    half = all_heads(model)[::2]
+
+    @torch.inference_mode()
+    def forward() -> None:
+        model.base_model(input_ids=prompts[:1].to(model.device), use_cache=False)
+
+    def ablated() -> None:
+        with ablate_heads(model, half):
+            forward()
+
+    rows = rows_of(
+        rounds({"plain forward": forward, "half of the heads ablated": ablated}, arguments.repeats), FORWARD_TOKENS
+    )
+    for batch in BATCHES:
+        ids = prompts[:batch, :PROMPT_TOKENS].to(model.device)
+
+        @torch.inference_mode()
+        def library(ids: torch.Tensor = ids) -> torch.Tensor:
+            made: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, past_key_values=make_cache(model), pad_token_id=0)  # fmt: skip
+            return made[:, PROMPT_TOKENS:]
+
+        def ours(ids: torch.Tensor = ids, drafts: list[list[int]] | None = None) -> list[list[int]]:
+            return generate_greedily(model, ids.tolist(), max_new_tokens=[NEW_TOKENS] * len(ids), drafts=drafts)
+
+        ways: dict[str, Callable[[], object]] = {
+            f"generate, batch {batch}": library,
+            f"ours, batch {batch}": ours,
+            f"ours, checked, batch {batch}": partial(ours, drafts=ours()),
+        }
+        rows += rows_of(rounds(ways, max(1, arguments.repeats // 3)), batch * NEW_TOKENS)
+    head = (
+        f"{FORWARD_TOKENS:,} tokens forward; {PROMPT_TOKENS} + {NEW_TOKENS} tokens decoded",
+        "ms, median",
+        "tokens/s",
+        "over the first of its group",
+    )
+    table = markdown_table(head, rows)
+    print(f"{table}\n\ngoal for the ablated forward: at most {GOAL}")
+    if arguments.store:
+        write_json(
+            STORED / "benchmarks" / "ablate.json",
+            {"provenance": provenance(parameters=vars(arguments)), "goal": GOAL, "table": table},
+        )
+
+
+if __name__ == "__main__":
+    main()

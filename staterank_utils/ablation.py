@@ -1,0 +1,268 @@
+"""One model, its heads removed in many ways: what every arm of the experiment is measured by, each number computed once."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from staterank_utils.evaluation import Task, answer_nats, evaluate, needle_task, text_nats
+from staterank_utils.layouts import linear_layers
+from staterank_utils.selection import (
+    PAPER_SHARE,
+    Measure,
+    extreme_heads,
+    head_counts,
+    measure_heads,
+    random_heads,
+)
+from staterank_utils.strata import Estimate, bootstrap, is_high
+from staterank_utils.surgery import (
+    Head,
+    ablate_heads,
+    ablate_softmax_heads,
+    all_heads,
+    best_rank,
+    forward_with_edits,
+    mean_outputs,
+    rotated,
+    softmax_heads,
+)
+from staterank_utils.tasks import domain_prompts
+
+CALIBRATION_DOMAINS = ("code", "arithmetic")  # evaluation prompts are technical prose and other stories
+RANK = "effective rank"
+LOW, HIGH = False, True  # ends of a measure, for `arm`
+
+
+class Ablation:
+    """The measurements of an ablation experiment on one model.
+
+    Heads are ordered by measures on calibration prompts (held-out code and arithmetic stories of another seed), which share
+    no text with the prompts that scores are taken on.
+
+    Args:
+        model, tokenizer: from `load_model` and `load_tokenizer`.
+        tasks: name -> task.
+        n_prompts: prompts a task, for scores.
+        n_graded: prompts a task, for losses.
+        seed: of prompts and draws.
+        batch_size: prompts answered side by side.
+        calibration: number of calibration prompts a domain and their tokens.
+
+    Attributes:
+        heads: every linear-attention head.
+        d: largest possible rank of a state.
+        counts: numbers of heads at the registered shares.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> from staterank_utils.evaluation import recall_task
+        >>> hybrid = load_model("hybrid"), load_tokenizer("hybrid")
+        >>> study = Ablation(*hybrid, {"recall": recall_task()}, n_prompts=2, n_graded=1, calibration=(1, 64))
+        >>> study.score("recall").tolist(), study.counts
+        ([1.0, 1.0], [1, 2, 5, 6, 12, 19, 24])
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        tasks: Mapping[str, Task],
+        *,
+        n_prompts: int,
+        n_graded: int,
+        seed: int = 0,
+        batch_size: int = 16,
+        calibration: tuple[int, int] = (4, 512),
+    ):
+        self.model, self.tokenizer, self.tasks = model, tokenizer, dict(tasks)
+        self.n_prompts, self.n_graded, self.seed, self.batch_size = n_prompts, n_graded, seed, batch_size
+        self.calibration = calibration
+        self.heads = all_heads(model)
+        self.counts = head_counts(len(self.heads))
+        _, layer, layout = linear_layers(model)[0]
+        self.d = min(layout.d_k(layer), layout.d_v(layer))
+        self._scores: dict[tuple[str, tuple[Head, ...], str], NDArray[np.float64]] = {}
+
+    def prompts(self, domain: str, n_prompts: int, n_tokens: int, *, seed: int = 0) -> Tensor:
+        """Prompts of a domain; `seed` is added to the experiment's own."""
+        return domain_prompts(domain, self.tokenizer, n_prompts=n_prompts, n_tokens=n_tokens, seed=self.seed + seed)
+
+    # ---------------------------------------------------------------- heads
+
+    @cached_property
+    def measures(self) -> dict[str, Measure]:
+        """Effective rank, nuclear norm, log-decay and write strength of every head on the calibration prompts."""
+        prompts = [self.prompts(domain, *self.calibration, seed=1000) for domain in CALIBRATION_DOMAINS]
+        return measure_heads(self.model, torch.cat(prompts))
+
+    def values(self, measure: str) -> NDArray[np.float64]:
+        """A measure as a vector over `heads`."""
+        return np.array([self.measures[measure][head] for head in self.heads])
+
+    @property
+    def high(self) -> NDArray[np.bool_]:
+        """The label of every head: rank at least half of d on the calibration prompts."""
+        return is_high(self.values(RANK), self.d)
+
+    def arm(self, end: bool, n: int, *, measure: str = RANK, per_layer: bool = False) -> list[Head]:
+        """The `n` heads at one end (`LOW` or `HIGH`) of a measure; with `per_layer`, `n` of every layer."""
+        return extreme_heads(self.measures[measure], n, largest=end, per_layer=per_layer)
+
+    def count(self, share: float) -> int:
+        """A share of the heads as a number."""
+        return head_counts(len(self.heads), [share])[0]
+
+    # ---------------------------------------------------------------- scores
+
+    def score(self, task: str, heads: Iterable[Head] = (), *, kind: str = "zero") -> NDArray[np.float64]:
+        """Scores of a task without some heads, one a prompt; remembered."""
+        key = (task, tuple(sorted(heads)), kind)
+        if key not in self._scores:
+            means = self._means if kind == "mean" else None
+            with ablate_heads(self.model, key[1], kind=kind, means=means):
+                self._scores[key] = evaluate(
+                    self.tasks[task], self.model, self.tokenizer, n_instances=self.n_prompts, seed=self.seed, batch_size=self.batch_size
+                )  # fmt: skip
+        return self._scores[key]
+
+    @cached_property
+    def _means(self) -> dict[int, Tensor]:
+        return mean_outputs(self.model, self.prompts("code", *self.calibration, seed=1001))
+
+    @property
+    def mastered(self) -> list[str]:
+        """The tasks of which the intact model masters at least half: those that count."""
+        return [task for task in self.tasks if self.score(task).mean() >= 0.5]
+
+    def doses(self, task: str, end: bool) -> list[NDArray[np.float64]]:
+        """Scores with 0 heads and each of `counts` removed from one end of the ranks."""
+        return [self.score(task, self.arm(end, n)) for n in (0, *self.counts)]
+
+    def judged_count(self, task: str) -> int:
+        """Number of heads at which the two ends are compared (claim C4).
+
+        The paper's share, 38.9 %, where one of the ends keeps half of the intact score there; else the largest registered
+        share below it at which one does; else the smallest.
+        """
+        half = self.score(task).mean() / 2
+        enough = [
+            n
+            for n in self.counts
+            if n <= self.count(PAPER_SHARE)
+            and max(self.score(task, self.arm(e, n)).mean() for e in (LOW, HIGH)) >= half
+        ]
+        return max(enough, default=self.counts[0])
+
+    def breaking_count(self, task: str) -> int:
+        """The smallest registered number of heads at which one of the two ends loses half of the intact score; else the largest."""
+        half = self.score(task).mean() / 2
+        broken = [n for n in self.counts if min(self.score(task, self.arm(e, n)).mean() for e in (LOW, HIGH)) < half]
+        return min(broken, default=self.counts[-1])
+
+    def draws(self, task: str, n: int, n_draws: int, *, per_layer: bool = False) -> NDArray[np.float64]:
+        """Scores without `n` random heads, (draw, prompt)."""
+        chosen = [
+            random_heads(self.heads, n, seed=1000 * self.seed + draw, per_layer=per_layer) for draw in range(n_draws)
+        ]
+        bar = tqdm(chosen, desc=f"random heads, {task}", leave=False)
+        return np.stack([self.score(task, heads) for heads in bar])
+
+    def arms(self, task: str, n: int) -> dict[str, NDArray[np.float64]]:
+        """Scores of both ends of every measure, and of the two ends of rank with mean outputs in the place of zeros."""
+        ends = {"lowest": LOW, "highest": HIGH}
+        by_measure = {
+            f"{word} {measure}": self.score(task, self.arm(end, n, measure=measure))
+            for measure in self.measures
+            for word, end in ends.items()
+        }
+        with_means = {
+            f"{word} rank, mean output": self.score(task, self.arm(end, n), kind="mean") for word, end in ends.items()
+        }
+        return by_measure | with_means
+
+    def redundancy(self) -> Estimate:
+        """Score without high-rank heads over the intact score, at the paper's share, mean over the tasks that count (C4a)."""
+        heads = self.arm(HIGH, self.count(PAPER_SHARE))
+        pairs = [np.stack([self.score(task, heads), self.score(task)], 1) for task in self.mastered]
+        return bootstrap(lambda *drawn: float(np.mean([x[:, 0].mean() / x[:, 1].mean() for x in drawn])), *pairs)
+
+    def depth_table(
+        self, heads: Iterable[Head], depths: Sequence[float], lengths: Sequence[int], *, n_prompts: int
+    ) -> NDArray[np.float64]:
+        """Share of single needles found, (depth, length of the prompt)."""
+        with ablate_heads(self.model, list(heads)):
+            return np.array(
+                [[evaluate(needle_task(1, n, depth), self.model, self.tokenizer, n_instances=n_prompts, seed=self.seed, batch_size=self.batch_size).mean() for n in lengths] for depth in depths]
+            )  # fmt: skip
+
+    # ---------------------------------------------------------------- losses
+
+    def loss(self, read: Callable[[Tensor], Tensor] | None = None) -> float:
+        """Loss on the tokens of right answers, nats a token, mean over prompts and over the tasks that count."""
+        losses = [
+            answer_nats(self.tasks[task], self.model, self.tokenizer, n_instances=self.n_graded, seed=self.seed + 1, read=read)
+            for task in self.mastered
+        ]  # fmt: skip
+        return float(np.mean(losses)) if losses else float("nan")
+
+    @cached_property
+    def intact_loss(self) -> float:
+        """`loss` with all heads."""
+        return self.loss()
+
+    def added_loss(self, within: AbstractContextManager[None]) -> float:
+        """What `loss` gains inside a block, such as that of `ablate_heads`."""
+        intact = self.intact_loss
+        with within:
+            return self.loss() - intact
+
+    def sweep(self) -> NDArray[np.float64]:
+        """Added loss of each head removed alone, over `heads`."""
+        bar = tqdm(self.heads, desc="single heads", leave=False)
+        return np.array([self.added_loss(ablate_heads(self.model, [head])) for head in bar])
+
+    def by_part(self) -> dict[str, dict[Head | int, float]]:
+        """Added loss of whole layers removed, "linear" and "softmax", and of single softmax heads."""
+        parts: dict[str, dict[Head | int, float]] = {"linear": {}, "softmax": {}, "softmax heads": {}}
+        softmax = softmax_heads(self.model)
+        for kind, heads, ablate in (("linear", self.heads, ablate_heads), ("softmax", softmax, ablate_softmax_heads)):
+            for layer in sorted({layer for layer, _ in heads}):
+                group = [head for head in heads if head[0] == layer]
+                parts[kind][layer] = self.added_loss(ablate(self.model, group))
+        for head in softmax:
+            parts["softmax heads"][head] = self.added_loss(ablate_softmax_heads(self.model, [head]))
+        return parts
+
+    def rank_used(self, wanted: bool, ranks: Sequence[int], *, every: int) -> dict[str, float]:
+        """Added loss when the states of all high (or all low) heads are cut to a rank, and when they are rotated.
+
+        Args:
+            wanted: `HIGH` or `LOW` heads, by `high`.
+            ranks: that are kept; those from d on are left out.
+            every: tokens between two edits.
+
+        Returns:
+            "rank 4" and so on, then "rotated" -> nats a token; 0 throughout where there is no head of that label.
+        """
+        heads = [head for head, label in zip(self.heads, self.high, strict=True) if label == wanted]
+        edits = {f"rank {rank}": partial(best_rank, rank=rank) for rank in ranks if rank < self.d}
+        edits["rotated"] = partial(rotated, seed=self.seed)
+        added = {}
+        for label, edit in edits.items():
+            read = partial(forward_with_edits, self.model, heads=heads, edit=edit, every=every)
+            added[label] = self.loss(read) - self.intact_loss
+        return added
+
+    def perplexities(self, heads: Sequence[Head], domains: Sequence[str], *, n_tokens: int) -> list[float]:
+        """Perplexity of each domain without some heads."""
+        with ablate_heads(self.model, heads) if heads else nullcontext():
+            texts = [self.prompts(domain, self.n_graded, n_tokens, seed=2) for domain in domains]
+            return [float(np.exp(text_nats(self.model, text).mean())) for text in texts]
