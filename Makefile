@@ -40,8 +40,9 @@ check: .venv/installed ## lint, format, types, notebook pairs
 notebooks: .venv/installed ## write the .ipynb of every notebooks/*.py
 	$(BIN)/python -m book.pairs
 
-bench: .venv/installed ## time tracing against what one would do otherwise
+bench: .venv/installed ## time tracing and ablating against what one would do otherwise
 	$(BIN)/python -m benchmarks.trace
+	$(BIN)/python -m benchmarks.ablate
 
 full: .venv/installed ## run the notebooks with the full profile; store results/full and the figure of the README
 	$(BIN)/python -m book.assemble --stage _build/full --profile full --figure book/ranks.png

@@ -27,7 +27,7 @@ FORWARD_TOKENS = 1024
 PROMPT_TOKENS = 64
 NEW_TOKENS = 32
 BATCHES = (1, 32)
-GOAL = 1.02  # ablated over plain forward
+GOAL = "an ablated forward takes at most 1.02 plain ones; ours decodes no slower than generate"
 
 
 def rounds(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -100,7 +100,7 @@ def main() -> None:
         "over the first of its group",
     )
     table = markdown_table(head, rows)
-    print(f"{table}\n\ngoal for the ablated forward: at most {GOAL}")
+    print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:
         write_json(
             STORED / "benchmarks" / "ablate.json",
