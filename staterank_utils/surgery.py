@@ -289,11 +289,17 @@ def _softmax_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 def _replaced(n_heads: int, heads: list[int], put_out: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
     """A hook before an output projection that puts `put_out` in the place of what some heads put out."""
+    kept = torch.ones(n_heads, 1, dtype=torch.bool)
+    kept[heads] = False
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = inputs[0].unflatten(-1, (n_heads, -1)).clone()
-        x[..., heads, :] = put_out.to(x)
-        return (x.flatten(-2), *inputs[1:])
+        x = inputs[0]
+        size = (n_heads, x.shape[-1] // n_heads)
+        # One pass over the activations, whatever the number of heads.
+        replacement = x.new_zeros(size)
+        replacement[heads] = put_out.to(x)
+        mask = kept.to(x.device).expand(size).flatten()
+        return (torch.where(mask, x, replacement.flatten()), *inputs[1:])
 
     return hook
 
