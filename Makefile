@@ -7,7 +7,7 @@ STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
 
-.PHONY: help book test test-gpu check notebooks bench full clean
+.PHONY: help book test test-gpu check notebooks bench full figure clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,9 +44,12 @@ bench: .venv/installed ## time tracing and ablating against what one would do ot
 	$(BIN)/python -m benchmarks.trace
 	$(BIN)/python -m benchmarks.ablate
 
-full: .venv/installed ## run the notebooks with the full profile; store results/full and the figure of the README
-	$(BIN)/python -m book.assemble --stage _build/full --profile full --figure book/ranks.png
+full: .venv/installed ## run the notebooks with the full profile (ONLY="NAME ..." some of them) and store their results
+	$(BIN)/python -m book.assemble --stage _build/full --profile full $(if $(ONLY),--only $(ONLY))
 	mkdir -p results/full && cp _build/full/results/[0-9]*.json results/full/
+
+figure: .venv/installed ## store the figure of the README, from a quick run of the first notebook
+	$(BIN)/python -m book.assemble --stage _build/figure --only 01_stratification --figure book/ranks.png
 
 clean: ## remove what was built, keep the environment
 	rm -rf _build

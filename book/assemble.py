@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ PACKAGES = (
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Run a notebook in its folder; return what the status page says of the run."""
+    """Run a notebook at the root of the repository; return what the status page says of the run."""
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown:
         raise ValueError(f"{source.name} has no parameter {', '.join(sorted(unknown))}")
@@ -41,13 +42,18 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> dict[str,
     return {"notebook": source.stem, "seconds": time.monotonic() - started, **parameters}
 
 
-def notebook_pages(stage: Path, profile: str) -> list[dict[str, Any]]:
-    """Every notebook of the table of contents, run one after the other."""
+def notebook_pages(stage: Path, profile: str, only: Sequence[str]) -> list[dict[str, Any]]:
+    """The notebooks, or those named, run one after the other."""
     (stage / "notebooks").mkdir(parents=True)
     runs = []
     # Relative to the folder that notebooks run in, since the page shows the parameters.
     folder = os.path.relpath(stage / "results", ROOT)
     sources = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    if unknown := set(only) - {source.stem for source in sources}:
+        raise SystemExit(
+            f"there is no notebook {', '.join(sorted(unknown))}: choose from {', '.join(s.stem for s in sources)}"
+        )
+    sources = [source for source in sources if not only or source.stem in only]
     for source in tqdm(sources, desc="notebooks"):
         runs.append(
             execute(
@@ -110,15 +116,18 @@ def main() -> None:
     parser.add_argument("--stage", type=Path, default=ROOT / "_build" / "stage")
     parser.add_argument("--figure", type=Path, help="where to put the first figure, for the README")
     parser.add_argument("--profile", choices=("quick", "full"), default="quick")
+    parser.add_argument("--only", nargs="*", default=[], help="names of the notebooks to run; all by default")
     arguments = parser.parse_args()
-    stage: Path = arguments.stage
+    stage: Path = arguments.stage.resolve()
+    if ROOT / "_build" not in stage.parents:
+        raise SystemExit(f"the staging folder is emptied first, so it must lie in {ROOT / '_build'}; got {stage}")
     shutil.rmtree(stage, ignore_errors=True)
     shutil.copytree(ROOT / "book", stage / "book", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, stage / name)
-    runs = notebook_pages(stage, arguments.profile)
+    runs = notebook_pages(stage, arguments.profile, arguments.only)
     generated = {
-        "overview": claims.overview_table([stage / "results", ROOT / "results" / "full"], EMBEDDED),
+        "overview": claims.overview_table([stage / "results"], EMBEDDED),
         "registered": claims.registered_table(),
         "preamble": claims.PREAMBLE,
         "controls": claims.CONTROLS,

@@ -64,7 +64,7 @@ model = "hybrid"  # embedded names, folders or hub ids, separated by commas
 revision = ""  # commit or tag, for hub ids
 profile = "quick"  # "quick" or "full"
 seed = 0
-n_prompts = 0  # prompts a domain; 0: what the profile says
+n_prompts = 0  # prompts a domain, at most 16; 0: what the profile says
 n_tokens = 2048  # T, tokens a prompt
 results_folder = ""  # where the result is stored; "": nowhere
 
@@ -74,7 +74,11 @@ results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
 N_PROMPTS = n_prompts or {"quick": 4, "full": 16}[profile]
 DOMAINS = NATURAL_DOMAINS + ADVERSARIAL_DOMAINS
-EARLY = min(128, n_tokens // 2)  # the registered early position
+EARLY = 128  # the registered early position
+if n_tokens < 2 * EARLY:
+    raise ValueError(
+        f"n_tokens must be at least {2 * EARLY}, got {n_tokens}: order is compared between {EARLY} and the end"
+    )
 POSITIONS = [t for t in (32, 64, 128, 256, 512, 1024) if t < n_tokens] + [n_tokens]
 PARAMETERS = {
     "model": model,

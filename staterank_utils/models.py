@@ -49,7 +49,7 @@ def load_model(
         seed: of the initial weights where the model's configuration names none, and of the shuffle.
         device: "cpu", "cuda", ...; by default the GPU if there is one.
         dtype: of the weights; by default float32 on a CPU and the checkpoint's own dtype on a GPU.
-        revision: commit, tag or branch on the hub; required for a hub id, so that a result names what it measured.
+        revision: commit or tag on the hub; required for a hub id, so that a result names what it measured.
         trust_remote_code: run Python code that comes with the weights. Off unless asked for.
 
     Returns:
@@ -67,12 +67,12 @@ def load_model(
     source, options = _source(name_or_path, revision, trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    if Path(source).is_dir():
+        verify_weights(Path(source))
     if weights == "initial":
         model = initial_model(AutoConfig.from_pretrained(source, **options), seed=seed)
         model = model.to(device=device, dtype=None if chosen == "auto" else chosen)
     elif weights in ("trained", "shuffled"):
-        if Path(source).is_dir():
-            verify_weights(Path(source))
         model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, use_safetensors=True, **options).to(device)
         if weights == "shuffled":
             shuffle_weights(model, seed=seed)
@@ -123,7 +123,7 @@ def _source(name_or_path: str, revision: str | None, trust_remote_code: bool) ->
         )
     if revision is None:
         raise ValueError(
-            f"{name_or_path!r} is a hub id: pass revision=..., a commit or tag, so that the result names what it measured"
+            f"there is no folder {name_or_path!r}; if it is a hub id, pass revision=..., a commit or tag, so that the result names what it measured"
         )
     return name_or_path, {"revision": revision, "trust_remote_code": trust_remote_code}
 

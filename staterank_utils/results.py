@@ -21,6 +21,7 @@ from staterank_utils.models import CHECKPOINTS, EMBEDDED
 
 STORED = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "transformers", "flash-linear-attention", "numpy", "scipy", "diptest")
+PROFILES = ("quick", "full")
 STARTED = time.monotonic()
 
 
@@ -176,22 +177,28 @@ def stored_beside(notebook: str, *, parameters: Mapping[str, Any], checkpoints: 
     )
 
 
-def check_parameters(namespace: Mapping[str, Any], *, known: Sequence[str]) -> None:
-    """Refuse a misspelt notebook parameter, which papermill only warns about.
+def check_parameters(namespace: dict[str, Any], *, known: Sequence[str]) -> None:
+    """Refuse a misspelt notebook parameter, which papermill only warns about, and a profile that there is not.
 
-    Call it in the cell after the parameters: whatever plain value stands in the namespace then came from there.
+    Call it in the cell after the parameters: whatever plain value stands in the namespace then came from there. That holds
+    the first time; when cells are run again by hand, the names are no longer looked at.
 
     Args:
-        namespace: `globals()` of the notebook.
+        namespace: `globals()` of the notebook; a mark that the names were looked at is left in it.
         known: names of the parameters.
 
     Raises:
-        ValueError: a name that is not known, with the nearest one that is.
+        ValueError: a name that is not known, with the nearest one that is, or an unknown profile.
 
     Example:
         >>> check_parameters({"seed": 0}, known=["seed"])
     """
-    plain = (bool, int, float, str, list, type(None))
+    profile = namespace.get("profile", PROFILES[0])
+    if profile not in PROFILES:
+        raise ValueError(f"there is no profile {profile!r}: choose from {', '.join(PROFILES)}")
+    if namespace.get("_parameters_checked"):
+        return
+    plain = (bool, int, float, str, list, dict, type(None))
     given = [
         name
         for name, value in namespace.items()
@@ -199,5 +206,6 @@ def check_parameters(namespace: Mapping[str, Any], *, known: Sequence[str]) -> N
     ]
     for name in sorted(set(given) - set(known)):
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"this notebook has no parameter {name!r}{hint} It has {', '.join(known)}.")
+    namespace["_parameters_checked"] = True

@@ -97,19 +97,25 @@ def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e
     Source: Eq. 6 of arXiv:2602.02195, as reported by an independent reader. There: S_t is `state`, epsilon is `rel_tol`.
 
     Args:
-        state: as in `singular_values`.
+        state: as in `singular_values`. A float16 or bfloat16 state was rounded to about 1e-3 or 8e-3 of its values; under a
+            smaller threshold, what is counted is that rounding, so it is refused.
         rel_tol: relative threshold, dimensionless, in (0, 1).
 
     Returns:
         int64 per leading index, 0..min(d_k, d_v). A zero state has rank 0.
 
     Raises:
-        ValueError: `rel_tol` is outside (0, 1), or as in `singular_values`.
+        ValueError: `rel_tol` is outside (0, 1) or below the resolution of the state's dtype, or as in `singular_values`.
 
     Example:
         >>> effective_rank(torch.diag(torch.tensor([1.0, 1e-2, 1e-6]))).item()
         2
     """
+    if state.dtype.is_floating_point and rel_tol < torch.finfo(state.dtype).eps:
+        raise ValueError(
+            f"rel_tol={rel_tol} is below the resolution of {state.dtype}, {torch.finfo(state.dtype).eps:.1g}: the rank would count rounding; "
+            "keep states in float32, or raise rel_tol"
+        )
     return Spectrum(singular_values(state)).effective_rank(rel_tol=rel_tol)
 
 

@@ -403,7 +403,8 @@ def domain_prompts(
     """
     if n_prompts < 1 or n_tokens < 1:
         raise ValueError(f"n_prompts and n_tokens must be at least 1, got {n_prompts} and {n_tokens}")
-    rng = random.Random(f"{domain} {seed}")
+    # Shuffled prose begins with the draws of prose, and so shuffles the same passages.
+    rng = random.Random(f"{'prose' if domain == 'shuffled prose' else domain} {seed}")
     if domain in DOMAINS:
         return DOMAINS[domain](tokenizer, n_prompts, n_tokens, rng)
     if domain.startswith("dataset:"):

@@ -1,6 +1,7 @@
 """From a prompt to the states S(t) of every linear-attention head, at chosen tokens, in one pass."""
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def trace_states(
         1
     """
     layers = linear_layers(model)
+    positions = [operator.index(position) for position in positions]
     _check(model, input_ids, positions)
     if batch_size is None:
         batch_size = 1 if model.device.type == "cpu" else len(input_ids)

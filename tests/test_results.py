@@ -87,5 +87,14 @@ def test_a_stored_run_of_other_parameters_is_not_shown(tmp_path: Path, monkeypat
 
 
 def test_a_misspelt_parameter_is_refused_with_a_hint() -> None:
-    with pytest.raises(ValueError, match="no parameter 'n_prompt': did you mean 'n_prompts'"):
+    with pytest.raises(ValueError, match="no parameter 'n_prompt'; did you mean 'n_prompts'"):
         check_parameters({"n_prompt": 3, "seed": 0, "In": [], "_x": 1, "module": json}, known=["n_prompts", "seed"])
+
+
+def test_the_cell_of_parameters_can_be_run_again_and_profiles_are_checked() -> None:
+    namespace = {"seed": 0, "profile": "quick"}
+    check_parameters(namespace, known=["seed", "profile"])
+    namespace["MODELS"] = ["hybrid"]
+    check_parameters(namespace, known=["seed", "profile"])
+    with pytest.raises(ValueError, match="there is no profile 'ful': choose from quick, full"):
+        check_parameters({**namespace, "profile": "ful"}, known=["seed", "profile"])

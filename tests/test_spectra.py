@@ -96,3 +96,12 @@ def test_bad_states_are_refused(state: torch.Tensor, word: str) -> None:
 def test_bad_thresholds_are_refused(rel_tol: float) -> None:
     with pytest.raises(ValueError, match="rel_tol"):
         Spectrum(torch.ones(2)).effective_rank(rel_tol=rel_tol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_threshold_below_the_resolution_of_the_state_is_refused(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = (torch.randn(32, 1, generator=generator) @ torch.randn(1, 32, generator=generator)).to(dtype)
+    with pytest.raises(ValueError, match="below the resolution"):
+        effective_rank(state)
+    assert effective_rank(state, rel_tol=0.05).item() == 1
