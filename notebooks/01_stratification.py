@@ -163,7 +163,8 @@ evidence = {name: strata.two_groups(values) for name, values in relative.items()
 # %% [markdown]
 # ## Is it training that makes the groups?
 #
-# Two controls could kill the claim. The *initial* model has the weights it had before its first step. The *shuffled* one has the
+# Two controls could kill the claim. The *initial* model has the weights it had before its first step (for a
+# model that is not embedded: fresh weights of its class, so that only their distribution can be compared). The *shuffled* one has the
 # trained weights in random order inside each tensor: the same distribution of weights, nothing learned. If they stratify as well,
 # stratification is a property of the recurrence and its gates, not of what pre-training wrote into them.
 
@@ -296,7 +297,7 @@ Markdown(results.stored_beside("01_stratification", parameters=FULL, checkpoints
 #   on "acquired in training" is: {glue:text}`answer_acquired`.
 #
 # ```{admonition} Differs from the paper
-# The paper shows one layer of Qwen3-Next-80B-A3B; here are all layers of models about 8,000 times smaller, of one training seed
+# The paper shows one layer of Qwen3-Next-80B-A3B; here are all layers of models some thousands of times smaller, of one training seed
 # each, on one domain. Nothing follows for the large model until this page is run on it:
 # `papermill notebooks/01_stratification.ipynb out.ipynb -p model Qwen/Qwen3-Next-80B-A3B-Instruct -p revision main -p profile full`.
 # That the initial and the shuffled model must be shown beside the trained one is our addition.
