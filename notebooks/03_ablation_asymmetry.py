@@ -163,8 +163,8 @@ plotting.legend_above(figure, axes[0, 0])
 #
 # The share to judge at is the paper's, 38.9 % of heads. Where neither of the two arms keeps half of the intact score there, two zeros
 # would be compared; then it is the largest registered share at which one of them does, task by task. (The registered text says "no arm",
-# and we read it as the two arms compared: a random draw that happens to survive would say nothing on their difference. The
-# dose curves show every other share.)
+# and we read it, after a first look at the doses of the hybrid, as the two arms compared: a random draw that happens to survive
+# would say nothing on their difference. The dose curves show every other share.)
 #
 # Beside the two arms stand {glue:text}`n_draws` random draws of as many heads, arms chosen by the other measures, and the two rank arms
 # with mean outputs in the place of zeros. If the low arm is no worse than most random draws, low-rank heads are not special; if
@@ -367,6 +367,11 @@ Markdown(claims.markdown_table(HEAD, rows))
 
 # %% [markdown]
 # ## Verdicts
+#
+# Two words of the registered rule needed a reading. It was made after a first look at the doses of the hybrid, and before any verdict:
+# "low below the random arms" means that in most
+# tasks the mean over random draws exceeds the low arm with its whole interval over prompts; and where tasks point both ways without
+# a majority under zero, the verdict is "does not hold: mixed".
 
 # %%
 verdicts = []

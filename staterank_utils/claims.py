@@ -331,8 +331,8 @@ def overview_table(folders: Sequence[Path], models: Sequence[str]) -> str:
 def _interval(number: Mapping[str, Any]) -> str:
     if number["point"] is None:
         return "undefined"
-    if number["low"] == number["high"]:
-        return f"{number['point']:.4g}"
+    if number["label"] == "violations":
+        return f"{number['point']:.0f}"
     return f"{number['point']:.3f} [{number['low']:.3f}, {number['high']:.3f}]"
 
 
