@@ -16,8 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from staterank_utils.tasks import WORDS, Turn, arithmetic, copying, needle, recall
 
 ROWS = {"books": 0.40, "code": 0.10, "tasks": 0.50}
-TASKS = {"needle": 0.40, "arithmetic": 0.18, "recall": 0.17, "copying": 0.25}
+TASKS = {"needle": 0.34, "arithmetic": 0.15, "recall": 0.13, "copying": 0.38}
+FILLERS = {"books": 0.60, "code": 0.25, "words": 0.15}  # around needles, between a passage and its copy
+PASSAGES = {"books": 0.35, "code": 0.30, "words": 0.10, "repeats": 0.25}  # to be copied
 ANSWER_WEIGHT = 4.0  # loss weight of a token that a task asks for, beside 1 for all others
+SHARES = {"rows": ROWS, "tasks": TASKS, "fillers": FILLERS, "passages": PASSAGES, "answer_weight": ANSWER_WEIGHT}
 
 
 @dataclass(frozen=True)
@@ -84,16 +87,23 @@ class Mixture(Dataset[tuple[Tensor, Tensor]]):
             n_needles = rng.randrange(1, 9)
             return needle(
                 rng,
-                self._filler(rng.randrange(100, 1700), rng),
+                self._text(FILLERS, rng.randrange(100, 1700), rng),
                 n_needles=n_needles,
                 n_asked=rng.randrange(1, n_needles + 1),
             )
-        gap = self._filler(rng.randrange(16, 1024), rng) + "\n" if rng.random() < 0.3 else ""
-        return copying(self._filler(rng.randrange(16, 400), rng) or "nothing", gap=gap)
+        gap = self._text(FILLERS, rng.randrange(16, 1024), rng) + "\n" if rng.random() < 0.3 else ""
+        return copying(self._text(PASSAGES, rng.randrange(16, 320), rng) or "nothing", gap=gap)
 
-    def _filler(self, n_tokens: int, rng: random.Random) -> str:
-        kind = rng.choices(("books", "code", "words"), weights=(0.6, 0.25, 0.15))[0]
+    def _text(self, shares: dict[str, float], n_tokens: int, rng: random.Random) -> str:
+        """About `n_tokens` tokens of one kind of text, drawn by the shares."""
+        [kind] = rng.choices(list(shares), weights=list(shares.values()))
         if kind == "words":
             return " ".join(rng.choices(WORDS, k=n_tokens // 2))
-        ids, _ = self._window(getattr(self.sources, kind), n_tokens, rng)
+        if kind == "repeats":
+            # Like places follow each other: what comes next must be told by more than the last few tokens.
+            source = self.sources.code if rng.random() < 0.5 else self.sources.books
+            pieces = [self._window(source, rng.randrange(1, 9), rng)[0] for _ in range(rng.randrange(2, 9))]
+            ids = np.concatenate(rng.choices(pieces, k=n_tokens))[:n_tokens]
+        else:
+            ids, _ = self._window(getattr(self.sources, kind), n_tokens, rng)
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from staterank_utils.spectra import Spectrum, singular_values
 from staterank_utils.tasks import domain_prompts
 from staterank_utils.tracing import trace_states
 from training.fast_forward import FastForward, Recurrence, fla_recurrence, fla_recurrence_bounded, limit_autotuning
-from training.mixture import Mixture
+from training.mixture import SHARES, Mixture
 
 LAYERS = {"hybrid": ["linear_attention"] * 3 + ["full_attention"], "pure": ["linear_attention"] * 4}
 PEAK = {"muon": 6e-3, "adamw": 3e-3}
@@ -182,6 +183,9 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
         {
             "model": settings.name, "seed": settings.seed, "steps": step, "tokens": step * settings.rows * settings.n_tokens, "seconds": round(elapsed, 1),
             "device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__, "python": platform.python_version(),
+            "transformers": transformers.__version__,
+            "settings": {"rows": settings.rows, "n_tokens": settings.n_tokens, "minutes": settings.minutes, "peak_rates": PEAK, "warm_up_steps": WARM_UP, "decay_share": DECAY},
+            "mixture": SHARES,
             "books_tokens": len(mixture.sources.books),
             "code_tokens": len(mixture.sources.code),
             "recurrence": getattr(recurrence, "__name__", "?"),
