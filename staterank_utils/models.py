@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from staterank_utils import kernels
 from staterank_utils.layouts import linear_layers, modeling_module
 
 EMBEDDED = ("hybrid",)
@@ -79,7 +81,7 @@ def load_model(
     else:
         raise ValueError(f"weights must be 'trained', 'initial' or 'shuffled', got {weights!r}")
     model.requires_grad_(False).eval()
-    kernels = choose_kernels(model)
+    chosen_kernels = choose_kernels(model)
     log.info(
         "%s (%s weights): %s on %s, %s, kernels: %s",
         name_or_path,
@@ -87,7 +89,7 @@ def load_model(
         type(model).__name__,
         device,
         next(model.parameters()).dtype,
-        kernels,
+        chosen_kernels,
     )
     return model
 
@@ -217,11 +219,12 @@ def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
     """Let each call of a linear-attention kernel run where its tensors are, and say what that means.
 
     transformers binds fla's Triton kernels when fla can be imported, also on a machine without a GPU, where they die.
-    This puts in a dispatcher: the plain torch version for tensors on a CPU, whatever transformers bound for the others.
+    This puts in a dispatcher: the version in `staterank_utils.kernels` for float32 tensors on a CPU that need no gradient,
+    transformers' plain torch version for others on a CPU, whatever transformers bound for the rest.
 
     Args:
         model: any model with a supported linear-attention layer. The choice holds for all models of its class.
-        plain: use the plain version on every device: slower on a GPU, in true float32.
+        plain: use transformers' plain version on every device: slower, in true float32.
 
     Returns:
         "torch", "fla" (Triton) or "torch, for want of fla", for the log.
@@ -231,7 +234,13 @@ def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
         for _, layer, layout in linear_layers(model)
         for name in layout.kernels
     }
-    if plain or next(model.parameters()).device.type == "cpu":
+    for _, layer, _ in linear_layers(model)[:1]:
+        _dispatch_forwards(modeling_module(layer), plain=plain)
+    if plain:
+        return "torch"
+    if next(model.parameters()).device.type == "cpu":
+        kernels.keep_freed_memory()
+        kernels.transpose_weights(model)
         return "torch"
     return "fla" if "fla" in backends else "torch, for want of fla"
 
@@ -241,9 +250,16 @@ def _dispatch_by_device(module: ModuleType, name: str, *, plain: bool) -> str:
     bound = getattr(bound, "staterank_bound", bound)
     reference = getattr(bound, "__wrapped__", bound)
     accepted = set(inspect.signature(reference).parameters)
+    names = tuple(inspect.signature(reference).parameters)
+    fast = getattr(kernels, name, None)
+    known = set(inspect.signature(fast).parameters) if fast else set()
 
     @functools.wraps(reference)
     def dispatch(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not plain and fast and first.device.type == "cpu":
+            arguments = dict(zip(names, (first, *args), strict=False)) | kwargs
+            if kernels.serves_kernel(name, arguments):
+                return fast(**{key: value for key, value in arguments.items() if key in known})
         if first.device.type == "cpu" or plain:
             return reference(first, *args, **{key: value for key, value in kwargs.items() if key in accepted})
         return bound(first, *args, **kwargs)
@@ -256,6 +272,25 @@ def _dispatch_by_device(module: ModuleType, name: str, *, plain: bool) -> str:
         if any((getattr(function, "__module__", None) or "").startswith("fla.") for function in chosen)
         else "torch"
     )
+
+
+def _dispatch_forwards(module: ModuleType, *, plain: bool) -> None:
+    """As `_dispatch_by_device`, for the forward methods of the module's classes that have a faster one."""
+    for name, fast in kernels.FORWARDS.items():
+        owner = getattr(module, name, None)
+        if owner is not None:
+            original = getattr(owner.forward, "staterank_bound", owner.forward)
+            owner.forward = original if plain else _dispatched_forward(original, fast)
+
+
+def _dispatched_forward(original: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        chosen = fast if kernels.serves_module(self, hidden_states) else original
+        return chosen(self, hidden_states, *args, **kwargs)
+
+    vars(forward)["staterank_bound"] = original
+    return forward
 
 
 # ---------------------------------------------------------------- cache

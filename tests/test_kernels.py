@@ -1,0 +1,155 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import tiny_qwen3_next
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+
+from staterank_utils import kernels
+from staterank_utils.models import choose_kernels, make_cache
+from staterank_utils.reference import gated_delta_rule
+
+CASES = [  # batch, tokens, key heads, value heads, d_k, d_v
+    (1, 1, 4, 8, 64, 64),
+    (1, 31, 2, 2, 8, 16),
+    (3, 64, 2, 4, 16, 8),
+    (3, 77, 1, 3, 8, 8),
+    (1, 1031, 4, 8, 64, 64),
+]
+
+
+def inputs(case: tuple[int, ...], *, decay: float = 0.1) -> tuple[Tensor, ...]:
+    batch, tokens, n_keys, n_heads, d_k, d_v = case
+    generator = torch.Generator().manual_seed(sum(case))
+    q, k = torch.randn(2, batch, tokens, n_keys, d_k, generator=generator)
+    v = torch.randn(batch, tokens, n_heads, d_v, generator=generator)
+    g = -decay * torch.rand(batch, tokens, n_heads, generator=generator)
+    return q, k, v, g, torch.rand(batch, tokens, n_heads, generator=generator)
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = (x.double().repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+    q, k = (x / (x.square().sum(-1, keepdim=True) + kernels.EPS).sqrt() for x in (q, k))
+    return gated_delta_rule(q, k, v.double(), g.double(), beta.double())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("decay", [0.0, 1e-4, 0.1, 20.0, 1e4, float("inf")])
+@torch.no_grad()
+def test_the_rule_agrees_with_the_float64_recurrence_in_one_go_and_continued(case, decay: float) -> None:
+    given = inputs(case, decay=decay)
+    expected, states = oracle(*given)
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    out, state = kernels.torch_chunk_gated_delta_rule(*given, **options)
+    assert (out - expected).abs().max() < 1e-5
+    assert (state - states[:, -1]).abs().max() < 2e-5
+    cuts = [1, case[1] // 2, case[1] - case[1] // 2 - 2, 1]
+    if min(cuts) < 1:
+        return
+    parts, state = [], None
+    for part in zip(*(x.split(cuts, 1) for x in given), strict=True):
+        before = None if state is None else state.clone()
+        one = part[0].shape[1] == 1
+        rule = kernels.torch_recurrent_gated_delta_rule if one else kernels.torch_chunk_gated_delta_rule
+        out, after = rule(*part, initial_state=state, **options)
+        assert before is None or torch.equal(state, before)
+        parts.append(out)
+        state = after
+    assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5
+    assert (state - states[:, -1]).abs().max() < 2e-5
+
+
+@torch.no_grad()
+def test_a_step_in_place_is_the_step() -> None:
+    given = inputs((3, 1, 2, 4, 8, 16))
+    state = torch.randn(3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    out, after = kernels.torch_recurrent_gated_delta_rule(*given, initial_state=state, output_final_state=True)
+    again, same = kernels.torch_recurrent_gated_delta_rule(
+        *given, initial_state=state, output_final_state=True, in_place=True
+    )
+    assert torch.equal(out, again)
+    assert torch.equal(after, same)
+    assert same.data_ptr() == state.data_ptr()
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 50])
+@torch.no_grad()
+def test_the_convolution_is_the_one_of_transformers(n_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((3, 24, n_tokens), (24, 4), (24,)))
+    fn, update = (getattr(modeling, name).__wrapped__ for name in ("causal_conv1d_fn", "causal_conv1d_update"))
+    for options in ({}, {"bias": bias}, {"activation": "silu"}):
+        expected = fn(x, weight, **options)
+        torch.testing.assert_close(kernels.causal_conv1d_fn(x, weight, **options), expected)
+        kept = torch.randn(3, 24, 4, generator=generator)
+        ours, theirs = kept.clone(), kept.clone()
+        got = kernels.causal_conv1d_update(x[..., :1], ours, weight, **options)
+        torch.testing.assert_close(got, update(x[..., :1], theirs, weight, **options))
+        assert torch.equal(ours, theirs)
+
+
+@contextmanager
+def plain(model: PreTrainedModel) -> Iterator[None]:
+    choose_kernels(model, plain=True)
+    try:
+        yield
+    finally:
+        choose_kernels(model)
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, ids: Tensor, lengths: list[int]) -> Tensor:
+    cache = make_cache(model)
+    parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(lengths, 1)]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_the_logits_are_those_of_the_plain_path(hybrid, n_rows: int) -> None:
+    ids = torch.randint(5, 8000, (n_rows, 200), generator=torch.Generator().manual_seed(n_rows))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    lengths = [2, 1, 1, 120, 1, 75]
+    with torch.no_grad(), plain(hybrid):
+        expected = [hybrid(ids).logits, hybrid(ids, attention_mask=mask).logits[:, 20:], read(hybrid, ids, lengths)]
+    with torch.no_grad():
+        got = [hybrid(ids).logits, hybrid(ids, attention_mask=mask).logits[:, 20:], read(hybrid, ids, lengths)]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_tiny_models_agree_with_the_plain_path(tiny_model) -> None:
+    ids = torch.randint(0, 64, (2, 70), generator=torch.Generator().manual_seed(0))
+    got = read(tiny_model, ids, [40, 1, 29])
+    with plain(tiny_model):
+        assert (got - read(tiny_model, ids, [40, 1, 29])).abs().max() < 1e-5
+
+
+def test_gradients_are_those_of_transformers() -> None:
+    model = tiny_qwen3_next(["linear_attention", "full_attention"])
+    ids = torch.arange(40)[None]
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    ours = gradients()
+    with plain(model):
+        assert all(torch.equal(a, b) for a, b in zip(ours, gradients(), strict=True))
+
+
+def test_plain_puts_transformers_back() -> None:
+    model = tiny_qwen3_next(["linear_attention", "full_attention"])
+    with plain(model):
+        for name in kernels.FORWARDS:
+            assert not hasattr(getattr(modeling, name).forward, "staterank_bound")
+
+
+def test_a_state_dict_is_row_by_row_and_tied_weights_stay_tied(hybrid) -> None:
+    state = hybrid.state_dict()
+    assert all(tensor.is_contiguous() for tensor in state.values())
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
