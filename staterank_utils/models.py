@@ -24,7 +24,7 @@ from transformers import (
 from staterank_utils import kernels
 from staterank_utils.layouts import linear_layers, modeling_module
 
-EMBEDDED = ("hybrid",)
+EMBEDDED = ("hybrid", "pure")
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,8 @@ from typing import Any
 from staterank_utils.claims import markdown_table
 from staterank_utils.evaluation import TASKS, evaluate, score_interval
 from staterank_utils.models import CHECKPOINTS, initial_model, load_model, load_tokenizer, parameters_hash
-from staterank_utils.results import STORED, write_json
+from staterank_utils.results import STORED, weights_hash, write_json
 from staterank_utils.strata import Estimate
-from training.mixture import ANSWER_WEIGHT, ROWS
-from training.mixture import TASKS as TASK_SHARES
 
 MAX_SHARD, MAX_MODEL = 15_000_000, 25_000_000  # bytes
 N_INSTANCES = 300
@@ -55,10 +53,12 @@ around needles and the passages to copy are technical prose, a kind of text that
 
 ## Data
 
-{books:.0%} of the rows are windows of public-domain books ({books_tokens:.1f} million tokens of them, from
-github.com/mlschmitt/classic-books-markdown at commit 9448827), {code:.0%} windows of the Python standard library without the
-held-out files ({code_tokens:.1f} million; `staterank_utils.tasks.is_held_out`), {tasks:.0%} generated tasks (by documents: {shares}).
-Answers of tasks weigh {weight:g} times in the loss. Held out: {windows} windows of {tokens_each:,} tokens from twelve other books.
+{rows[books]:.0%} of the rows are windows of public-domain books ({books_tokens:.1f} million tokens of them, from
+github.com/mlschmitt/classic-books-markdown at commit 9448827), {rows[code]:.0%} windows of the Python standard library without the
+held-out files ({code_tokens:.1f} million; `staterank_utils.tasks.is_held_out`), {rows[tasks]:.0%} generated tasks (by documents:
+{tasks}). The text around needles is, by shares, {fillers}; a passage to copy is {passages}, where "repeats" are a few short
+pieces in random order. Answers of tasks weigh {weight:g} times in the loss. Held out: {windows} windows of {tokens_each:,} tokens from
+other books.
 
 ## Limits
 
@@ -82,9 +82,14 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def percentages(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+
 def copy_model(source: Path, folder: Path) -> None:
     """Copy the files of a model and list their checksums; refuse what is too large to embed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     weights = sorted(source.glob("*.safetensors"))
     sizes = {file.name: file.stat().st_size for file in weights}
     if not sizes or max(sizes.values()) >= MAX_SHARD or sum(sizes.values()) > MAX_MODEL:
@@ -97,7 +102,7 @@ def copy_model(source: Path, folder: Path) -> None:
     (folder / "SHA256SUMS").write_text("".join(f"{sha256(file)}  {file.name}\n" for file in files))
 
 
-def facts(name: str, run: dict[str, Any], model: Any) -> str:
+def facts(run: dict[str, Any], model: Any) -> str:
     config = model.config
     linear = config.layer_types.count("linear_attention")
     rows = [
@@ -106,11 +111,11 @@ def facts(name: str, run: dict[str, Any], model: Any) -> str:
         ("linear heads", f"{linear * config.linear_num_value_heads}: {config.linear_num_value_heads} value heads on {config.linear_num_key_heads} key heads a layer, states {config.linear_key_head_dim} x {config.linear_value_head_dim}"),
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("vocabulary", f"{config.vocab_size:,}, byte-level BPE, one token a digit"),
-        ("trained on", f"{run['tokens'] / 1e6:,.0f} million tokens in {run['steps']:,} steps of 65,536"),
+        ("trained on", f"{run['tokens'] / 1e6:,.0f} million tokens in {run['steps']:,} steps of {run['tokens'] // run['steps']:,}"),
         ("device and wall-clock", f"{run['device']}, {run['seconds'] / 60:.1f} min"),
         ("seed", run["seed"]),
         ("held-out books", f"{run['bits_per_byte_held_out_books']:.3f} bits a byte"),
-        ("software", f"torch {run['torch']}, Python {run['python']}"),
+        ("software", f"torch {run['torch']}, transformers {run['transformers']}, Python {run['python']}"),
     ]  # fmt: skip
     return markdown_table(("", ""), rows)
 
@@ -121,19 +126,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--instances", type=int, default=N_INSTANCES, help="a task")
     arguments = parser.parse_args()
-    name, folder = arguments.name, CHECKPOINTS / arguments.name
+    name, folder = arguments.name, CHECKPOINTS / f"{arguments.name}.partial"
     run = json.loads((arguments.run / "training.json").read_text())
     copy_model(arguments.run / "model", folder)
-    write_json(STORED / "training" / f"{name}.json", run)
-
-    model, tokenizer = load_model(name), load_tokenizer(name)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
     scores: dict[str, Estimate] = {
         task: score_interval(evaluate(task, model, tokenizer, n_instances=arguments.instances)) for task in TASKS
     }
-    write_json(
-        STORED / "training" / f"{name}_scores.json",
-        {"instances": arguments.instances, "seed": 0, "scores": {k: vars(v) for k, v in scores.items()}},
-    )
     rows = [
         (
             task,
@@ -151,14 +150,30 @@ def main() -> None:
         else "At or over 50 % on every task, so damage can be shown on each."
     )
     files = "\n".join(f"- `{file.name}`: `{sha256(file)}`" for file in sorted(folder.glob("*.safetensors")))
+    mixture = run["mixture"]
     text = CARD.format(
-        name=name, kind=KINDS[name], facts=facts(name, run, model), n=arguments.instances, mastery=mastery, files=files,
+        name=name, kind=KINDS[name], facts=facts(run, model), n=arguments.instances, mastery=mastery, files=files,
         scores=markdown_table(("task", "what is asked", "score", "floor of the hybrid", "reached"), rows),
-        weight=ANSWER_WEIGHT, books_tokens=run["books_tokens"] / 1e6, code_tokens=run["code_tokens"] / 1e6, books=ROWS["books"], code=ROWS["code"], tasks=ROWS["tasks"], shares=", ".join(f"{k} {v:.0%}" for k, v in TASK_SHARES.items()),
+        rows=mixture["rows"], tasks=percentages(mixture["tasks"]), fillers=percentages(mixture["fillers"]), passages=percentages(mixture["passages"]),
+        weight=mixture["answer_weight"], books_tokens=run["books_tokens"] / 1e6, code_tokens=run["code_tokens"] / 1e6,
         tokens=run["tokens"] / 1e6, seed=run["seed"], windows=run["held_out_windows"], tokens_each=run["record"]["n_tokens"],
         initial=parameters_hash(initial_model(model.config)),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
+    # Everything is made; only now does it take the place of what was there.
+    embedded = CHECKPOINTS / name
+    shutil.rmtree(embedded, ignore_errors=True)
+    folder.rename(embedded)
+    write_json(STORED / "training" / f"{name}.json", run)
+    write_json(
+        STORED / "training" / f"{name}_scores.json",
+        {
+            "instances": arguments.instances,
+            "seed": 0,
+            "weights": weights_hash(embedded),
+            "scores": {k: vars(v) for k, v in scores.items()},
+        },
+    )
 
 
 if __name__ == "__main__":
