@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from staterank_utils import claims
 from staterank_utils.models import EMBEDDED
+from staterank_utils.results import STORED
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ("trace", "ablate")
@@ -127,7 +128,9 @@ def main() -> None:
         shutil.copy(ROOT / name, stage / name)
     runs = notebook_pages(stage, arguments.profile, arguments.only)
     generated = {
-        "overview": claims.overview_table([stage / "results"], EMBEDDED),
+        "overview": claims.overview_table(
+            {"stored full run": STORED / "full", f"this {arguments.profile} run": stage / "results"}, EMBEDDED
+        ),
         "registered": claims.registered_table(),
         "preamble": claims.PREAMBLE,
         "controls": claims.CONTROLS,

@@ -57,7 +57,7 @@ from staterank_utils.tasks import NATURAL_DOMAINS
 plotting.use_style()
 
 # %% tags=["parameters"]
-model = "hybrid"  # embedded names, folders or hub ids, separated by commas
+model = "hybrid, pure"  # embedded names, folders or hub ids, separated by commas
 revision = ""  # commit or tag, for hub ids
 profile = "quick"  # "quick" or "full"
 seed = 0
@@ -83,6 +83,7 @@ TASKS = {
 LENGTHS = (128, 512) if QUICK else (128, 256, 512, 1024, 2048)
 DEPTHS = (0.0, 0.5, 1.0) if QUICK else (0.0, 0.25, 0.5, 0.75, 1.0)
 GAPS = (16, 64, 256) if QUICK else (16, 32, 64, 128, 256, 512, 1024)
+STEPS = (1, 2, 4) if QUICK else (1, 2, 3, 4, 5, 6)
 RANKS = (0, 1, 4, 16, 32)
 EVERY = 64
 PARAMETERS = {"model": model, "revision": revision, "profile": profile, "seed": seed, "n_prompts": N_PROMPTS}
@@ -94,7 +95,7 @@ PARAMETERS |= {"n_draws": N_DRAWS}
 # Heads are ordered by effective rank on calibration prompts, held-out code and arithmetic stories, which share no text with the prompts
 # that scores are taken on. To remove a head is to set what it puts out, after its gated norm, to zero
 # ({func}`staterank_utils.surgery.ablate_heads`); no weight changes. Every task is answered by greedy generation and scored
-# exactly, {glue:text}`n_prompts` prompts each.
+# exactly, {glue:text}`n_prompts` prompts each; what a generated token costs is on {doc}`the page of benchmarks <../book/benchmarks>`.
 
 # %%
 studies = {}
@@ -190,6 +191,30 @@ for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     plotting.plot_arms(ax, estimates, draws=draws[name, task].mean(1), intact=studies[name].score(task).mean())
     ax.set_title(f"{name}: {task}\n{judged[name, task]} heads", fontsize="small")
     ax.set_xlabel("score")
+
+# %% [markdown]
+# An arithmetic story is a chain: each step needs the number that the one before gave. Damage that grows with the number of steps is
+# damage to a link; the share of stories answered right, at the judged number of heads:
+
+
+# %%
+def by_steps(name, heads):
+    tasks = [arithmetic_task(steps, steps) for steps in STEPS]
+    return studies[name].means(heads, tasks, n_prompts=4 if QUICK else 100)
+
+
+rows = []
+for name in (name for name in MODELS if (name, "arithmetic") in judged):
+    n = judged[name, "arithmetic"]
+    removed = {
+        "none": [],
+        **{
+            f"{n} of {end}": studies[name].arm(ENDS[f"{end} removed"], n)
+            for end in ("lowest rank", "highest rank")
+        },
+    }
+    rows += [(name, label, *(f"{x:.0%}" for x in by_steps(name, heads))) for label, heads in removed.items()]
+Markdown(claims.markdown_table(("model", "heads removed", *(f"{n} steps" for n in STEPS)), rows))
 
 # %% [markdown]
 # ### Or is it the layer?

@@ -198,10 +198,17 @@ class Ablation:
         self, heads: Iterable[Head], depths: Sequence[float], lengths: Sequence[int], *, n_prompts: int
     ) -> NDArray[np.float64]:
         """Share of single needles found, (depth, length of the prompt)."""
+        tasks = [needle_task(1, n, depth) for depth in depths for n in lengths]
+        return self.means(heads, tasks, n_prompts=n_prompts).reshape(len(depths), len(lengths))
+
+    def means(self, heads: Iterable[Head], tasks: Sequence[Task], *, n_prompts: int) -> NDArray[np.float64]:
+        """Mean score on each of other tasks, such as one of different lengths, without some heads."""
         with ablate_heads(self.model, list(heads)):
-            return np.array(
-                [[evaluate(needle_task(1, n, depth), self.model, self.tokenizer, n_instances=n_prompts, seed=self.seed, batch_size=self.batch_size).mean() for n in lengths] for depth in depths]
-            )  # fmt: skip
+            scores = [
+                evaluate(task, self.model, self.tokenizer, n_instances=n_prompts, seed=self.seed, batch_size=self.batch_size)
+                for task in tasks
+            ]  # fmt: skip
+        return np.array([each.mean() for each in scores])
 
     # ---------------------------------------------------------------- losses
 

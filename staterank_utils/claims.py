@@ -190,6 +190,21 @@ def judge(
     return {"claim": key, "model": model, "criteria": numbers, "verdict": judgement, "note": note}
 
 
+def not_testable(key: str, model: str, *, why: str) -> dict[str, Any]:
+    """The row of a claim that cannot be put to this model; `why` is shown behind the verdict.
+
+    Raises:
+        KeyError: there is no such claim.
+
+    Example:
+        >>> not_testable("C1c", "mine", why="its weights before training are not known")["verdict"]
+        'not testable on this model'
+    """
+    if key not in CLAIMS:
+        raise KeyError(f"there is no claim {key!r}: expected one of {', '.join(CLAIMS)}")
+    return {"claim": key, "model": model, "criteria": [], "verdict": NOT_TESTABLE, "note": f": {why}"}
+
+
 def judge_asymmetry(
     model: str, differences: Mapping[str, Estimate], below_random: Mapping[str, Estimate], *, note: str = ""
 ) -> dict[str, Any]:
@@ -299,29 +314,35 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> str:
     return markdown_table(("claim", "measure", "holds if", "paper", "model", "measured", "verdict"), cells)
 
 
-def overview_table(folders: Sequence[Path], models: Sequence[str]) -> str:
+def overview_table(folders: Mapping[str, Path], models: Sequence[str]) -> str:
     """The book's claims table: one row a claim, one column a model, from the stored results of every notebook.
 
     Args:
-        folders: where results lie, `NOTEBOOK.json`; the first that holds a notebook's result is used.
+        folders: where results lie, `NOTEBOOK.json`, by what they are called, the most telling first. The first that has a
+            verdict shows it with its numbers, the others below it with the verdict alone.
         models: column heads, in order. A claim without a result shows as not yet tested.
+
+    Example:
+        >>> overview_table({"this run": Path("nowhere")}, ["hybrid"]).splitlines()[2].split("|")[-2].strip()
+        'not yet tested'
     """
-    verdicts: dict[tuple[str, str], str] = {}
-    for notebook in sorted({claim.notebook for claim in CLAIMS.values()}):
-        for folder in folders:
+    cells: dict[tuple[str, str], list[str]] = {}
+    for label, folder in folders.items():
+        for notebook in sorted({claim.notebook for claim in CLAIMS.values()}):
             file = folder / f"{notebook}.json"
-            if file.exists():
-                for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
-                    verdicts[row["claim"], row["model"]] = f"**{row['verdict']}**<br>" + "<br>".join(
-                        f"{n['label']} {_interval(n)}" for n in row["criteria"]
-                    )
-                break
+            for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else ():
+                lines = cells.setdefault((row["claim"], row["model"]), [])
+                if lines:
+                    lines.append(f"{label}: {row['verdict']}")
+                else:
+                    numbers = (f"{n['label']} {_interval(n)}" for n in row["criteria"])
+                    lines += [f"**{row['verdict']}** ({label})", *numbers]
     rows = [
         (
             f"**{key}** {claim.statement}",
             claim.holds,
             claim.paper,
-            *(verdicts.get((key, model), "not yet tested") for model in models),
+            *("<br>".join(cells.get((key, model), ["not yet tested"])) for model in models),
         )
         for key, claim in CLAIMS.items()
     ]
