@@ -74,11 +74,21 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.88 <= hits / 200 <= 0.99
 
 
-def test_bootstrap_draws_groups_independently_and_repeats_with_its_seed() -> None:
-    a, b = RNG.normal(size=(8, 5)), RNG.normal(size=(6, 5))
-    one, two = (bootstrap(lambda x, y: spearman(x.mean(0), y.mean(0)), a, b, seed=3) for _ in range(2))
-    assert one == two
-    assert one.low <= one.point <= one.high
+def test_bootstrap_draws_groups_independently() -> None:
+    # Drawn together, a group less itself is 0 in every draw; drawn apart, the variances of the two means add up.
+    values = np.random.default_rng(1).normal(size=30)
+    one = bootstrap(lambda x: float(x.mean()), values)
+    less_itself = bootstrap(lambda x, y: float(x.mean() - y.mean()), values, values)
+    assert less_itself.point == 0
+    width, expected = less_itself.high - less_itself.low, np.sqrt(2) * (one.high - one.low)
+    assert width == pytest.approx(expected, rel=0.15)
+
+
+def test_bootstrap_repeats_with_its_seed_alone() -> None:
+    values = np.random.default_rng(2).normal(size=8)
+    one, same, other = (bootstrap(lambda x: float(x.mean()), values, seed=seed) for seed in (3, 3, 4))
+    assert one == same != other
+    assert one.low < one.point < one.high
 
 
 def test_bootstrap_refuses_no_prompts_and_passes_nan_on() -> None:

@@ -1,3 +1,4 @@
+import gc
 import re
 
 import pytest
@@ -79,14 +80,27 @@ def test_reduce_sees_every_state_and_keeps_none(tiny_model, prompts: torch.Tenso
 
 
 def test_with_reduce_no_state_outlives_the_next_segment(tiny_model, prompts: torch.Tensor) -> None:
-    places: set[int] = set()
+    layers = linear_layers(tiny_model)
+    _, layer, layout = layers[0]
+    size = layout.d_k(layer), layout.d_v(layer)
+    n_matrices = len(prompts) * layout.n_heads(layer)
+    positions, seen = [30, 60, 90, 120, 150], []
+
+    def matrices() -> int:
+        """State matrices in the memory of all tensors that Python holds, each memory counted once."""
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim >= 3 and x.shape[-2:] == size]
+        return sum({x.untyped_storage().data_ptr(): x.numel() // (size[0] * size[1]) for x in tensors}.values())
 
     def note(state: torch.Tensor) -> torch.Tensor:
-        places.add(state.data_ptr())
+        last = len(seen) + 1 == len(positions) * len(layers)
+        seen.append(matrices() - before if last else 0)
         return state.sum((-2, -1))
 
-    trace_states(tiny_model, prompts, positions=list(range(2, 151, 2)), reduce=note, batch_size=3)
-    assert len(places) == len(linear_layers(tiny_model))
+    before = matrices()
+    trace_states(tiny_model, prompts, positions=positions, reduce=note, batch_size=3)
+    # At the last call there is the cache's own buffer of every layer, and nothing beside it.
+    assert seen[-1] == len(layers) * n_matrices
 
 
 def test_rank_is_at_most_the_number_of_tokens(tiny_model, prompts: torch.Tensor) -> None:
