@@ -13,7 +13,6 @@ from typing import Any
 
 from staterank_utils.strata import Estimate
 
-REGISTERED = "2026-11-23"
 HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
 NOT_TESTABLE = "not testable on this model"
 
@@ -165,12 +164,16 @@ def judge(
         key: a claim that has a rule here (`RULES`).
         model: what was measured.
         measured: label -> number with its interval, in the order of the claim's measures.
-        medians: for C3 alone, the medians over pairs of the two measures.
+        medians: for C3 alone, the medians over pairs of the two measures, in their order.
         note: shown behind the verdict.
+
+    Returns:
+        "claim", "model", "criteria" (label, point, low and high of each measure, rounded to 6 digits, null where undefined),
+        "verdict" and "note".
 
     Raises:
         KeyError: the claim has no rule here.
-        ValueError: not as many measures as the rule has thresholds.
+        ValueError: not as many measures as the rule has thresholds, or not as many medians as it looks at.
 
     Example:
         >>> judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)})["verdict"]
@@ -181,6 +184,9 @@ def judge(
     thresholds = rule.thresholds * len(estimates) if rule.each else rule.thresholds
     if len(estimates) != len(thresholds):
         raise ValueError(f"{key} judges {len(thresholds)} measures, got {len(estimates)}: {', '.join(measured)}")
+    if len(medians) != rule.n_medians:
+        hint = "one for each measure, over pairs of inputs" if rule.n_medians else "leave them out"
+        raise ValueError(f"{key} is judged with {rule.n_medians} medians, got {list(medians)}: {hint}")
     criteria = [
         Criterion(label, e, t, above=up, closed=closed)
         for (label, e), (t, up, closed) in zip(measured.items(), thresholds, strict=True)
@@ -254,14 +260,23 @@ def _rounded(estimate: Estimate) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule: thresholds as (value, must be above, value itself counts), and the condition for "holds in part".
+    """A registered rule: when a claim holds, and when it holds in part.
 
-    With `each`, the one threshold is for every measure given.
+    Attributes:
+        thresholds: (value, must be above, value itself counts), one for each measure.
+        partly: (criteria, medians) -> whether the claim's own condition for "holds in part" is met.
+        each: the one threshold is for every measure given.
+        n_medians: how many medians `partly` looks at.
+
+    Example:
+        >>> RULES["C2"].thresholds, RULES["C2"].partly([Criterion("rho", Estimate(0.8, 0.6, 0.9), 0.90)], ())
+        (((0.9, True, False),), True)
     """
 
     thresholds: tuple[tuple[float, bool, bool], ...]
     partly: Callable[[Sequence[Criterion], Sequence[float]], bool] = lambda criteria, medians: False
     each: bool = False
+    n_medians: int = 0
 
 
 def _met(criteria: Sequence[Criterion]) -> int:
@@ -277,7 +292,11 @@ RULES = {
     "C2": Rule(((0.90, True, False),), lambda criteria, _: criteria[0].estimate.point > 0.70),
     "C2n": Rule(((0.98, True, False),), lambda criteria, _: criteria[0].estimate.point > 0.90),
     "C2b": Rule(((0.0, False, True),)),
-    "C3": Rule(((0.90, True, False), (0.80, True, False)), lambda _, medians: medians[0] > 0.90 and medians[1] > 0.80),
+    "C3": Rule(
+        ((0.90, True, False), (0.80, True, False)),
+        lambda _, medians: medians[0] > 0.90 and medians[1] > 0.80,
+        n_medians=2,
+    ),
     "C3a": Rule(((0.90, True, False),), lambda criteria, _: 2 * _met(criteria) >= len(criteria), each=True),
     "C4a": Rule(((0.95, True, True),), lambda criteria, _: criteria[0].estimate.point >= 0.80),
 }

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,18 @@ def test_each_claim_s_own_rule(key: str, measured: list[Estimate], medians: tupl
 def test_a_rule_refuses_too_many_measures() -> None:
     with pytest.raises(ValueError, match="C2 judges 1 measures, got 2"):
         claims.judge("C2", "m", {"a": at(1), "b": at(1)})
+
+
+@pytest.mark.parametrize(
+    ("key", "medians", "words"),
+    [
+        ("C3", (), "C3 is judged with 2 medians, got []: one for each measure"),
+        ("C3", (0.95,), "C3 is judged with 2 medians, got [0.95]"),
+        ("C2", (0.95, 0.9), "C2 is judged with 0 medians, got [0.95, 0.9]: leave them out"),
+    ],
+    ids=["none", "too few", "not asked for"],
+)
+def test_a_rule_refuses_the_wrong_number_of_medians(key: str, medians: tuple[float, ...], words: str) -> None:
+    measured = {str(index): at(1) for index in range(len(claims.RULES[key].thresholds))}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        claims.judge(key, "m", measured, medians=medians)
