@@ -286,7 +286,8 @@ for row, (name, study) in zip(axes, studies.items(), strict=True):
     ):
         plotting.plot_head_pairs(ax, x, damage[name], study.high, xlabel=label, ylabel="added loss, nats")
         ax.set_yscale("symlog", linthresh=0.01)
-        ax.set_title(f"{name}: Spearman {spearman(x, damage[name]):.2f}", fontsize="small")
+        rho = f"Spearman {spearman(x, damage[name]):.2f}" if study.mastered else "no task counts"
+        ax.set_title(f"{name}: {rho}", fontsize="small")
     row[1].set_xscale("log")
 
 

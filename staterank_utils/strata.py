@@ -54,7 +54,8 @@ def bootstrap(
         The statistic on the prompts as they are, and the interval. With one prompt a group, the interval is the point.
 
     Raises:
-        ValueError: a group has no prompts, or a draw gives NaN where the prompts as they are do not.
+        ValueError: a group has no prompts or holds a NaN or infinity, or a draw gives NaN where the prompts as they are do
+            not.
 
     Example:
         >>> estimate = bootstrap(lambda x: x.mean(), np.array([1.0, 2.0, 3.0]))
@@ -64,6 +65,8 @@ def bootstrap(
     groups = tuple(np.asarray(group, dtype=np.float64) for group in groups)
     if not groups or any(len(group) == 0 for group in groups):
         raise ValueError(f"need at least one prompt in every group, got {[len(group) for group in groups]}")
+    for group in groups:
+        _finite(group, "bootstrap")
     point = float(statistic(*groups))
     rng = np.random.default_rng(seed)
     draws = np.array(
@@ -79,11 +82,28 @@ def bootstrap(
     return Estimate(point, float(low), float(high))
 
 
+def _finite(values: ArrayLike, what: str) -> NDArray[np.float64]:
+    """Values as float64; refuses NaN and infinity, of which most statistics would make a number that means nothing."""
+    x = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(x)
+    if not finite.all():
+        where = np.argwhere(~finite)
+        first = tuple(where[0].tolist())
+        raise ValueError(
+            f"{what} needs finite numbers, but {len(where)} of {x.size} values are NaN or infinite, the first {x[first]} at "
+            f"index {', '.join(map(str, first))}: leave them out, or mend what they come from"
+        )
+    return x
+
+
 def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
     """Mean of first minus second, both measured on the same prompts, with its bootstrap interval over prompts.
 
+    Args:
+        first, second: one number a prompt, in the same order and unit.
+
     Raises:
-        ValueError: not as many of one as of the other.
+        ValueError: not as many of one as of the other, none, or a NaN or infinity.
 
     Example:
         >>> paired_difference([1.0, 1.0, 0.0], [0.0, 1.0, 0.0]).point
@@ -111,13 +131,13 @@ def is_high(rank: ArrayLike, d: int) -> NDArray[np.bool_]:
         d: largest possible rank.
 
     Raises:
-        ValueError: d is under 1, or a rank lies outside 0..d.
+        ValueError: d is under 1, or a rank is NaN or lies outside 0..d.
 
     Example:
         >>> is_high([3, 32, 64], 64)
         array([False,  True,  True])
     """
-    values = np.asarray(rank, dtype=np.float64)
+    values = _finite(rank, "a label")
     if d < 1 or not ((values >= 0) & (values <= d)).all():
         raise ValueError(f"ranks must lie in 0..d with d >= 1; got d={d} and ranks {values.min()} to {values.max()}")
     return values >= LOW_UNDER * d
@@ -136,13 +156,13 @@ def sarle_coefficient(values: ArrayLike) -> float:
         The coefficient; NaN where all values are equal.
 
     Raises:
-        ValueError: fewer than 4 values.
+        ValueError: fewer than 4 values, or a NaN or infinity.
 
     Example:
         >>> sarle_coefficient([0.0, 1.0] * 24) > 5 / 9
         True
     """
-    x = np.asarray(values, dtype=np.float64).ravel()
+    x = _finite(values, "Sarle's coefficient").ravel()
     n = len(x)
     if n < 4:
         raise ValueError(f"Sarle's coefficient needs at least 4 values, got {n}")
@@ -157,14 +177,17 @@ def dip_p_value(values: ArrayLike) -> float:
 
     Source: Hartigan and Hartigan, Annals of Statistics 13(1), 1985.
 
+    Args:
+        values: at least 4 numbers.
+
     Raises:
-        ValueError: fewer than 4 values.
+        ValueError: fewer than 4 values, or a NaN or infinity.
 
     Example:
         >>> dip_p_value(np.r_[np.linspace(0, 0.1, 50), np.linspace(0.9, 1, 50)]) < 0.05
         True
     """
-    x = np.asarray(values, dtype=np.float64).ravel()
+    x = _finite(values, "the dip test").ravel()
     if len(x) < 4:
         raise ValueError(f"the dip test needs at least 4 values, got {len(x)}")
     return float(diptest.diptest(x)[1])
@@ -175,6 +198,9 @@ def two_groups(values: ArrayLike) -> dict[str, Estimate]:
 
     Args:
         values: relative ranks r/d, (prompt, head); the statistics are of the means over prompts.
+
+    Raises:
+        ValueError: no prompts, fewer than 4 heads, or a NaN or infinity.
 
     Example:
         >>> list(two_groups(np.tile([0.0, 1.0, 0.1, 0.9], (3, 10))))
@@ -187,11 +213,18 @@ def two_groups(values: ArrayLike) -> dict[str, Estimate]:
 def share_outside(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> float:
     """Share of the values that are not strictly inside the gap.
 
+    Args:
+        values: relative ranks r/d, any shape.
+        gap: its two ends, in shares of d.
+
+    Raises:
+        ValueError: a NaN or infinity.
+
     Example:
         >>> share_outside([0.0, 0.5, 1.0, 0.1])
         0.75
     """
-    x = np.asarray(values, dtype=np.float64).ravel()
+    x = _finite(values, "the share outside the gap").ravel()
     return float(((x <= gap[0]) | (x >= gap[1])).mean())
 
 
@@ -199,7 +232,7 @@ def share_outside(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> float
 
 
 def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (a, b))
+    x, y = (_finite(values, "a comparison of two vectors").ravel() for values in (a, b))
     if len(x) != len(y) or len(x) < 2:
         raise ValueError(
             f"expected two vectors over the same heads, at least 2 of them; got lengths {len(x)} and {len(y)}"
@@ -210,8 +243,11 @@ def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.f
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rank correlation of two vectors over heads, ties at their mean rank; NaN where a vector is constant.
 
+    Args:
+        a, b: one number a head, at least 2 heads.
+
     Raises:
-        ValueError: the vectors differ in length, or have fewer than 2 values.
+        ValueError: the vectors differ in length, have fewer than 2 values, or hold a NaN or infinity.
 
     Example:
         >>> spearman([1, 2, 3], [10, 20, 40])
@@ -313,14 +349,14 @@ def turning_bound(before: ArrayLike, largest_step: float) -> float:
         largest_step: B, in the same unit.
 
     Raises:
-        ValueError: n(t-1) is zero or B is negative.
+        ValueError: n(t-1) is zero or not finite, or B is negative or NaN.
 
     Example:
         >>> turning_bound([3.0, 4.0], 1.0)
         0.6666666666666667
     """
-    length = float(np.linalg.norm(np.asarray(before, dtype=np.float64)))
-    if length == 0 or largest_step < 0:
+    length = float(np.linalg.norm(_finite(before, "the bound")))
+    if length == 0 or not largest_step >= 0:
         raise ValueError(f"need a vector that is not zero and a step >= 0, got length {length} and step {largest_step}")
     r = largest_step / length
     return (1 - r) / (1 + r)

@@ -116,3 +116,37 @@ def test_vectors_over_different_heads_are_refused(function) -> None:
 def test_too_few_heads_are_refused(function) -> None:
     with pytest.raises(ValueError, match="at least 4"):
         function([1.0, 2.0, 3.0])
+
+
+NOT_FINITE = [0.1, 0.2, float("nan"), 0.4, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (sarle_coefficient, (NOT_FINITE,)),
+        (strata.dip_p_value, (NOT_FINITE,)),
+        (share_outside, (NOT_FINITE,)),
+        (is_high, (NOT_FINITE, 8)),
+        (spearman, (NOT_FINITE, range(5))),
+        (cosine, (range(5), NOT_FINITE)),
+        (cohen_kappa, (NOT_FINITE, [1, 0, 1, 0, 1])),
+        (strata.r_squared, (NOT_FINITE, range(5))),
+        (bootstrap, (np.mean, np.array(NOT_FINITE))),
+        (bootstrap, (lambda x, y: 0.0, np.ones(3), np.array(NOT_FINITE))),
+        (turning_bound, (NOT_FINITE, 1.0)),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(function, arguments: tuple) -> None:
+    with pytest.raises(ValueError, match="2 of 5 values are NaN or infinite, the first nan at index 2: leave them out"):
+        function(*arguments)
+
+
+def test_a_table_with_a_number_that_is_not_finite_is_refused_by_its_index() -> None:
+    with pytest.raises(ValueError, match="1 of 8 values are NaN or infinite, the first nan at index 1, 2"):
+        strata.two_groups(np.array([[0.1, 0.2, 0.8, 0.9], [0.1, 0.2, np.nan, 0.9]]))
+
+
+def test_a_step_that_is_not_a_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="step nan"):
+        turning_bound([3.0, 4.0], float("nan"))
