@@ -64,7 +64,7 @@ def trace_states(
 
     Args:
         model: from `load_model`.
-        input_ids: prompts of equal length, on any device.
+        input_ids: prompts of equal length, int64 or int32, on any device.
         positions: numbers of tokens t after which to look, increasing, in 1..token.
         reduce: applied at once to each layer's states (batch, head, d_k, d_v) at each position, so that no state is kept:
             `singular_values`, `effective_rank`, ... The memory needed is then the model's and one snapshot.
@@ -76,6 +76,7 @@ def trace_states(
         The trace, on the CPU.
 
     Raises:
+        TypeError: ids that are not a tensor, or not of an integer dtype that a model reads.
         ValueError: no tokens, an id outside the vocabulary, positions that are out of order or beyond the prompt, a batch
             size under 1, or a model that `linear_layers` refuses.
 
@@ -176,7 +177,14 @@ class _GateSums:
         self.total = self.total + gates.double().sum(2).cpu()
 
 
-def _check(model: PreTrainedModel, input_ids: Tensor, positions: Sequence[int]) -> None:
+def _check(model: PreTrainedModel, input_ids: object, positions: Sequence[int]) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"expected token ids as a tensor of shape (batch, token), got {type(input_ids).__name__}: make one with "
+            "torch.tensor, or take a tokenizer's 'input_ids' with return_tensors='pt'"
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"expected token ids of dtype int64 or int32, got {input_ids.dtype}: convert them with .long()")
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(
             f"expected prompts of shape (batch, token) with at least one token, got shape {tuple(input_ids.shape)}"

@@ -1,10 +1,19 @@
 import gc
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_qwen3_next, unchecked
-from transformers import BambaConfig, BambaForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    BatchEncoding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.models import make_cache
@@ -151,6 +160,29 @@ def test_bad_prompts_and_positions_are_refused(ids: torch.Tensor, positions: lis
     model = tiny_qwen3_next(["linear_attention", "full_attention"])
     with pytest.raises(ValueError, match=re.escape(words)):
         unchecked(trace_states)(model, ids, positions=positions)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[1, 2, 3]], "got list: make one with torch.tensor"),
+        (np.ones((1, 3), dtype=np.int64), "got ndarray"),
+        (BatchEncoding({"input_ids": torch.ones(1, 3, dtype=torch.long)}), "got BatchEncoding: .*'input_ids'"),
+        (torch.ones(1, 3), "got torch.float32: convert them with .long()"),
+        (torch.ones(1, 3, dtype=torch.int16), "got torch.int16"),
+        (torch.ones(1, 3, dtype=torch.bool), "got torch.bool"),
+    ],
+    ids=["list", "array", "tokenizer's output", "float", "short", "bool"],
+)
+def test_ids_that_are_not_a_tensor_of_integers_are_refused(ids, words: str) -> None:
+    model = tiny_qwen3_next(["linear_attention", "full_attention"])
+    with pytest.raises(TypeError, match=words):
+        unchecked(trace_states)(model, ids, positions=[3])
+
+
+def test_ids_of_32_bits_are_read(tiny_model, prompts: torch.Tensor) -> None:
+    wide, narrow = (trace_states(tiny_model, ids, positions=[5]).values for ids in (prompts, prompts.int()))
+    assert torch.equal(wide, narrow)
 
 
 def test_bad_batch_size_is_refused(tiny_model, prompts: torch.Tensor) -> None:
