@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -59,7 +60,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: an embedded name without the repository's checkpoints, or a folder without weights.
-        ValueError: an unknown name, a hub id without a revision, or weights that fail their checksum.
+        ValueError: an unknown name, a hub id without a revision, or weights that fail `verify_weights`.
 
     Example:
         >>> model = load_model("hybrid")
@@ -95,17 +96,26 @@ def load_model(
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer that belongs to a model; arguments and errors as in `load_model`.
+    """Load the tokenizer that belongs to a model.
+
+    Args:
+        name_or_path, revision, trust_remote_code: as in `load_model`; a folder needs no weights.
+
+    Raises:
+        FileNotFoundError: an embedded name without the repository's checkpoints.
+        ValueError: an unknown name, or a hub id without a revision.
 
     Example:
         >>> load_tokenizer("hybrid").decode(load_tokenizer("hybrid").encode("state rank"))
         'state rank'
     """
-    source, options = _source(name_or_path, revision, trust_remote_code)
+    source, options = _source(name_or_path, revision, trust_remote_code, needs_weights=False)
     return AutoTokenizer.from_pretrained(source, **options)
 
 
-def _source(name_or_path: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+def _source(
+    name_or_path: str, revision: str | None, trust_remote_code: bool, *, needs_weights: bool = True
+) -> tuple[str, dict[str, Any]]:
     if name_or_path in EMBEDDED:
         folder = CHECKPOINTS / name_or_path
         if not folder.is_dir():
@@ -116,7 +126,7 @@ def _source(name_or_path: str, revision: str | None, trust_remote_code: bool) ->
         return str(folder), {"local_files_only": True}
     folder = Path(name_or_path)
     if folder.is_dir():
-        if not any(folder.glob("*.safetensors")):
+        if needs_weights and not any(folder.glob("*.safetensors")):
             raise FileNotFoundError(f"{folder} has no .safetensors file: expected a folder written by save_pretrained")
         return str(folder), {"local_files_only": True, "trust_remote_code": trust_remote_code}
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
@@ -131,13 +141,35 @@ def _source(name_or_path: str, revision: str | None, trust_remote_code: bool) ->
 
 
 def verify_weights(folder: Path) -> None:
-    """Compare the files of a model folder with its list of checksums `SHA256SUMS`; without a list, do nothing.
+    """Compare the files of a model folder with its list of checksums `SHA256SUMS`; without a list, look whether they are whole.
+
+    A safetensors file says at its start how long it must be, so one that was cut off is found without reading it.
+
+    Args:
+        folder: in Hugging Face format.
 
     Raises:
-        ValueError: a file is missing or differs.
+        ValueError: a file is missing or differs; or, without a list, a safetensors file is cut off or is none.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
+        ...     _ = Path(folder, "model.safetensors").write_bytes(b"cut off")
+        ...     verify_weights(Path(folder))
+        Traceback (most recent call last):
+            ...
+        ValueError: ...model.safetensors is not a whole safetensors file (7 bytes...
     """
     sums = folder / "SHA256SUMS"
     if not sums.exists():
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{file} is not a whole safetensors file ({file.stat().st_size:,} bytes; {error}): copy or download it again"
+                ) from error
         return
     for line in sums.read_text().splitlines():
         expected, name = line.split()

@@ -119,6 +119,24 @@ def test_a_truncated_weight_file_fails_its_checksum(tmp_path: Path) -> None:
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("size", [0, 4, 100, -1000], ids=["empty", "no length", "no header", "no end"])
+def test_a_truncated_weight_file_without_a_checksum_is_named(tmp_path: Path, size: int) -> None:
+    tiny_qwen3_next(["linear_attention", "full_attention"]).save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[1].write_bytes(shards[1].read_bytes()[:size])
+    with pytest.raises(
+        ValueError, match=f"{shards[1].name} is not a whole safetensors file.*copy or download it again"
+    ):
+        load_model(str(tmp_path))
+
+
+def test_a_tokenizer_needs_no_weights(tmp_path: Path, tokenizer) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert load_tokenizer(str(tmp_path)).encode("state rank") == tokenizer.encode("state rank")
+
+
 PROBE = """
 import torch
 {prelude}
