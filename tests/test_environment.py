@@ -52,6 +52,11 @@ def test_lower_bounds_admit_the_pinned_versions() -> None:
         assert tuple(map(int, low.split("."))) <= tuple(int(part) for part in pins()[name].split(".")[:3]), bound
 
 
+def test_the_package_names_the_repository_of_the_book() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["urls"]["Repository"] == yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+
+
 def test_every_import_of_the_package_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {line.split(">=")[0].replace("-", "_") for line in project["dependencies"]} | {
@@ -94,5 +99,6 @@ def test_the_wheel_installs_in_an_empty_environment_and_says_what_it_lacks(tmp_p
     )
     where, rank = done.stdout.split()
     assert Path(where).is_relative_to(tmp_path)
+    assert Path(where).with_name("py.typed").is_file(), "without it, type checkers do not read the annotations"
     assert rank == "3"
     assert "FileNotFoundError: the embedded model 'hybrid' is part of the repository" in done.stderr
