@@ -108,6 +108,10 @@ def pad_left(
 ) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row token"]]:
     """Rows of token ids as one tensor on the model's device, padded on the left, and the mask: 1 for a token, 0 for padding.
 
+    Args:
+        model: from `load_model`.
+        rows: token ids, at least one row.
+
     Example:
         >>> from staterank_utils import load_model
         >>> [tensor.tolist() for tensor in pad_left(load_model("hybrid"), [[5, 6], [7]])]
@@ -123,6 +127,13 @@ def read_padded(
     model: PreTrainedModel, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"]
 ) -> Float[Tensor, "row token d_model"]:
     """Hidden states, before the output embedding, of rows from `pad_left`; what stands at padding has no meaning.
+
+    Args:
+        model: from `load_model`.
+        ids, mask: (row, token), int64.
+
+    Returns:
+        (row, token, d_model), in the dtype of the weights.
 
     Example:
         >>> from staterank_utils import load_model

@@ -36,6 +36,11 @@ class Task:
         draw: (rng, tokenizer) -> an instance.
         score: (tokens generated, tokens of the answer, tokenizer) -> 0..1.
         first_error_decides: the score is known at the first token that differs from the answer.
+
+    Example:
+        >>> sum_of_two = Task("one sum", lambda rng, _: Turn(f"1 + {rng.randrange(1, 9)} =", " ?\\n"), exact)
+        >>> sum_of_two.draw(random.Random(0), None).prompt
+        '1 + 7 ='
     """
 
     description: str
@@ -45,18 +50,50 @@ class Task:
 
 
 def exact(generated: Tokens, answer: Tokens, _: Any) -> float:
-    """1 where the tokens generated begin with the answer's, the end of its line included, else 0."""
+    """1 where the tokens generated begin with the answer's, the end of its line included, else 0.
+
+    Args:
+        generated, answer: token ids.
+
+    Example:
+        >>> exact([5, 6, 7], [5, 6], None), exact([5, 7], [5, 6], None)
+        (1.0, 0.0)
+    """
     return float(generated[: len(answer)] == answer)
 
 
 def exact_final(generated: Tokens, answer: Tokens, tokenizer: Any) -> float:
-    """1 where the number after "The answer is" is right, else 0."""
+    """1 where the number after "The answer is" is right, else 0, also where there is none.
+
+    Args:
+        generated, answer: token ids.
+        tokenizer: that made them.
+
+    Example:
+        >>> from staterank_utils import load_tokenizer
+        >>> tokenizer = load_tokenizer("hybrid")
+        >>> texts = " 2 + 2 = 4. The answer is 4.", " The answer is 4.", " The answer is 5."
+        >>> said = [tokenizer.encode(text) for text in texts]
+        >>> [exact_final(tokens, said[0], tokenizer) for tokens in said]
+        [1.0, 1.0, 0.0]
+    """
     said, expected = (final_answer(tokenizer.decode(tokens)) for tokens in (generated, answer))
     return float(said is not None and said == expected)
 
 
 def copied_tokens(generated: Tokens, answer: Tokens, _: Any) -> float:
-    """Share of the answer's tokens, the last of which ends its line and is left out, that stand in the same place of what was generated."""
+    """Share of the answer's tokens that stand in the same place of what was generated.
+
+    The answer's last token ends its line and is left out.
+
+    Args:
+        generated: token ids, any number.
+        answer: token ids, at least 2.
+
+    Example:
+        >>> copied_tokens([5, 6, 9], [5, 6, 7, 8, 1], None)
+        0.5
+    """
     return sum(a == b for a, b in zip(answer[:-1], generated, strict=False)) / (len(answer) - 1)
 
 
@@ -67,6 +104,9 @@ def needle_task(n_needles: int = 3, n_tokens: int = 1000, depth: float | None = 
         n_needles: how many.
         n_tokens: length of the whole prompt, roughly: a needle and its share of the question take about 25 tokens.
         depth: where the needles stand, 0 (start) to 1 (end, right before the question); anywhere by default.
+
+    Raises:
+        ValueError: when an instance is drawn, and the prompt has no room for prose; or as in `tasks.needle`.
 
     Example:
         >>> needle_task(1, 256).description
@@ -162,7 +202,15 @@ def line_ends(tokenizer: Any) -> frozenset[int]:
 
 
 class Instance(NamedTuple):
-    """Token ids of a prompt and of its answer."""
+    """Token ids of a prompt and of its answer.
+
+    Example:
+        >>> from staterank_utils import load_tokenizer
+        >>> tokenizer = load_tokenizer("hybrid")
+        >>> [instance] = draw_instances("recall", tokenizer, n_instances=1)
+        >>> tokenizer.decode(instance.prompt)[:6], tokenizer.decode(instance.answer)[-1:]
+        ('List: ', '\\n')
+    """
 
     prompt: Tokens
     answer: Tokens
@@ -245,6 +293,14 @@ def evaluate(
 def score_interval(scores: NDArray[np.float64]) -> Estimate:
     """Mean score with a 95 % interval: Wilson's where every score is 0 or 1, else a bootstrap over instances.
 
+    Source: Wilson, J. Am. Stat. Assoc. 22(158), 1927.
+
+    Args:
+        scores: one an instance, 0..1, at least one.
+
+    Raises:
+        ValueError: no scores, or a NaN or infinity.
+
     Example:
         >>> score_interval(np.ones(200)).low > 0.98
         True
@@ -280,6 +336,9 @@ def answer_nats(
 
     Returns:
         One mean an instance, nats a token; the logarithm of the vocabulary's size is chance.
+
+    Raises:
+        ValueError: an unknown task, or no instances.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer

@@ -28,6 +28,12 @@ class Layout:
         without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.
         output_projection: name of the submodule that reads what the heads put out, (batch, token, head * d_v), head by head.
         kernels: names of the functions, in the layer's Python module, that have a Triton and a plain version.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
+        >>> layout.n_heads(layer), layout.d_k(layer), layout.d_v(layer)
+        (8, 64, 64)
     """
 
     layer_class: str
@@ -92,6 +98,9 @@ WRONG_IN_SEGMENTS = {
 def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
     """The linear-attention layers of a model, in order.
 
+    Args:
+        model: any model of transformers.
+
     Returns:
         (index of the decoder layer, module, its layout) for each.
 
@@ -124,5 +133,16 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
 
 
 def modeling_module(layer: nn.Module) -> ModuleType:
-    """The Python module that defines a layer's class and the kernels that it calls."""
+    """The Python module that defines a layer's class and the kernels that it calls.
+
+    Args:
+        layer: from `linear_layers`.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
+        >>> module = modeling_module(layer)
+        >>> module.__name__.rpartition(".")[-1], all(hasattr(module, name) for name in layout.kernels)
+        ('modeling_qwen3_next', True)
+    """
     return sys.modules[type(layer).__module__]

@@ -141,9 +141,10 @@ def _source(
 
 
 def verify_weights(folder: Path) -> None:
-    """Compare the files of a model folder with its list of checksums `SHA256SUMS`; without a list, look whether they are whole.
+    """Compare the files of a model folder with its list of checksums `SHA256SUMS`.
 
-    A safetensors file says at its start how long it must be, so one that was cut off is found without reading it.
+    Without a list, see that its safetensors files are whole: such a file says at its start how long it must be, so one that
+    was cut off is found without reading it.
 
     Args:
         folder: in Hugging Face format.
@@ -167,8 +168,9 @@ def verify_weights(folder: Path) -> None:
                 with safe_open(file, framework="pt"):
                     pass
             except SafetensorError as error:
+                size = file.stat().st_size
                 raise ValueError(
-                    f"{file} is not a whole safetensors file ({file.stat().st_size:,} bytes; {error}): copy or download it again"
+                    f"{file} is not a whole safetensors file ({size:,} bytes; {error}): copy or download it again"
                 ) from error
         return
     for line in sums.read_text().splitlines():
@@ -191,6 +193,10 @@ def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel
     normal weights of standard deviation `initializer_range` from NumPy's PCG64, gates as in Mamba-2 (decay rate A uniform
     in [1, 16], step dt log-uniform in [0.001, 0.1]), everything rounded to bfloat16. Any other configuration gets its
     class's own initialization with torch's generator at `seed`.
+
+    Args:
+        config: of the model.
+        seed: where the configuration names no scheme of its own.
 
     Returns:
         The model in float32 on the CPU.
@@ -226,7 +232,19 @@ def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel
 
 
 def shuffle_weights(model: nn.Module, *, seed: int = 0) -> None:
-    """Put the values of each tensor in random order, in place: same distribution of weights, nothing learned."""
+    """Put the values of each tensor in random order, in place: same distribution of weights, nothing learned.
+
+    Args:
+        model: any module; all its parameters are shuffled, on whatever device they are.
+        seed: of the orders.
+
+    Example:
+        >>> layer = nn.Linear(4, 1, bias=False)
+        >>> layer.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+        >>> shuffle_weights(layer, seed=0)
+        >>> layer.weight.tolist() != [[1.0, 2.0, 3.0, 4.0]], sorted(layer.weight[0].tolist())
+        (True, [1.0, 2.0, 3.0, 4.0])
+    """
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in sorted(model.named_parameters()):
         order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
@@ -234,7 +252,21 @@ def shuffle_weights(model: nn.Module, *, seed: int = 0) -> None:
 
 
 def parameters_hash(model: nn.Module) -> str:
-    """SHA-256 over all parameters in bfloat16, in order of their names: what two machines compare."""
+    """SHA-256 over all parameters in bfloat16, in order of their names: what two machines compare.
+
+    Args:
+        model: any module, on any device.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> before = parameters_hash(layer)
+        >>> layer.bias.data += 1
+        >>> len(before), parameters_hash(layer) == before
+        (64, False)
+    """
     total = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         total.update(name.encode())
@@ -260,6 +292,13 @@ def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
 
     Returns:
         "torch", "fla" (Triton) or "torch, for want of fla", for the log.
+
+    Raises:
+        ValueError: a model that `linear_layers` refuses.
+
+    Example:
+        >>> choose_kernels(load_model("hybrid", device="cpu"))
+        'torch'
     """
     backends = {
         _dispatch_by_device(modeling_module(layer), name, plain=plain)
@@ -332,6 +371,18 @@ class LinearOnlyCache(DynamicCache):
     """A cache for a model without softmax attention: it counts its tokens itself.
 
     The stock cache asks an attention layer how many tokens it has seen, and raises where there is none.
+
+    Args:
+        config: of the model.
+
+    Example:
+        >>> one_layer = {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}
+        >>> config = AutoConfig.from_pretrained(CHECKPOINTS / "hybrid", **one_layer)
+        >>> model, cache = initial_model(config), LinearOnlyCache(config)
+        >>> for n_tokens in (5, 1, 1):
+        ...     _ = model(torch.ones(1, n_tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+        >>> cache.get_seq_length()
+        7
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -359,6 +410,20 @@ class LinearOnlyCache(DynamicCache):
 
 
 def make_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache that suits the model, for `forward` and `generate`."""
+    """An empty cache that suits the model, for `forward` and `generate`.
+
+    Args:
+        model: from `load_model`.
+
+    Returns:
+        The stock cache of transformers for a model that has softmax attention too, else a `LinearOnlyCache`.
+
+    Example:
+        >>> model = load_model("hybrid")
+        >>> cache = make_cache(model)
+        >>> _ = model(torch.arange(9).reshape(1, 9).to(model.device), past_key_values=cache)
+        >>> cache.get_seq_length(), type(cache).__name__
+        (9, 'DynamicCache')
+    """
     has_attention = any("attention" in kind and kind != "linear_attention" for kind in model.config.layer_types)
     return DynamicCache(config=model.config) if has_attention else LinearOnlyCache(model.config)

@@ -23,7 +23,14 @@ LOW = {"color": ORANGE, "linestyle": "--", "marker": "s"}
 
 
 def use_style() -> None:
-    """The look of all figures in the book: white, no top and right spines, readable at the width of a page."""
+    """The look of all figures in the book: white, no top and right spines, readable at the width of a page.
+
+    Example:
+        >>> with plt.rc_context():
+        ...     use_style()
+        ...     plt.rcParams["axes.spines.top"], plt.rcParams["figure.dpi"]
+        (False, 110.0)
+    """
     sns.set_theme(style="ticks", context="notebook", palette="colorblind")
     plt.rcParams.update(
         {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "savefig.bbox": "tight"}
@@ -31,7 +38,22 @@ def use_style() -> None:
 
 
 def model_panels(models: Sequence[str], *, width: float = 5.0, height: float = 3.6) -> dict[str, Axes]:
-    """One titled panel a model, side by side on a shared vertical axis; sizes in inches."""
+    """One titled panel a model, side by side on a shared vertical axis.
+
+    Args:
+        models: their names, the titles; at least one.
+        width, height: of a panel, in inches.
+
+    Returns:
+        model -> its axes, in a new figure of pyplot.
+
+    Example:
+        >>> plt.switch_backend("Agg")
+        >>> panels = model_panels(["hybrid", "pure"], width=4.0)
+        >>> {name: ax.get_title() for name, ax in panels.items()}, float(panels["pure"].figure.get_figwidth())
+        ({'hybrid': 'hybrid', 'pure': 'pure'}, 8.0)
+        >>> plt.close()
+    """
     _, axes = plt.subplots(
         1, len(models), figsize=(width * len(models), height), sharey=True, squeeze=False, layout="constrained"
     )
@@ -41,12 +63,28 @@ def model_panels(models: Sequence[str], *, width: float = 5.0, height: float = 3
 
 
 def legend_above(figure: Figure, ax: Axes) -> None:
-    """One legend above all panels of a figure in constrained layout, for what the panel `ax` shows."""
+    """One legend above all panels of a figure in constrained layout, for what the panel `ax` shows.
+
+    Args:
+        figure: in constrained layout.
+        ax: one of its panels, whose labelled lines the legend names.
+
+    Example:
+        >>> figure = Figure(layout="constrained")
+        >>> ax = figure.subplots()
+        >>> _ = ax.plot([0, 1], label="high heads")
+        >>> legend_above(figure, ax)
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['high heads']
+    """
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
 
 
 def panel_rows(n_panels: int) -> tuple[int, int]:
     """Rows and columns for small panels: four in a row, or three where that leaves no hole and four would.
+
+    Args:
+        n_panels: at least 1.
 
     Example:
         >>> panel_rows(6), panel_rows(8), panel_rows(5)
@@ -57,7 +95,17 @@ def panel_rows(n_panels: int) -> tuple[int, int]:
 
 
 def layer_panels(figure: SubFigure, n_panels: int) -> list[Axes]:
-    """Small panels on shared axes, row by row, as many as asked for."""
+    """Small panels on shared axes, row by row, as many as asked for.
+
+    Args:
+        figure: where to draw.
+        n_panels: at least 1; what is left of the last row stays empty.
+
+    Example:
+        >>> part = Figure().subfigures()
+        >>> len(layer_panels(part, 5)), len(part.axes), [ax.axison for ax in part.axes[5:]]
+        (5, 8, [False, False, False])
+    """
     n_rows, n_columns = panel_rows(n_panels)
     grid = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     for ax in grid.flat[n_panels:]:
@@ -66,7 +114,17 @@ def layer_panels(figure: SubFigure, n_panels: int) -> list[Axes]:
 
 
 def in_tokens(ax: Axes) -> None:
-    """A logarithmic horizontal axis whose ticks are plain numbers of tokens."""
+    """A logarithmic horizontal axis whose ticks are plain numbers of tokens.
+
+    Args:
+        ax: whose axis it is.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> in_tokens(ax)
+        >>> ax.get_xscale(), ax.xaxis.get_major_formatter()(2048.0)
+        ('log', '2,048')
+    """
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
@@ -76,7 +134,21 @@ def plot_all_ranks(traces: Mapping[str, StateTrace], ranks: Mapping[str, NDArray
 
     Args:
         traces: model -> its trace.
-        ranks: model -> effective ranks (layer, position, head).
+        ranks: model -> effective ranks (layer, position, head), 0..d; the models of `traces`.
+
+    Raises:
+        KeyError: a model without ranks.
+        ValueError: ranks outside 0..d, or not as many layers as in the trace.
+
+    Example:
+        >>> import torch
+        >>> plt.switch_backend("Agg")
+        >>> ranks, zeros = torch.tensor([[[[1], [4]]], [[[1], [2]]]]), torch.zeros(2, 1, 1)  # 2 layers of 1 head
+        >>> trace = StateTrace(ranks, (1, 8), layers=(0, 3), d_k=8, d_v=8, log_decay=zeros, write_strength=zeros)
+        >>> plot_all_ranks({"hybrid": trace}, {"hybrid": ranks[:, 0].numpy()})
+        >>> [(ax.get_title(), len(ax.lines)) for ax in plt.gcf().axes if ax.lines]
+        [('layer 0', 2), ('layer 3', 2)]
+        >>> plt.close()
     """
     n_rows = [panel_rows(len(trace.layers))[0] for trace in traces.values()]
     figure = plt.figure(figsize=(10, 1.9 * sum(n_rows) + 0.6 * len(n_rows)), layout="constrained")
@@ -97,9 +169,18 @@ def plot_ranks_over_time(
     Args:
         axes: one for each layer.
         positions: t, in tokens.
-        ranks: (layer, position, head).
+        ranks: (layer, position, head), 0..d.
         d: largest possible rank.
         layers: index in the model of each layer, for the titles.
+
+    Raises:
+        ValueError: ranks outside 0..d, or not as many axes, layers of ranks and indices of layers.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_ranks_over_time([ax], [1, 4, 16], np.array([[[1, 1], [1, 4], [2, 8]]]), d=8, layers=[3])
+        >>> [line.get_linestyle() for line in ax.lines], ax.get_title()  # a low head, a high one, the bound
+        (['--', '-', ':'], 'layer 3')
     """
     bound = np.minimum(np.asarray(positions), d)
     for ax, layer_ranks, layer in zip(axes, ranks, layers, strict=True):
@@ -119,7 +200,13 @@ def plot_rank_distribution(ax: Axes, groups: Mapping[str, NDArray]) -> None:
 
     Args:
         ax: where to draw.
-        groups: label -> r/d over heads.
+        groups: label -> r/d over heads, 0..1; at most 4 groups.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_rank_distribution(ax, {"prose": np.array([0.9, 0.1])})
+        >>> ax.lines[0].get_xydata().tolist(), ax.get_legend_handles_labels()[1]
+        ([[0.25, 0.1], [0.75, 0.9]], ['prose'])
     """
     styles = ("-", "--", ":", "-.")
     for (label, values), style in zip(groups.items(), styles, strict=False):
@@ -140,7 +227,19 @@ def plot_rank_distribution(ax: Axes, groups: Mapping[str, NDArray]) -> None:
 
 
 def plot_thresholds(ax: Axes, curves: Mapping[float, NDArray], *, registered: float) -> None:
-    """Sorted r/d over heads, one grey line a threshold, the smaller the darker; the registered one is thick."""
+    """Sorted r/d over heads, one grey line a threshold, the smaller the darker; the registered one is thick.
+
+    Args:
+        ax: where to draw.
+        curves: relative threshold ε -> r/d over heads, 0..1.
+        registered: the threshold whose line is thick.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_thresholds(ax, {1e-3: np.array([0.2, 0.1]), 1e-4: np.array([0.9, 0.3])}, registered=1e-4)
+        >>> [(line.get_label(), line.get_linewidth(), line.get_color()) for line in ax.lines]
+        [('1e-03', 1.2, '0.75'), ('1e-04', 3.0, '0.0')]
+    """
     for (threshold, values), grey in zip(curves.items(), np.linspace(0.75, 0, len(curves)), strict=True):
         width = 3 if threshold == registered else 1.2
         ax.plot(
@@ -151,7 +250,19 @@ def plot_thresholds(ax: Axes, curves: Mapping[float, NDArray], *, registered: fl
 
 
 def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.bool_]) -> None:
-    """One column of heads a kind of input, r/d upwards; marks are by the label given, columns spread for legibility."""
+    """One column of heads a kind of input, r/d upwards; marks are by the label given, columns spread for legibility.
+
+    Args:
+        ax: where to draw.
+        values: kind of input -> r/d over heads, 0..1.
+        high: labels of the same heads.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_by_domain(ax, {"prose": np.array([0.1, 0.9]), "code": np.array([0.2, 0.8])}, np.array([False, True]))
+        >>> [label.get_text() for label in ax.get_xticklabels()], [line.get_ydata().item() for line in ax.lines]
+        (['prose', 'code'], [0.9, 0.1, 0.8, 0.2])
+    """
     spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(high))
     for column, relative in enumerate(values.values()):
         plot_head_pairs(ax, column + spread, relative, high, xlabel="", ylabel="effective rank r / d")
@@ -162,7 +273,18 @@ def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.boo
 
 
 def plot_turning(ax: Axes, rows: NDArray) -> None:
-    """1 - cosine of neighbouring vectors, measured and allowed, against t on logarithmic axes; rows from `strata.turning`."""
+    """1 - cosine of neighbouring vectors, measured and allowed, against t on logarithmic axes.
+
+    Args:
+        ax: where to draw.
+        rows: (t, cosine, bound, bound of plane geometry), from `strata.turning`.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_turning(ax, np.array([[128.0, 0.75, 0.25, 0.5]]))
+        >>> {line.get_label(): line.get_ydata().item() for line in ax.lines}
+        {'allowed by Theorem 4.4': 0.75, 'allowed by plane geometry': 0.5, 'measured': 0.25}
+    """
     t, measured, bound, plane = rows.T
     dots: dict[str, Any] = {"linestyle": "none", "markersize": 3}
     ax.plot(t, 1 - bound, **{**dots, "marker": "_", "color": "black", "markersize": 5}, label="allowed by Theorem 4.4")
@@ -175,7 +297,21 @@ def plot_turning(ax: Axes, rows: NDArray) -> None:
 
 
 def plot_head_pairs(ax: Axes, x: NDArray, y: NDArray, high: NDArray[np.bool_], *, xlabel: str, ylabel: str) -> None:
-    """Two quantities of the same heads, low ones as squares, high ones as dots."""
+    """Two quantities of the same heads, low ones as squares, high ones as dots.
+
+    Args:
+        ax: where to draw.
+        x, y: one number a head.
+        high: labels of the same heads.
+        xlabel, ylabel: what the numbers are, with their units.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> x, high = np.arange(3), np.array([True, False, False])
+        >>> plot_head_pairs(ax, x, x, high, xlabel="r / d", ylabel="nats")
+        >>> [(line.get_label(), line.get_marker(), len(line.get_xdata())) for line in ax.lines], ax.get_xlabel()
+        ([('high', 'o', 1), ('low', 's', 2)], 'r / d')
+    """
     for group, style, label in ((high, HIGH, "high"), (~high, LOW, "low")):
         ax.plot(
             x[group],
@@ -191,7 +327,20 @@ def plot_head_pairs(ax: Axes, x: NDArray, y: NDArray, high: NDArray[np.bool_], *
 
 
 def plot_agreement(ax: Axes, matrix: NDArray, labels: Sequence[str], *, title: str) -> None:
-    """Heat map of an agreement between every pair of inputs, numbers written in, lower triangle."""
+    """Heat map of an agreement between every pair of inputs, numbers written in, lower triangle.
+
+    Args:
+        ax: where to draw.
+        matrix: (input, input), symmetric, -1..1; a NaN leaves its cell empty.
+        labels: names of the inputs.
+        title: of the panel.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_agreement(ax, np.array([[1.0, 0.5], [0.5, 1.0]]), ["prose", "code"], title="kappa")
+        >>> [text.get_text() for text in ax.texts], [label.get_text() for label in ax.get_yticklabels()]
+        (['1.00', '0.50', '1.00'], ['prose', 'code'])
+    """
     hidden = np.triu(np.ones_like(matrix, dtype=bool), k=1)
     sns.heatmap(
         matrix, mask=hidden, ax=ax, vmin=-0.2, vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws={"fontsize": "x-small"},
@@ -205,7 +354,22 @@ def plot_agreement(ax: Axes, matrix: NDArray, labels: Sequence[str], *, title: s
 def plot_with_band(
     ax: Axes, x: Sequence[float] | range, estimates: Sequence[Estimate], *, label: str, **style: Any
 ) -> None:
-    """Points with their intervals as a band, against x."""
+    """Points with their intervals as a band, against x.
+
+    Args:
+        ax: where to draw.
+        x: where the points lie, increasing.
+        estimates: one for each x.
+        label: for the legend.
+        style: for `Axes.plot`; the band takes the colour of the line.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_with_band(ax, range(2), [Estimate(0.5, 0.4, 0.7), Estimate(0.6, 0.5, 0.9)], label="recall")
+        >>> [band] = ax.collections
+        >>> ax.lines[0].get_ydata().tolist(), band.get_datalim(ax.transData).intervaly.tolist()
+        ([0.5, 0.6], [0.4, 0.9])
+    """
     points, low, high = (np.array([getattr(e, name) for e in estimates]) for name in ("point", "low", "high"))
     [line] = ax.plot(x, points, label=label, **style)
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -218,6 +382,13 @@ def plot_doses(ax: Axes, counts: Sequence[int], arms: Mapping[str, Sequence[Esti
         ax: where to draw.
         counts: numbers of heads removed, from 0.
         arms: label -> score at each of the counts; labels that begin with "highest" look like high heads.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> drop = [Estimate(1.0, 1.0, 1.0), Estimate(0.5, 0.4, 0.6)]
+        >>> plot_doses(ax, [0, 19], {"lowest rank": drop, "highest rank": drop})
+        >>> [line.get_linestyle() for line in ax.lines], [label.get_text() for label in ax.get_xticklabels()]
+        (['--', '-'], ['0', '19'])
     """
     for label, estimates in arms.items():
         style = HIGH if label.startswith("highest") else LOW
@@ -234,6 +405,12 @@ def plot_arms(ax: Axes, scores: Mapping[str, Estimate], *, draws: Sequence[float
         scores: label -> score; labels that begin with "lowest" are squares, others dots.
         draws: mean score of each random draw, as grey ticks over the whole height.
         intact: score with all heads, as a dotted line.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_arms(ax, {"lowest effective rank": Estimate(0.2, 0.1, 0.3)}, draws=[0.6, 0.7], intact=0.9)
+        >>> [line.get_xdata()[0].item() for line in ax.lines[-2:]], len(ax.lines), ax.get_yticklabels()[0].get_text()
+        ([0.1, 0.2], 5, 'lowest effective rank')
     """
     for x in draws:
         ax.axvline(x, color="0.75", linewidth=1, zorder=0)
@@ -255,6 +432,12 @@ def plot_parts(
         ax: where to draw.
         linear, softmax: layer -> added loss without the layer, nats.
         single: (layer, head) -> added loss without the head, nats.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_parts(ax, {0: 0.5}, {1: 2.0}, {(0, 0): 0.1, (0, 1): 0.2})
+        >>> [float(bar.get_height()) for bar in ax.patches], ax.lines[0].get_ydata().tolist(), ax.get_yscale()
+        ([0.5, 2.0], [0.1, 0.2], 'symlog')
     """
     for layers, hatch, label in ((linear, "", "linear layer"), (softmax, "//", "softmax layer")):
         if layers:
@@ -267,7 +450,21 @@ def plot_parts(
 
 
 def plot_rank_used(ax: Axes, curves: Mapping[str, Mapping[str, float]]) -> None:
-    """Added loss against what is kept of the states, one curve for "high" heads and one for "low" ones."""
+    """Added loss against what is kept of the states, one curve for "high" heads and one for "low" ones.
+
+    Args:
+        ax: where to draw.
+        curves: "high" and "low" -> what is kept -> added loss, nats, as `Ablation.rank_used` gives it.
+
+    Raises:
+        KeyError: one of the two groups is missing.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_rank_used(ax, {"high": {"rank 1": 0.5, "rotated": 2.0}, "low": {"rank 1": 0.0, "rotated": 1.0}})
+        >>> {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+        {'high heads': [0.5, 2.0], 'low heads': [0.0, 1.0]}
+    """
     for group, style in (("high", HIGH), ("low", LOW)):
         labels, values = zip(*curves[group].items(), strict=True)
         ax.plot(range(len(labels)), values, label=f"{group} heads", **style)
@@ -278,7 +475,21 @@ def plot_rank_used(ax: Axes, curves: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def plot_depths(ax: Axes, table: NDArray, depths: Sequence[float], lengths: Sequence[int], *, title: str) -> None:
-    """Heat map of retrieval: depth of the needle downwards, length of the prompt to the right, numbers written in."""
+    """Heat map of retrieval: depth of the needle downwards, length of the prompt to the right, numbers written in.
+
+    Args:
+        ax: where to draw.
+        table: share of needles found, (depth, length), 0..1, as `Ablation.depth_table` gives it.
+        depths: shares of the prompt before the needle, 0..1.
+        lengths: of the prompts, in tokens.
+        title: of the panel.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_depths(ax, np.array([[1.0, 0.25]]), [0.5], [256, 1024], title="intact")
+        >>> [text.get_text() for text in ax.texts], [label.get_text() for label in ax.get_xticklabels()]
+        (['1.00', '0.25'], ['256', '1,024'])
+    """
     sns.heatmap(
         table, ax=ax, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws={"fontsize": "x-small"}, cbar=False,
         xticklabels=[f"{n:,}" for n in lengths], yticklabels=[f"{depth:.0%}" for depth in depths],

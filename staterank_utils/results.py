@@ -30,7 +30,12 @@ def write_json(path: Path | str, data: Any) -> None:
 
     Whatever interrupts the writing (a full disk, Ctrl-C), the target keeps its old content and the partial file is removed.
 
+    Args:
+        path: of the target; folders above it are made.
+        data: what JSON can hold.
+
     Raises:
+        TypeError: the data hold something that JSON has no form for, such as an array.
         ValueError: the data hold a NaN or infinity, which JSON has no word for.
         OSError: the file system's own error, with the target's name.
 
@@ -69,6 +74,9 @@ def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = (
         A dictionary that JSON can hold. `seconds` is counted from the import of this module; `commit` is "unknown" outside a
         git checkout, and ends in "+changes" where tracked files were changed.
 
+    Raises:
+        FileNotFoundError: a folder without weights.
+
     Example:
         >>> provenance(parameters={"seed": 0})["parameters"]
         {'seed': 0}
@@ -90,8 +98,21 @@ def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = (
 def weights_hash(folder: Path) -> str:
     """SHA-256 over the safetensors files of a folder, in the order of their names.
 
+    Args:
+        folder: in Hugging Face format.
+
+    Returns:
+        64 hexadecimal digits.
+
     Raises:
         FileNotFoundError: there are none.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "model.safetensors").write_bytes(b"weights")
+        ...     weights_hash(Path(folder)) == hashlib.sha256(b"weights").hexdigest()
+        True
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -113,6 +134,16 @@ def read_result(path: Path | str, *, parameters: Mapping[str, Any], checkpoints:
     Raises:
         FileNotFoundError: there is no such result.
         ValueError: a parameter or the weights differ; the message names them.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder, "a.json"), {"provenance": provenance(parameters={"seed": 0}), "rows": []})
+        ...     read_result(Path(folder, "a.json"), parameters={"seed": 0})["rows"]
+        ...     read_result(Path(folder, "a.json"), parameters={"seed": 1})
+        Traceback (most recent call last):
+            ...
+        ValueError: a.json was made with seed=0, not 1: run the notebook again
     """
     path = Path(path)
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -150,7 +181,17 @@ def _commit() -> str:
 
 
 def embedded_folders(models: Sequence[str]) -> list[Path]:
-    """Folders of those of the models that are local: embedded names and paths. A hub id is named by its revision instead."""
+    """Folders of those of the models that are local: embedded names and paths.
+
+    A hub id has none; a result names it by its revision instead.
+
+    Args:
+        models: names as `load_model` takes them.
+
+    Example:
+        >>> [folder.name for folder in embedded_folders(["hybrid", "owner/name"])]
+        ['hybrid']
+    """
     candidates = [CHECKPOINTS / name if name in EMBEDDED else Path(name) for name in models]
     return [folder for folder in candidates if folder.is_dir()]
 
@@ -162,6 +203,10 @@ def stored_beside(notebook: str, *, parameters: Mapping[str, Any], checkpoints: 
         notebook: name of the page, such as "01_stratification".
         parameters: what the stored run must have been given.
         checkpoints: folders of the weights that it must have measured.
+
+    Example:
+        >>> stored_beside("09_nothing_yet", parameters={})
+        '*There is no stored full-profile run of 09_nothing_yet for these models.*'
     """
     path = STORED / "full" / f"{notebook}.json"
     try:
@@ -192,6 +237,10 @@ def check_parameters(namespace: dict[str, Any], *, known: Sequence[str]) -> None
 
     Example:
         >>> check_parameters({"seed": 0}, known=["seed"])
+        >>> check_parameters({"sede": 0}, known=["seed"])
+        Traceback (most recent call last):
+            ...
+        ValueError: this notebook has no parameter 'sede'; did you mean 'seed'? It has seed.
     """
     profile = namespace.get("profile", PROFILES[0])
     if profile not in PROFILES:

@@ -31,6 +31,9 @@ def measure_heads(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]) 
         name -> measure: "effective rank" (0..d), "nuclear norm" (unit of the state), "log-decay" (natural logarithm, at most
         0), "write strength" (0..1).
 
+    Raises:
+        ValueError: as in `trace_states`.
+
     Example:
         >>> import torch
         >>> from staterank_utils import load_model
@@ -58,6 +61,10 @@ def measure_heads(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]) 
 
 def head_counts(n_heads: int, shares: Sequence[float] = SHARES) -> list[int]:
     """Numbers of heads for shares, rounded, at least 1, each once, increasing.
+
+    Args:
+        n_heads: of the model.
+        shares: of its heads; the registered ones by default.
 
     Raises:
         ValueError: a share outside (0, 1).
@@ -96,6 +103,12 @@ def extreme_heads(measure: Measure, n: int, *, largest: bool, per_layer: bool = 
 
 def random_heads(heads: Sequence[Head], n: int, *, seed: int, per_layer: bool = False) -> list[Head]:
     """`n` heads drawn without replacement, or `n` in every layer.
+
+    Args:
+        heads: to draw from.
+        n: how many; with `per_layer`, how many in every layer.
+        seed: of the draw.
+        per_layer: the same number in every layer.
 
     Raises:
         ValueError: more heads than there are, or fewer than 0.

@@ -120,7 +120,16 @@ def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e
 
 
 def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
-    """Sum of the singular values, n_h(t) of arXiv:2602.02195, in the unit of the state; errors as in `singular_values`.
+    """Sum of the singular values, n_h(t) of arXiv:2602.02195.
+
+    Args:
+        state: as in `singular_values`.
+
+    Returns:
+        float64 per leading index, in the unit of the state.
+
+    Raises:
+        ValueError: as in `singular_values`.
 
     Example:
         >>> nuclear_norm(torch.diag(torch.tensor([3.0, -4.0]))).item()
@@ -132,7 +141,16 @@ def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"
 def stable_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
     """Squared Frobenius norm over squared largest singular value: 1..min(d_k, d_v), and 0 for a zero state.
 
-    Source: Rudelson and Vershynin, J. ACM 54(4), 2007. Errors as in `singular_values`.
+    Source: Rudelson and Vershynin, J. ACM 54(4), 2007.
+
+    Args:
+        state: as in `singular_values`.
+
+    Returns:
+        float64 per leading index, dimensionless.
+
+    Raises:
+        ValueError: as in `singular_values`.
 
     Example:
         >>> stable_rank(torch.eye(3)).item()
@@ -144,7 +162,16 @@ def stable_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]
 def entropy_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
     """Exponential of the entropy of the singular values' shares: 1..min(d_k, d_v), and 0 for a zero state.
 
-    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007. Not the paper's effective rank. Errors as in `singular_values`.
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007. Not the paper's effective rank.
+
+    Args:
+        state: as in `singular_values`.
+
+    Returns:
+        float64 per leading index, dimensionless.
+
+    Raises:
+        ValueError: as in `singular_values`.
 
     Example:
         >>> round(entropy_rank(torch.eye(4)).item(), 6)

@@ -23,6 +23,10 @@ class Estimate:
     Attributes:
         point: the statistic on all prompts.
         low, high: ends of the interval.
+
+    Example:
+        >>> print(Estimate(0.95, 0.9, 0.97))
+        0.950 [0.900, 0.970]
     """
 
     point: float
@@ -54,8 +58,8 @@ def bootstrap(
         The statistic on the prompts as they are, and the interval. With one prompt a group, the interval is the point.
 
     Raises:
-        ValueError: a group has no prompts or holds a NaN or infinity, or a draw gives NaN where the prompts as they are do
-            not.
+        ValueError: a group has no prompts or holds a NaN or infinity, or a draw gives NaN where the prompts as they are
+            do not.
 
     Example:
         >>> estimate = bootstrap(lambda x: x.mean(), np.array([1.0, 2.0, 3.0]))
@@ -85,13 +89,13 @@ def bootstrap(
 def _finite(values: ArrayLike, what: str) -> NDArray[np.float64]:
     """Values as float64; refuses NaN and infinity, of which most statistics would make a number that means nothing."""
     x = np.asarray(values, dtype=np.float64)
-    finite = np.isfinite(x)
-    if not finite.all():
-        where = np.argwhere(~finite)
+    if not np.isfinite(x).all():
+        x = np.atleast_1d(x)
+        where = np.argwhere(~np.isfinite(x))
         first = tuple(where[0].tolist())
         raise ValueError(
-            f"{what} needs finite numbers, but {len(where)} of {x.size} values are NaN or infinite, the first {x[first]} at "
-            f"index {', '.join(map(str, first))}: leave them out, or mend what they come from"
+            f"{what} needs finite numbers, but {len(where)} of {x.size} values are NaN or infinite, "
+            f"the first {x[first]} at index {', '.join(map(str, first))}: leave them out, or mend what they come from"
         )
     return x
 
@@ -116,7 +120,18 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
 
 
 def exactly(value: float) -> Estimate:
-    """A number without uncertainty, such as a count."""
+    """A number without uncertainty, such as a count.
+
+    Args:
+        value: the number.
+
+    Returns:
+        The number with an interval that is the number.
+
+    Example:
+        >>> exactly(3.0)
+        Estimate(point=3.0, low=3.0, high=3.0)
+    """
     return Estimate(float(value), float(value), float(value))
 
 
@@ -199,6 +214,9 @@ def two_groups(values: ArrayLike) -> dict[str, Estimate]:
     Args:
         values: relative ranks r/d, (prompt, head); the statistics are of the means over prompts.
 
+    Returns:
+        "Sarle", "dip p" and "share outside" -> the number with its interval, in this order.
+
     Raises:
         ValueError: no prompts, fewer than 4 heads, or a NaN or infinity.
 
@@ -260,7 +278,13 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def cosine(a: ArrayLike, b: ArrayLike) -> float:
-    """Cosine of the angle between two vectors over heads; NaN where one is zero. Errors as in `spearman`.
+    """Cosine of the angle between two vectors over heads; NaN where one is zero.
+
+    Args:
+        a, b: one number a head, at least 2 heads.
+
+    Raises:
+        ValueError: as in `spearman`.
 
     Example:
         >>> cosine([1, 0], [1, 0])
@@ -295,7 +319,13 @@ def cohen_kappa(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def r_squared(x: ArrayLike, y: ArrayLike) -> float:
-    """Share of the variance of `y` that a straight line in `x` explains; NaN where one is constant. Errors as in `spearman`.
+    """Share of the variance of `y` that a straight line in `x` explains; NaN where one is constant.
+
+    Args:
+        x, y: one number a head, at least 2 heads.
+
+    Raises:
+        ValueError: as in `spearman`.
 
     Example:
         >>> round(r_squared([0, 1, 2], [1, 3, 5]), 6)
@@ -371,7 +401,13 @@ def _mean(table: ArrayLike) -> NDArray[np.float64]:
 
 
 def mean_spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """`spearman` of two tables (prompt, head), each first averaged over its prompts.
+    """`spearman` of two tables, each first averaged over its prompts.
+
+    Args:
+        x, y: (prompt, head), the same heads; the numbers of prompts may differ.
+
+    Raises:
+        ValueError: as in `spearman`.
 
     Example:
         >>> mean_spearman([[1, 2, 3], [1, 3, 4]], [[1, 5, 7]])
@@ -383,6 +419,12 @@ def mean_spearman(x: ArrayLike, y: ArrayLike) -> float:
 def mean_kappa(d: int) -> Callable[[ArrayLike, ArrayLike], float]:
     """A function like `mean_spearman`, for `cohen_kappa` of the labels that `is_high` gives to mean ranks.
 
+    Args:
+        d: largest possible rank.
+
+    Returns:
+        (table, table) -> kappa; its tables are ranks (prompt, head), 0..d.
+
     Example:
         >>> mean_kappa(4)([[1, 4], [1, 4]], [[0, 3]])
         1.0
@@ -392,6 +434,13 @@ def mean_kappa(d: int) -> Callable[[ArrayLike, ArrayLike], float]:
 
 def pairwise(statistic: Callable[[ArrayLike, ArrayLike], float], groups: Sequence[ArrayLike]) -> NDArray[np.float64]:
     """Matrix of a statistic over every pair of groups.
+
+    Args:
+        statistic: (group, group) -> number, such as `mean_spearman`.
+        groups: tables (prompt, head), one an input.
+
+    Returns:
+        (group, group), float64; the diagonal compares a group with itself.
 
     Example:
         >>> pairwise(mean_spearman, [[[1, 2]], [[2, 1]]])
@@ -403,6 +452,12 @@ def pairwise(statistic: Callable[[ArrayLike, ArrayLike], float], groups: Sequenc
 
 def off_diagonal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """The values of a symmetric matrix over pairs of different groups, each pair once.
+
+    Args:
+        matrix: (group, group), such as `pairwise` gives.
+
+    Returns:
+        n (n - 1) / 2 values for n groups, row by row.
 
     Example:
         >>> off_diagonal(np.array([[1.0, 0.5], [0.5, 1.0]]))
@@ -422,6 +477,9 @@ def smallest_over_pairs(
         statistic: such as `mean_spearman`.
         groups: tables (prompt, head), one an input.
         n_resamples: as in `bootstrap`.
+
+    Raises:
+        ValueError: as in `bootstrap`, or fewer than 2 groups.
 
     Example:
         >>> smallest_over_pairs(mean_spearman, [np.array([[1.0, 2, 3]]), np.array([[1.0, 3, 2]])]).point

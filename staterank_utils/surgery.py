@@ -26,6 +26,12 @@ SOFTMAX_PROJECTION = "o_proj"
 def all_heads(model: PreTrainedModel) -> list[Head]:
     """Every linear-attention head of a model, in order.
 
+    Args:
+        model: from `load_model`.
+
+    Raises:
+        ValueError: a model that `linear_layers` refuses.
+
     Example:
         >>> from staterank_utils import load_model
         >>> all_heads(load_model("hybrid"))[-2:]
@@ -114,8 +120,21 @@ def softmax_heads(model: PreTrainedModel) -> list[Head]:
 def ablate_softmax_heads(model: PreTrainedModel, heads: Iterable[Head]) -> Iterator[None]:
     """As `ablate_heads` with kind "zero", for heads of softmax layers, to see what those carry.
 
+    Args:
+        model: from `load_model`.
+        heads: (layer, head) pairs of `softmax_heads`; none is allowed and changes nothing.
+
     Raises:
         ValueError: a head that the model does not have or that is named twice.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> model, ids = load_model("hybrid"), torch.arange(32).reshape(1, 32)
+        >>> before = model(ids).logits
+        >>> with ablate_softmax_heads(model, [(3, 0)]):
+        ...     without = model(ids).logits
+        >>> torch.equal(model(ids).logits, before), torch.equal(without, before)
+        (True, False)
     """
     layers = _softmax_layers(model)
     by_layer = _by_layer(heads, softmax_heads(model), what="softmax")

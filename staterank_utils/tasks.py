@@ -49,7 +49,13 @@ COMMON_NUMBERS = ("1", "2", "3", "5", "7", "10", "12", "20", "24", "42", "50", "
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt and the answer that must follow it, both text; the answer ends its line."""
+    """A prompt and the answer that must follow it, both text; the answer ends its line.
+
+    Example:
+        >>> [turn] = recall(random.Random(0), n_pairs=2)
+        >>> turn.prompt.splitlines()[0][:6], turn.answer.endswith("\\n")
+        ('List: ', True)
+    """
 
     prompt: str
     answer: str
@@ -204,6 +210,9 @@ def copying(passage: str, *, gap: str = "") -> list[Turn]:
 def final_answer(text: str) -> int | None:
     """The number after the first "The answer is" in a worked solution, or None where there is none.
 
+    Args:
+        text: of the solution.
+
     Example:
         >>> final_answer(" 12 + 7 = 19. The answer is 19.")
         19
@@ -222,6 +231,9 @@ def is_held_out(path: str) -> bool:
     One file in eight, by the SHA-256 of its path under the library's folder with forward slashes, so that the split
     is the same on every machine. `pydoc_data` is held out whole.
 
+    Args:
+        path: under the library's folder, with forward slashes.
+
     Example:
         >>> is_held_out("pydoc_data/topics.py")
         True
@@ -236,8 +248,16 @@ def library_sources(*, held_out: bool) -> tuple[str, ...]:
     Left out: installed packages, Python's own test suite (absent from many installations), tables of encodings, empty files,
     the few that are not UTF-8, and a held-out file whose text stands in another file too. Sorted by path.
 
+    Args:
+        held_out: which of the two.
+
     Raises:
         RuntimeError: the installation has no source files.
+
+    Example:
+        >>> held_out, trained_on = (set(library_sources(held_out=part)) for part in (True, False))
+        >>> 0 < len(held_out) < len(trained_on), held_out & trained_on
+        (True, set())
     """
     root = Path(sysconfig.get_path("stdlib"))
     seen = set(library_sources(held_out=False)) if held_out else set()
@@ -261,7 +281,15 @@ def library_sources(*, held_out: bool) -> tuple[str, ...]:
 
 @cache
 def technical_prose() -> str:
-    """Python's language reference as plain text (`pydoc_data.topics`), about 460,000 characters, never trained on."""
+    """Python's language reference as plain text (`pydoc_data.topics`), never trained on.
+
+    Returns:
+        About 460,000 characters.
+
+    Example:
+        >>> len(technical_prose()) > 400_000, "The \\"assert\\" statement" in technical_prose()
+        (True, True)
+    """
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 

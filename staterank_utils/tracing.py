@@ -29,6 +29,12 @@ class StateTrace:
         log_decay: (layer, batch, head), natural logarithm of the decay a_t, mean over all tokens read, float64.
         write_strength: (layer, batch, head), b_t in [0, 1], mean over all tokens read, float64.
         logits: (batch, position, vocabulary) after each of the positions, if they were asked for.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> trace = trace_states(load_model("hybrid"), torch.arange(8).reshape(1, 8), positions=[4, 8])
+        >>> trace.values.shape, trace.layers, trace.d
+        (torch.Size([6, 1, 2, 8, 64, 64]), (0, 1, 2, 4, 5, 6), 64)
     """
 
     values: Tensor

@@ -1,0 +1,80 @@
+"""The reference says of everything public what it is, and shows it in an example that is run."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import staterank_utils
+
+MODULES = [
+    importlib.import_module(f"{staterank_utils.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(staterank_utils.__path__)
+]
+
+
+def public(module: ModuleType) -> dict[str, Any]:
+    """Functions, also cached ones, and classes that a module defines under a public name."""
+    return {
+        name: thing
+        for name, thing in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(thing) or inspect.isroutine(inspect.unwrap(thing)))
+        and thing.__module__ == module.__name__
+        and thing.__name__ == name  # else it is another name for something
+    }
+
+
+PUBLIC = [
+    pytest.param(module, name, thing, id=f"{module.__name__.rpartition('.')[-1]}.{name}")
+    for module in MODULES
+    for name, thing in public(module).items()
+]
+
+
+def test_every_kind_of_public_thing_is_looked_at() -> None:
+    names = {parameter.id for parameter in PUBLIC}
+    # a function, a cached one, a context manager, one without gradients, a class, a data class
+    assert {
+        "spectra.effective_rank",
+        "evaluation.line_ends",
+        "surgery.ablate_heads",
+        "evaluation.evaluate",
+        "ablation.Ablation",
+        "strata.Estimate",
+    } <= names
+    assert not {"layouts.Float", "surgery.Head", "ablation.evaluate"} & names
+
+
+@pytest.mark.parametrize(("module", "name", "thing"), PUBLIC)
+def test_everything_public_has_an_example_that_can_fail(module: ModuleType, name: str, thing: Any) -> None:
+    text = inspect.getdoc(thing) or ""
+    assert text, f"{name} has no docstring"
+    assert "\nExample:\n" in text, f"the docstring of {name} has no section 'Example:'"
+    [found] = doctest.DocTestFinder(recurse=False).find(thing, name, module=module)
+    assert any(example.want for example in found.examples), f"the example of {name} shows no result"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_doctest_finds_every_example(module: ModuleType) -> None:
+    found = {test.name.removeprefix(f"{module.__name__}.") for test in doctest.DocTestFinder().find(module)}
+    assert set(public(module)) <= found
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_every_public_method_says_what_it_does(module: ModuleType) -> None:
+    silent = [
+        f"{name}.{key}"
+        for name, thing in public(module).items()
+        if inspect.isclass(thing)
+        for key, member in vars(thing).items()
+        if not key.startswith("_") and key not in getattr(thing, "__dataclass_fields__", ())
+        if (inspect.isroutine(member) or isinstance(member, property | cached_property))
+        if not inspect.getdoc(getattr(thing, key))
+    ]
+    assert not silent
