@@ -129,7 +129,7 @@ def main() -> None:
     name, folder = arguments.name, CHECKPOINTS / f"{arguments.name}.partial"
     run = json.loads((arguments.run / "training.json").read_text())
     copy_model(arguments.run / "model", folder)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
     scores: dict[str, Estimate] = {
         task: score_interval(evaluate(task, model, tokenizer, n_instances=arguments.instances)) for task in TASKS
     }
