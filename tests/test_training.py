@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from staterank_utils import Spectrum, domain_prompts, load_model, singular_values, trace_states
@@ -126,6 +127,30 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
     assert list(run["record"]["steps"]) == ["0", "1", "end"]
     assert np.array(run["record"]["steps"]["end"]["prose"]["effective_rank"]).shape == (8, 8)
     assert (tmp_path / "model" / "model.safetensors.index.json").exists()
+
+
+def test_a_finished_run_goes_on_from_the_embedded_model(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LOG_EVERY": 1, "RECORD_AT": (0,), "RECORD_PROMPTS": 1, "HELD_OUT_WINDOWS": 2}.items():
+        monkeypatch.setattr(training, name, value)
+    finished = json.loads((CHECKPOINTS.parent / "results" / "training" / "pure.json").read_text())
+    minutes = finished["seconds"] / 60 + 0.01
+    settings = Settings("pure", corpus, str(CHECKPOINTS / "hybrid"), tmp_path, minutes=minutes, workers=0, rows=1, n_tokens=32, embedded=True)  # fmt: skip
+    recurrence = plain_recurrence(initial_model(configuration("pure", vocabulary=64, eos=0, pad=1, seed=0)))
+    steps: list[int] = []
+    original = Mixture.__getitem__
+    monkeypatch.setattr(Mixture, "__getitem__", lambda self, step: steps.append(step) or original(self, step))
+    train(settings, recurrence, device="cpu", compiled=False)
+    run = json.loads((tmp_path / "training.json").read_text())
+    assert steps[0] == finished["steps"] == run["stages"][-1]["from_step"]
+    assert run["steps"] == finished["steps"] + len(steps)
+    assert run["stages"][:-1] == finished["stages"]
+    assert run["log"][: len(finished["log"])] == finished["log"]
+    assert list(run["record"]["steps"]) == list(finished["record"]["steps"])
+    trained, embedded = (safetensors.torch.load_file(next(folder.glob("*-00001-*"))) for folder in (tmp_path / "model", CHECKPOINTS / "pure"))  # fmt: skip
+    moved = max((trained[key].float() - embedded[key].float()).abs().max() for key in embedded)
+    assert 0 < moved < 0.1
 
 
 def test_the_stored_records_of_the_embedded_models_are_whole() -> None:

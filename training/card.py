@@ -8,6 +8,7 @@ computed here, from the weights as embedded.
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -57,7 +58,7 @@ around needles and the passages to copy are technical prose, a kind of text that
 github.com/mlschmitt/classic-books-markdown at commit 9448827), {rows[code]:.0%} windows of the Python standard library without the
 held-out files ({code_tokens:.1f} million; `staterank_utils.tasks.is_held_out`), {rows[tasks]:.0%} generated tasks (by documents:
 {tasks}). The text around needles is, by shares, {fillers}; a passage to copy is {passages}, where "repeats" are a few short
-pieces in random order. Answers of tasks weigh {weight:g} times in the loss. Held out: {windows} windows of {tokens_each:,} tokens from
+pieces in random order. Answers of tasks weigh {weight:g} times in the loss.{stages} Held out: {windows} windows of {tokens_each:,} tokens from
 other books.
 
 ## Limits
@@ -84,6 +85,15 @@ def sha256(file: Path) -> str:
 
 def percentages(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+
+def stages_text(stages: list[dict[str, Any]]) -> str:
+    """A sentence on every change of the mixture in a run that was gone on with."""
+    earlier = (
+        f" Before step {later['from_step']:,}, where the optimizers started anew, tasks were {percentages(stage['mixture']['tasks'])}."
+        for stage, later in itertools.pairwise(stages)
+    )
+    return "".join(earlier)
 
 
 def copy_model(source: Path, folder: Path) -> None:
@@ -150,12 +160,12 @@ def main() -> None:
         else "At or over 50 % on every task, so damage can be shown on each."
     )
     files = "\n".join(f"- `{file.name}`: `{sha256(file)}`" for file in sorted(folder.glob("*.safetensors")))
-    mixture = run["mixture"]
+    mixture = run["stages"][-1]["mixture"]
     text = CARD.format(
         name=name, kind=KINDS[name], facts=facts(run, model), n=arguments.instances, mastery=mastery, files=files,
         scores=markdown_table(("task", "what is asked", "score", "floor of the hybrid", "reached"), rows),
         rows=mixture["rows"], tasks=percentages(mixture["tasks"]), fillers=percentages(mixture["fillers"]), passages=percentages(mixture["passages"]),
-        weight=mixture["answer_weight"], books_tokens=run["books_tokens"] / 1e6, code_tokens=run["code_tokens"] / 1e6,
+        stages=stages_text(run["stages"]), weight=mixture["answer_weight"], books_tokens=run["books_tokens"] / 1e6, code_tokens=run["code_tokens"] / 1e6,
         tokens=run["tokens"] / 1e6, seed=run["seed"], windows=run["held_out_windows"], tokens_each=run["record"]["n_tokens"],
         initial=parameters_hash(initial_model(model.config)),
     )  # fmt: skip

@@ -3,11 +3,13 @@
     python -m training.train hybrid --corpus PREPARED --tokenizer checkpoints/hybrid --minutes 20 --out RUN
 
 Stops by the clock. RUN/progress.pt holds everything needed to go on: the same command resumes a run that was killed, with
-the batches and the learning rate that it would have had. RUN/model is the finished model in Hugging Face format, bfloat16;
+the batches and the learning rate that it would have had. Where only a finished run is left, `--embedded` goes on from the
+embedded model of that name: its clock, steps and record, but optimizers that start anew. RUN/model is the finished model in Hugging Face format, bfloat16;
 RUN/training.json the record of heads and losses.
 """
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -24,8 +26,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, Qwen3NextConfig
 
-from staterank_utils.models import choose_kernels, initial_model
-from staterank_utils.results import write_json
+from staterank_utils.models import choose_kernels, initial_model, load_model
+from staterank_utils.results import STORED, write_json
 from staterank_utils.spectra import Spectrum, singular_values
 from staterank_utils.tasks import domain_prompts
 from staterank_utils.tracing import trace_states
@@ -122,10 +124,16 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
 
     progress = settings.out / "progress.pt"
-    step, earlier, log, record = 0, 0.0, [], {}
+    step, earlier, log, record, stages = 0, 0.0, [], {}, [{"from_step": 0, **stage(settings)}]
+    if settings.embedded:
+        finished = json.loads((STORED / "training" / f"{settings.name}.json").read_text(encoding="utf-8"))
+        model.load_state_dict(load_model(settings.name, device="cpu", dtype=torch.float32).state_dict())
+        step, earlier, log = finished["steps"], finished["seconds"], finished["log"]
+        record = {key: value for key, value in finished["record"]["steps"].items() if key != "end"}
+        stages = [*finished["stages"], {"from_step": step, **stage(settings)}]
     if progress.exists():
         state = torch.load(progress, weights_only=True, map_location=device)
-        step, earlier, log, record = state["step"], state["elapsed"], state["log"], state["record"]
+        step, earlier, log, record, stages = (state[key] for key in ("step", "elapsed", "log", "record", "stages"))
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
@@ -167,7 +175,7 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
                 bar.set_postfix(entry)
                 bar.update(round(elapsed) - bar.n)
             if elapsed - saved_at > SAVE_EVERY:
-                save(progress, {"step": step, "elapsed": elapsed, "log": log, "record": record, "model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts]})  # fmt: skip
+                save(progress, {"step": step, "elapsed": elapsed, "log": log, "record": record, "stages": stages, "model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts]})  # fmt: skip
                 saved_at = elapsed
 
     # What is embedded is bfloat16, so that is what the last record and the score are of.
@@ -184,8 +192,8 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
             "model": settings.name, "seed": settings.seed, "steps": step, "tokens": step * settings.rows * settings.n_tokens, "seconds": round(elapsed, 1),
             "device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__, "python": platform.python_version(),
             "transformers": transformers.__version__,
-            "settings": {"rows": settings.rows, "n_tokens": settings.n_tokens, "minutes": settings.minutes, "peak_rates": PEAK, "warm_up_steps": WARM_UP, "decay_share": DECAY},
-            "mixture": SHARES,
+            "settings": {"rows": settings.rows, "n_tokens": settings.n_tokens, "peak_rates": PEAK, "warm_up_steps": WARM_UP, "decay_share": DECAY},
+            "stages": stages,
             "books_tokens": len(mixture.sources.books),
             "code_tokens": len(mixture.sources.code),
             "recurrence": getattr(recurrence, "__name__", "?"),
@@ -193,6 +201,11 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
             "record": {"prompts_a_domain": RECORD_PROMPTS, "n_tokens": settings.n_tokens, "steps": record}, "log": log,
         },
     )  # fmt: skip
+
+
+def stage(settings: "Settings") -> dict[str, Any]:
+    """What may change when a finished run is gone on with."""
+    return {"minutes": settings.minutes, "mixture": SHARES}
 
 
 @torch.no_grad()
@@ -214,7 +227,7 @@ def held_out_score(fast: FastForward, settings: "Settings", tokenizer: Any, devi
 
 @dataclass(frozen=True)
 class Settings:
-    """What one training run is; rows and n_tokens are the size of a step."""
+    """What one training run is; rows and n_tokens are the size of a step, minutes those of all stages together."""
 
     name: str
     corpus: Path
@@ -225,6 +238,7 @@ class Settings:
     workers: int = 7
     rows: int = 32
     n_tokens: int = 2048
+    embedded: bool = False
 
 
 def main() -> None:
@@ -236,6 +250,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=Settings.minutes)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--workers", type=int, default=Settings.workers, help="processes that make batches")
+    parser.add_argument("--embedded", action="store_true", help="go on from the embedded model of this name")
     parser.add_argument("--bounded", action="store_true", help="hold log-decay above -5 in training: faster kernels")
     arguments = vars(parser.parse_args())
     recurrence = fla_recurrence_bounded if arguments.pop("bounded") else fla_recurrence
