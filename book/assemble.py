@@ -129,7 +129,7 @@ def main() -> None:
     runs = notebook_pages(stage, arguments.profile, arguments.only)
     generated = {
         "overview": claims.overview_table(
-            {"stored full run": STORED / "full", f"this {arguments.profile} run": stage / "results"}, EMBEDDED
+            {"full": STORED / "full", f"this build, {arguments.profile}": stage / "results"}, EMBEDDED
         ),
         "registered": claims.registered_table(),
         "preamble": claims.PREAMBLE,

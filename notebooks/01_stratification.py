@@ -66,12 +66,22 @@ n_tokens = 2048  # T, tokens a prompt
 results_folder = ""  # where the result is stored; "": nowhere
 
 # %%
-PARAMETER_NAMES = ("model", "revision", "profile", "seed", "n_prompts", "n_tokens", "results_folder")
+PARAMETER_NAMES = (
+    "model",
+    "revision",
+    "profile",
+    "seed",
+    "n_prompts",
+    "n_tokens",
+    "results_folder",
+)
 results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
 N_PROMPTS = n_prompts or {"quick": 6, "full": 16}[profile]
 N_SHUFFLES = {"quick": 2, "full": 8}[profile]
-POSITIONS = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if t < n_tokens] + [n_tokens]
+POSITIONS = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if t < n_tokens] + [
+    n_tokens
+]
 PARAMETERS = {
     "model": model,
     "revision": revision,
@@ -146,7 +156,9 @@ def before_the_bound(name):
 violations = {name: int(np.greater(*before_the_bound(name)).sum()) for name in MODELS}
 
 # %% tags=["hide-input"]
-counted = (f"{violations[name]} in {before_the_bound(name)[0].size:,} ({name})" for name in MODELS)
+counted = (
+    f"{violations[name]} in {before_the_bound(name)[0].size:,} ({name})" for name in MODELS
+)
 glue("bound_violations", "; ".join(counted), display=False)
 
 
@@ -194,7 +206,9 @@ def control(name, weights, shuffle):
     return heads_at_end(name, Spectrum(trace.values).effective_rank().double())
 
 
-control_relative = {name: {kind: control(name, *how) for kind, how in CONTROLS.items()} for name in MODELS}
+control_relative = {
+    name: {kind: control(name, *how) for kind, how in CONTROLS.items()} for name in MODELS
+}
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank r/d of all heads at the last token, sorted, mean over prompts of technical prose: trained weights (solid), the same model before training (dashed) and with weights shuffled once (dotted). Two groups look like a step with little in the grey gap (0.2, 0.8); a straight diagonal is no grouping at all.", "name": "fig-rank-distribution"}, "image": {"alt": "Sorted curves of relative rank for trained, initial and shuffled weights, with the gap between 0.2 and 0.8 shaded."}}
 for name, ax in plotting.model_panels(MODELS).items():
@@ -216,7 +230,16 @@ table = [
     for name in MODELS
     for item in [("trained", relative[name]), *control_relative[name].items()]
 ]
-HEAD = ("model", "weights", "Sarle", "dip p", "share outside", "under 0.2 d", "over 0.8 d", "C1's rule")
+HEAD = (
+    "model",
+    "weights",
+    "Sarle",
+    "dip p",
+    "share outside",
+    "under 0.2 d",
+    "over 0.8 d",
+    "C1's rule",
+)
 Markdown(claims.markdown_table(HEAD, table))
 
 # %% [markdown]
@@ -233,16 +256,26 @@ def before_and_after(name):
 
 
 rho_initial = {
-    name: bootstrap(lambda x: strata.spearman(*x.mean(0)), before_and_after(name)) for name in MODELS
+    name: bootstrap(lambda x: strata.spearman(*x.mean(0)), before_and_after(name))
+    for name in MODELS
 }
-glue("rho_initial", "; ".join(f"{estimate} ({name})" for name, estimate in rho_initial.items()), display=False)
+glue(
+    "rho_initial",
+    "; ".join(f"{estimate} ({name})" for name, estimate in rho_initial.items()),
+    display=False,
+)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank of each head before training (horizontal) and after it (vertical), at the last token, mean over the same prompts. Dots are heads that end high, squares heads that end low. On the dotted diagonal training changed nothing; a cloud without direction is a grouping that training made.", "name": "fig-init"}, "image": {"alt": "Scatter of relative rank before against after training with a dotted diagonal."}}
 for name, ax in plotting.model_panels(MODELS, height=4.2).items():
     before, after = before_and_after(name).mean(0)
     ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
     plotting.plot_head_pairs(
-        ax, before, after, after >= strata.LOW_UNDER, xlabel="r / d before training", ylabel="r / d after"
+        ax,
+        before,
+        after,
+        after >= strata.LOW_UNDER,
+        xlabel="r / d before training",
+        ylabel="r / d after",
     )
 
 # %% [markdown]
@@ -261,10 +294,16 @@ for name, ax in plotting.model_panels(MODELS).items():
     tables = {eps: spectra[name].effective_rank(rel_tol=eps).double() for eps in THRESHOLDS}
     curves = {eps: heads_at_end(name, table).mean(0) for eps, table in tables.items()}
     plotting.plot_thresholds(ax, curves, registered=1e-4)
-    high_by_eps[name] = ", ".join(f"{(curve >= strata.LOW_UNDER).sum()}" for curve in curves.values())
+    high_by_eps[name] = ", ".join(
+        f"{(curve >= strata.LOW_UNDER).sum()}" for curve in curves.values()
+    )
 
 # %% tags=["hide-input"]
-glue("high_by_eps", "; ".join(f"{counts} ({name})" for name, counts in high_by_eps.items()), display=False)
+glue(
+    "high_by_eps",
+    "; ".join(f"{counts} ({name})" for name, counts in high_by_eps.items()),
+    display=False,
+)
 
 # %% [markdown]
 # Two measures need no threshold. The *stable rank* $\|S\|_F^2/\sigma_1^2$ weighs a direction by its energy; the *entropy rank*
@@ -280,12 +319,22 @@ def order_row(name, label, values):
 
 
 def measures_of(spectrum):
-    yield from ((f"effective rank, ε = {eps:.0e}", spectrum.effective_rank(rel_tol=eps)) for eps in THRESHOLDS)
-    yield from (("entropy rank", spectrum.entropy_rank()), ("stable rank", spectrum.stable_rank()))
+    yield from (
+        (f"effective rank, ε = {eps:.0e}", spectrum.effective_rank(rel_tol=eps))
+        for eps in THRESHOLDS
+    )
+    yield from (
+        ("entropy rank", spectrum.entropy_rank()),
+        ("stable rank", spectrum.stable_rank()),
+    )
 
 
 table = [order_row(name, *measure) for name in MODELS for measure in measures_of(spectra[name])]
-Markdown(claims.markdown_table(("model", "measure", "Spearman with r", "range over heads", "Sarle"), table))
+Markdown(
+    claims.markdown_table(
+        ("model", "measure", "Spearman with r", "range over heads", "Sarle"), table
+    )
+)
 
 # %% [markdown]
 # ## Verdicts
@@ -313,7 +362,9 @@ Markdown(claims.verdict_table(verdicts))
 checkpoints = results.embedded_folders(MODELS)
 if results_folder:
     made = results.provenance(parameters=PARAMETERS, checkpoints=checkpoints)
-    results.write_json(Path(results_folder, "01_stratification.json"), {"provenance": made, "rows": verdicts})
+    results.write_json(
+        Path(results_folder, "01_stratification.json"), {"provenance": made, "rows": verdicts}
+    )
 FULL = {**PARAMETERS, "profile": "full", "n_prompts": 16}
 Markdown(results.stored_beside("01_stratification", parameters=FULL, checkpoints=checkpoints))
 

@@ -70,7 +70,15 @@ n_tokens = 2048  # T, tokens a prompt
 results_folder = ""  # where the result is stored; "": nowhere
 
 # %%
-PARAMETER_NAMES = ("model", "revision", "profile", "seed", "n_prompts", "n_tokens", "results_folder")
+PARAMETER_NAMES = (
+    "model",
+    "revision",
+    "profile",
+    "seed",
+    "n_prompts",
+    "n_tokens",
+    "results_folder",
+)
 results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
 N_PROMPTS = n_prompts or {"quick": 6, "full": 16}[profile]
@@ -110,7 +118,9 @@ def network(name, weights="trained", shuffle=0):
 def measure(name, domain, positions, weights=("trained", 0), count=N_PROMPTS):
     tokenizer = load_tokenizer(name, revision=revision or None)
     prompts = domain_prompts(domain, tokenizer, n_prompts=count, n_tokens=n_tokens, seed=seed)
-    return trace_states(network(name, *weights), prompts, positions=positions, reduce=singular_values)
+    return trace_states(
+        network(name, *weights), prompts, positions=positions, reduce=singular_values
+    )
 
 
 def by_prompt(table):
@@ -118,7 +128,9 @@ def by_prompt(table):
     return table.double().permute(1, 2, 0, 3).flatten(2).numpy()
 
 
-traces = {(name, domain): measure(name, domain, POSITIONS) for name in MODELS for domain in DOMAINS}
+traces = {
+    (name, domain): measure(name, domain, POSITIONS) for name in MODELS for domain in DOMAINS
+}
 ranks = {key: by_prompt(Spectrum(trace.values).effective_rank()) for key, trace in traces.items()}
 norms = {key: by_prompt(Spectrum(trace.values).nuclear_norm()) for key, trace in traces.items()}
 
@@ -177,7 +189,9 @@ for name, ax in plotting.model_panels(MODELS).items():
 
 # %% tags=["hide-input"]
 index = POSITIONS.index(EARLY)
-at_early = {name: [estimates[index] for estimates in series.values()] for name, series in settling.items()}
+at_early = {
+    name: [estimates[index] for estimates in series.values()] for name, series in settling.items()
+}
 glue("early", f"{EARLY}", display=False)
 for key, column in (("rho_time", 0), ("cosine_rank", 1), ("cosine_norm", 2)):
     glue(key, "; ".join(f"{at_early[name][column]} ({name})" for name in MODELS), display=False)
@@ -190,12 +204,6 @@ for key, column in (("rho_time", 0), ("cosine_rank", 1), ("cosine_norm", 2)):
 
 
 # %%
-def permuted(similarity, early, end):
-    """Mean similarity when it is forgotten which head is which."""
-    rng = np.random.default_rng(seed)
-    return np.mean([similarity(rng.permutation(early), end) for _ in range(1000)])
-
-
 UNTRAINED = [("initial", 0), *(("shuffled", i) for i in range(N_SHUFFLES))]
 rows = []
 for name in MODELS:
@@ -203,15 +211,26 @@ for name in MODELS:
         pair = Spectrum(measure(name, "prose", [EARLY, n_tokens], weights).values)
         r, n = (by_prompt(x).mean(0) for x in (pair.effective_rank(), pair.nuclear_norm()))
         label = weights[0] if weights[0] == "initial" else f"shuffled {weights[1] + 1}"
-        rows.append((name, label, *(f"{f(*x):.3f}" for f, x in ((spearman, r), (cosine, r), (cosine, n)))))
+        rows.append(
+            (name, label, *(f"{f(*x):.3f}" for f, x in ((spearman, r), (cosine, r), (cosine, n))))
+        )
 
 # %% tags=["hide-input"]
 index = POSITIONS.index(EARLY)
 for name in MODELS:
-    vectors = {key: table[name, "prose"][:, [index, -1]].mean(0) for key, table in (("r", ranks), ("n", norms))}
+    vectors = {
+        key: table[name, "prose"][:, [index, -1]].mean(0)
+        for key, table in (("r", ranks), ("n", norms))
+    }
     kinds = ((spearman, "r"), (cosine, "r"), (cosine, "n"))
     rows.append((name, "trained", *(f"{f(*vectors[key]):.3f}" for f, key in kinds)))
-    rows.append((name, "trained, permuted", *(f"{permuted(f, *vectors[key]):.3f}" for f, key in kinds)))
+    rows.append(
+        (
+            name,
+            "trained, permuted",
+            *(f"{strata.unrelated(f, *vectors[key], seed=seed):.3f}" for f, key in kinds),
+        )
+    )
 HEAD = ("model", "weights", "Spearman of r", "cosine of r", "cosine of n")
 Markdown(claims.markdown_table(HEAD, sorted(rows, key=lambda row: MODELS.index(row[0]))))
 
@@ -265,9 +284,14 @@ glue("turning_answer", "; ".join(turning_text(name) for name in MODELS), display
 # (high from $d/2$ on).
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank r/d of every head at the last token for each kind of input, mean over prompts. Colour and shape are fixed by the head's label on prose: dots are high there, squares low. Where dots and squares mix, the input moved heads from one group to the other.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by domain; markers show each head's label on prose."}}
-figure, axes = plt.subplots(len(MODELS), 1, figsize=(9, 3.1 * len(MODELS)), squeeze=False, layout="constrained")
+figure, axes = plt.subplots(
+    len(MODELS), 1, figsize=(9, 3.1 * len(MODELS)), squeeze=False, layout="constrained"
+)
 for ax, name in zip(axes.flat, MODELS, strict=True):
-    d, means = (traces[name, "prose"].d, {domain: ranks[name, domain][:, -1].mean(0) for domain in DOMAINS})
+    d, means = (
+        traces[name, "prose"].d,
+        {domain: ranks[name, domain][:, -1].mean(0) for domain in DOMAINS},
+    )
     plotting.plot_by_domain(
         ax, {domain: values / d for domain, values in means.items()}, is_high(means["prose"], d)
     )
@@ -290,7 +314,9 @@ figure, axes = plt.subplots(
     len(MODELS), 2, figsize=(10, 4.6 * len(MODELS)), squeeze=False, layout="constrained"
 )
 for row, name in zip(axes, MODELS, strict=True):
-    for ax, matrix, label in zip(row, agreement[name], ("Spearman of ranks", "kappa of labels"), strict=True):
+    for ax, matrix, label in zip(
+        row, agreement[name], ("Spearman of ranks", "kappa of labels"), strict=True
+    ):
         plotting.plot_agreement(ax, matrix, DOMAINS, title=f"{name}: {label}")
 
 
@@ -302,7 +328,11 @@ def moved(name, domains):
 
 
 glue("moved_natural", "; ".join(moved(name, NATURAL_DOMAINS) for name in MODELS), display=False)
-glue("moved_adversarial", "; ".join(moved(name, ADVERSARIAL_DOMAINS) for name in MODELS), display=False)
+glue(
+    "moved_adversarial",
+    "; ".join(moved(name, ADVERSARIAL_DOMAINS) for name in MODELS),
+    display=False,
+)
 
 # %% [markdown]
 # Heads that change their label against prose on some natural input: {glue:text}`moved_natural`; on some adversarial one:
@@ -356,10 +386,14 @@ def natural_tables(name, weights):
 rows = []
 for name in MODELS:
     trained = [at_end[name, domain] for domain in NATURAL_DOMAINS]
-    rows.append((name, "trained, between inputs", *smallest_and_median(name, combinations(trained, 2))))
+    rows.append(
+        (name, "trained, between inputs", *smallest_and_median(name, combinations(trained, 2)))
+    )
     halves = [(table[:HALF], table[HALF : 2 * HALF]) for table in trained]
     between = list(combinations([first for first, _ in halves], 2))
-    rows.append((name, "trained, between inputs, half the prompts", *smallest_and_median(name, between)))
+    rows.append(
+        (name, "trained, between inputs, half the prompts", *smallest_and_median(name, between))
+    )
     rows.append((name, "trained, same input, other prompts", *smallest_and_median(name, halves)))
     for weights in UNTRAINED:
         label = weights[0] if weights[0] == "initial" else f"shuffled {weights[1] + 1}"
@@ -374,7 +408,12 @@ KINDS = {"half the prompts": "between inputs", "other prompts": "same input"}
 
 def ceilings_text(name):
     found = {row[1]: row[2] for row in rows if row[0] == name}
-    trained = [f"{found[key]} {text}" for end, text in KINDS.items() for key in found if key.endswith(end)]
+    trained = [
+        f"{found[key]} {text}"
+        for end, text in KINDS.items()
+        for key in found
+        if key.endswith(end)
+    ]
     untrained = sorted(value for key, value in found.items() if not key.startswith("trained"))
     return f"{', '.join(trained)}, {untrained[0]} to {untrained[-1]} in models that learned nothing ({name})"
 
@@ -396,7 +435,9 @@ def flat(values):
     return values.transpose(0, 1).flatten(1).numpy()
 
 
-log_half_life = {name: np.log10(np.log(2) / -flat(traces[name, "prose"].log_decay)) for name in MODELS}
+log_half_life = {
+    name: np.log10(np.log(2) / -flat(traces[name, "prose"].log_decay)) for name in MODELS
+}
 strength = {name: flat(traces[name, "prose"].write_strength) for name in MODELS}
 
 
@@ -411,7 +452,11 @@ by_half_life = {name: explained(name, log_half_life) for name in MODELS}
 by_strength = {name: explained(name, strength) for name in MODELS}
 
 # %% tags=["hide-input"]
-for key, estimates in (("r2_half_life", by_half_life), ("r2_decay", by_decay), ("r2_strength", by_strength)):
+for key, estimates in (
+    ("r2_half_life", by_half_life),
+    ("r2_decay", by_decay),
+    ("r2_strength", by_strength),
+):
     glue(key, "; ".join(f"{estimates[name]} ({name})" for name in MODELS), display=False)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank of each head on prose against the half-life that its mean log-decay gives it, mean over prompts. Dots are high heads, squares low ones. A rising curve that saturates at 1 says that rank is memory length, cut off at d.", "name": "fig-decay"}, "image": {"alt": "Scatter of relative rank against half-life on a logarithmic axis."}}
@@ -419,7 +464,12 @@ for name, ax in plotting.model_panels(MODELS).items():
     values, half_life = at_end[name, "prose"].mean(0), 10 ** log_half_life[name].mean(0)
     high = is_high(values, d_of[name])
     plotting.plot_head_pairs(
-        ax, half_life, values / d_of[name], high, xlabel="half-life of the state, tokens", ylabel="r / d"
+        ax,
+        half_life,
+        values / d_of[name],
+        high,
+        xlabel="half-life of the state, tokens",
+        ylabel="r / d",
     )
     ax.set(title=f"{name}: R² = {by_half_life[name].point:.2f}", xscale="log")
 
@@ -439,7 +489,9 @@ for name in MODELS:
     medians = [np.median(strata.off_diagonal(m)) for m in matrices(name, NATURAL_DOMAINS)]
     verdicts += [
         claims.judge("C2", name, {"rho": rho}),
-        claims.judge("C2n", name, {"cosine of n": cosine_norm}, note=f"; cosine of r {cosine_rank}"),
+        claims.judge(
+            "C2n", name, {"cosine of n": cosine_norm}, note=f"; cosine of r {cosine_rank}"
+        ),
         claims.judge("C2b", name, {"violations": strata.exactly(broken[name])}),
         claims.judge("C3", name, smallest[name], medians=medians),
         claims.judge("C3a", name, adversarial[name]),
@@ -450,7 +502,9 @@ Markdown(claims.verdict_table(verdicts))
 checkpoints = results.embedded_folders(MODELS)
 if results_folder:
     made = results.provenance(parameters=PARAMETERS, checkpoints=checkpoints)
-    results.write_json(Path(results_folder, "02_input_invariance.json"), {"provenance": made, "rows": verdicts})
+    results.write_json(
+        Path(results_folder, "02_input_invariance.json"), {"provenance": made, "rows": verdicts}
+    )
 FULL = {**PARAMETERS, "profile": "full", "n_prompts": 16}
 Markdown(results.stored_beside("02_input_invariance", parameters=FULL, checkpoints=checkpoints))
 

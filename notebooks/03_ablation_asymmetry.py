@@ -66,14 +66,26 @@ n_draws = 0  # draws of random heads; 0: what the profile says
 results_folder = ""  # where the result is stored; "": nowhere
 
 # %% tags=["hide-input"]
-PARAMETER_NAMES = ("model", "revision", "profile", "seed", "n_prompts", "n_draws", "results_folder")
+PARAMETER_NAMES = (
+    "model",
+    "revision",
+    "profile",
+    "seed",
+    "n_prompts",
+    "n_draws",
+    "results_folder",
+)
 results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
 LOW, HIGH, RANK = ablation.LOW, ablation.HIGH, ablation.RANK
 QUICK = {"quick": True, "full": False}[profile]
 N_PROMPTS = n_prompts or (6 if QUICK else 500)
 N_DRAWS = n_draws or (8 if QUICK else 32)
-SIZES = {"n_prompts": N_PROMPTS, "n_graded": 2 if QUICK else 16, "batch_size": 16 if QUICK else 128}
+SIZES = {
+    "n_prompts": N_PROMPTS,
+    "n_graded": 2 if QUICK else 16,
+    "batch_size": 16 if QUICK else 128,
+}
 TASKS = {
     "needle": needle_task(3, 192 if QUICK else 1000),
     "arithmetic": arithmetic_task(2, 4 if QUICK else 6),
@@ -86,7 +98,13 @@ GAPS = (16, 64, 256) if QUICK else (16, 32, 64, 128, 256, 512, 1024)
 STEPS = (1, 2, 4) if QUICK else (1, 2, 3, 4, 5, 6)
 RANKS = (0, 1, 4, 16, 32)
 EVERY = 64
-PARAMETERS = {"model": model, "revision": revision, "profile": profile, "seed": seed, "n_prompts": N_PROMPTS}
+PARAMETERS = {
+    "model": model,
+    "revision": revision,
+    "profile": profile,
+    "seed": seed,
+    "n_prompts": N_PROMPTS,
+}
 PARAMETERS |= {"n_draws": N_DRAWS}
 
 # %% [markdown]
@@ -130,8 +148,13 @@ Markdown(claims.markdown_table(("model", *others), rows))
 # %%
 def intact(study):
     scores = [str(score_interval(study.score(task))) for task in TASKS]
-    shares = [induction(study.model, study.tokenizer, gap=gap, n_instances=4, seed=seed).mean() for gap in GAPS]
-    return *scores, ", ".join(f"{share:.0%} at {gap:,}" for gap, share in zip(GAPS, shares, strict=True))
+    shares = [
+        induction(study.model, study.tokenizer, gap=gap, n_instances=4, seed=seed).mean()
+        for gap in GAPS
+    ]
+    return *scores, ", ".join(
+        f"{share:.0%} at {gap:,}" for gap, share in zip(GAPS, shares, strict=True)
+    )
 
 
 rows = [(name, *intact(study)) for name, study in studies.items()]
@@ -146,13 +169,20 @@ Markdown(claims.markdown_table(("model", *TASKS, "induction, by gap"), rows))
 # %%
 ENDS = {"lowest rank removed": LOW, "highest rank removed": HIGH}
 doses = {
-    (name, task): {label: [score_interval(x) for x in study.doses(task, end)] for label, end in ENDS.items()}
+    (name, task): {
+        label: [score_interval(x) for x in study.doses(task, end)] for label, end in ENDS.items()
+    }
     for (name, study), task in product(studies.items(), TASKS)
 }
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank. The lower curve shows which heads the task needs more.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}}
 figure, axes = plt.subplots(
-    len(MODELS), len(TASKS), figsize=(11, 3 * len(MODELS)), sharey=True, squeeze=False, layout="constrained"
+    len(MODELS),
+    len(TASKS),
+    figsize=(11, 3 * len(MODELS)),
+    sharey=True,
+    squeeze=False,
+    layout="constrained",
 )
 for ax, ((name, task), arms) in zip(axes.flat, doses.items(), strict=True):
     plotting.plot_doses(ax, (0, *studies[name].counts), arms)
@@ -181,14 +211,21 @@ for name, study in studies.items():
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Score after removing the heads that an arm names, at the judged number of heads (in each title), with 95 % intervals over prompts. Squares: lowest values of a measure removed; dots: highest. Grey lines: random draws of as many heads, one line a draw. Dotted: all heads. If the squares of rank lie left of the grey lines and the dots on the dotted line, the paper's claim holds; an arm by decay that looks like the arm by rank says that decay would do as well.", "name": "fig-arms"}, "image": {"alt": "Rows of arms with intervals against grey lines of random draws, one panel a task."}}
 figure, axes = plt.subplots(
-    len(MODELS), len(TASKS), figsize=(11, 3.6 * len(MODELS)), sharey=True, squeeze=False, layout="constrained"
+    len(MODELS),
+    len(TASKS),
+    figsize=(11, 3.6 * len(MODELS)),
+    sharey=True,
+    squeeze=False,
+    layout="constrained",
 )
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if (name, task) not in judged:
         ax.set_title(f"{name}: {task}\nnot mastered", fontsize="small")
         continue
     estimates = {label: score_interval(values) for label, values in arms[name, task].items()}
-    plotting.plot_arms(ax, estimates, draws=draws[name, task].mean(1), intact=studies[name].score(task).mean())
+    plotting.plot_arms(
+        ax, estimates, draws=draws[name, task].mean(1), intact=studies[name].score(task).mean()
+    )
     ax.set_title(f"{name}: {task}\n{judged[name, task]} heads", fontsize="small")
     ax.set_xlabel("score")
 
@@ -213,7 +250,10 @@ for name in (name for name in MODELS if (name, "arithmetic") in judged):
             for end in ("lowest rank", "highest rank")
         },
     }
-    rows += [(name, label, *(f"{x:.0%}" for x in by_steps(name, heads))) for label, heads in removed.items()]
+    rows += [
+        (name, label, *(f"{x:.0%}" for x in by_steps(name, heads)))
+        for label, heads in removed.items()
+    ]
 Markdown(claims.markdown_table(("model", "heads removed", *(f"{n} steps" for n in STEPS)), rows))
 
 # %% [markdown]
@@ -225,7 +265,13 @@ Markdown(claims.markdown_table(("model", "heads removed", *(f"{n} steps" for n i
 rows = []
 for (name, study), (label, end) in product(studies.items(), ENDS.items()):
     hit = [layer for layer, _ in study.arm(end, study.count(0.125))]
-    rows.append((name, label, ", ".join(f"{hit.count(layer)} in layer {layer}" for layer in sorted(set(hit)))))
+    rows.append(
+        (
+            name,
+            label,
+            ", ".join(f"{hit.count(layer)} in layer {layer}" for layer in sorted(set(hit))),
+        )
+    )
 Markdown(claims.markdown_table(("model", "arm", "heads"), rows))
 
 # %% [markdown]
@@ -237,7 +283,9 @@ Markdown(claims.markdown_table(("model", "arm", "heads"), rows))
 def one_a_layer(study, task):
     low, high = (study.score(task, study.arm(end, 1, per_layer=True)) for end in (LOW, HIGH))
     random = study.draws(task, 1, 2 if QUICK else N_DRAWS, per_layer=True)
-    return *(f"{scores.mean():.2f}" for scores in (low, high, random)), str(paired_difference(high, low))
+    return *(f"{scores.mean():.2f}" for scores in (low, high, random)), str(
+        paired_difference(high, low)
+    )
 
 
 rows = [(name, task, *one_a_layer(studies[name], task)) for name, task in judged]
@@ -259,7 +307,9 @@ rows = []
 for name, study in studies.items():
     n = study.count(0.125)
     removed = {"none": [], "lowest rank": study.arm(LOW, n), "highest rank": study.arm(HIGH, n)}
-    removed |= {f"random draw {i}": ablation.random_heads(study.heads, n, seed=i) for i in range(2)}
+    removed |= {
+        f"random draw {i}": ablation.random_heads(study.heads, n, seed=i) for i in range(2)
+    }
     for label, heads in removed.items():
         numbers = study.perplexities(heads, NATURAL_DOMAINS, n_tokens=256)
         rows.append((name, label, *(f"{x:,.3g}" if x < 1000 else f"{x:,.0f}" for x in numbers)))
@@ -277,14 +327,24 @@ damage = {name: study.sweep() for name, study in studies.items()}
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when one head is removed, against its relative effective rank (left) and against the half-life of its state (right), one row a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep"}, "image": {"alt": "Two scatter plots a model of single-head damage, against rank and against half-life."}}
 figure, axes = plt.subplots(
-    len(MODELS), 2, figsize=(9, 3.4 * len(MODELS)), sharey=True, squeeze=False, layout="constrained"
+    len(MODELS),
+    2,
+    figsize=(9, 3.4 * len(MODELS)),
+    sharey=True,
+    squeeze=False,
+    layout="constrained",
 )
 for row, (name, study) in zip(axes, studies.items(), strict=True):
     half_life = np.log(2) / -study.values("log-decay")
     for ax, x, label in zip(
-        row, (study.values(RANK) / study.d, half_life), ("r / d", "half-life, tokens"), strict=True
+        row,
+        (study.values(RANK) / study.d, half_life),
+        ("r / d", "half-life, tokens"),
+        strict=True,
     ):
-        plotting.plot_head_pairs(ax, x, damage[name], study.high, xlabel=label, ylabel="added loss, nats")
+        plotting.plot_head_pairs(
+            ax, x, damage[name], study.high, xlabel=label, ylabel="added loss, nats"
+        )
         ax.set_yscale("symlog", linthresh=0.01)
         rho = f"Spearman {spearman(x, damage[name]):.2f}" if study.mastered else "no task counts"
         ax.set_title(f"{name}: {rho}", fontsize="small")
@@ -317,13 +377,23 @@ Markdown(claims.markdown_table(HEAD, [(name, *worst(name)) for name in MODELS]))
 depths = {}
 for name, study in studies.items():
     n = study.breaking_count("needle")
-    removed = {"all heads": [], **{f"{n} of {label}": study.arm(end, n) for label, end in ENDS.items()}}
+    removed = {
+        "all heads": [],
+        **{f"{n} of {label}": study.arm(end, n) for label, end in ENDS.items()},
+    }
     for label, heads in removed.items():
-        depths[name, label] = study.depth_table(heads, DEPTHS, LENGTHS, n_prompts=4 if QUICK else 50)
+        depths[name, label] = study.depth_table(
+            heads, DEPTHS, LENGTHS, n_prompts=4 if QUICK else 50
+        )
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of needles found, by depth in the prompt (0 % is its start, farthest from the question) and length of the prompt in tokens; left all heads, then the two arms. A fault of memory shows at the top right, where the distance is longest; a fault everywhere is none of distance.", "name": "fig-depths"}, "image": {"alt": "Three heat maps a model of needle retrieval by depth and length."}}
 figure, axes = plt.subplots(
-    len(MODELS), 3, figsize=(9.5, 2.6 * len(MODELS)), sharey=True, squeeze=False, layout="constrained"
+    len(MODELS),
+    3,
+    figsize=(9.5, 2.6 * len(MODELS)),
+    sharey=True,
+    squeeze=False,
+    layout="constrained",
 )
 for ax, ((name, label), table) in zip(axes.flat, depths.items(), strict=True):
     plotting.plot_depths(ax, table, DEPTHS, LENGTHS, title=f"{name}: {label}")
@@ -342,7 +412,9 @@ parts = {name: study.by_part() for name, study in studies.items()}
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers by layer: grey bars, the whole layer removed (hatched: a softmax layer); marks, single heads removed. The vertical axis is linear up to 0.01 nats and logarithmic beyond. A tall hatched bar beside low linear ones says that softmax carries the tasks.", "name": "fig-parts"}, "image": {"alt": "Bars of added loss per layer with marks for single heads."}}
 for name, ax in plotting.model_panels(MODELS).items():
-    single = dict(zip(studies[name].heads, damage[name], strict=True)) | parts[name]["softmax heads"]
+    single = (
+        dict(zip(studies[name].heads, damage[name], strict=True)) | parts[name]["softmax heads"]
+    )
     plotting.plot_parts(ax, parts[name]["linear"], parts[name]["softmax"], single)
 
 # %% [markdown]

@@ -392,6 +392,35 @@ def turning_bound(before: ArrayLike, largest_step: float) -> float:
     return (1 - r) / (1 + r)
 
 
+def unrelated(
+    similarity: Callable[[ArrayLike, ArrayLike], float],
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    n_draws: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Mean similarity when it is forgotten which head is which: the null of a permutation test.
+
+    Args:
+        similarity: such as `cosine` or `spearman`.
+        a, b: vectors over the same heads; the first is put into random orders.
+        n_draws: orders, at least 1.
+        seed: of the orders.
+
+    Raises:
+        ValueError: no draws; otherwise as `similarity` raises.
+
+    Example:
+        >>> unrelated(cosine, [1.0, 1.0], [2.0, 0.0]) == cosine([1.0, 1.0], [2.0, 0.0])
+        True
+    """
+    if n_draws < 1:
+        raise ValueError(f"n_draws must be at least 1, got {n_draws}")
+    rng = np.random.default_rng(seed)
+    return float(np.mean([similarity(rng.permutation(np.asarray(a)), b) for _ in range(n_draws)]))
+
+
 # ---------------------------------------------------------------- over prompts and inputs
 
 

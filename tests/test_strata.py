@@ -150,3 +150,13 @@ def test_a_table_with_a_number_that_is_not_finite_is_refused_by_its_index() -> N
 def test_a_step_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(ValueError, match="step nan"):
         turning_bound([3.0, 4.0], float("nan"))
+
+
+def test_unrelated_heads_keep_their_sizes_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.uniform(1, 2, 200)
+    assert abs(strata.unrelated(strata.spearman, a, a)) < 0.02
+    expected = a.mean() ** 2 / (a**2).mean()
+    assert strata.unrelated(strata.cosine, a, a) == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(ValueError, match="n_draws must be at least 1, got 0"):
+        strata.unrelated(strata.cosine, a, a, n_draws=0)
