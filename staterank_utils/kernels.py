@@ -59,6 +59,14 @@ def torch_chunk_gated_delta_rule(
 
     Returns:
         Outputs, and the final state or None.
+
+    Example:
+        >>> one, zero = torch.ones(1, 3, 1), torch.zeros(1, 3, 1)  # writes at full strength, no decay
+        >>> key = torch.eye(4)[:3].reshape(1, 3, 1, 4)
+        >>> value = torch.tensor([5.0, 6.0, 7.0]).reshape(1, 3, 1, 1)
+        >>> out, state = torch_chunk_gated_delta_rule(2 * key, key, value, g=zero, beta=one, output_final_state=True)
+        >>> out.flatten().tolist(), state.flatten().tolist()  # queries are scaled by 1 / sqrt(d_k)
+        ([5.0, 6.0, 7.0], [5.0, 6.0, 7.0, 0.0])
     """
     n_batch, n_tokens, n_heads, d_v = value.shape
     d_k = key.shape[-1]
@@ -168,6 +176,15 @@ def torch_recurrent_gated_delta_rule(
 
     Args:
         in_place: the new state is written into `initial_state`.
+
+    Example:
+        >>> key, state = torch.eye(4)[:1].reshape(1, 1, 1, 4), torch.full((1, 1, 4, 1), 3.0)
+        >>> out, new = torch_recurrent_gated_delta_rule(
+        ...     2 * key, key, torch.full((1, 1, 1, 1), 5.0), g=torch.zeros(1, 1, 1), beta=torch.ones(1, 1, 1),
+        ...     initial_state=state, output_final_state=True,
+        ... )
+        >>> out.item(), new.flatten().tolist()
+        (5.0, [5.0, 3.0, 3.0, 3.0])
     """
     if value.shape[1] != 1 or initial_state is None:
         return torch_chunk_gated_delta_rule(
@@ -198,7 +215,12 @@ def causal_conv1d_fn(
     bias: Float[Tensor, " channel"] | None = None,
     activation: str | None = None,
 ) -> Float[Tensor, "batch channel token"]:
-    """The causal convolution of each channel, followed by SiLU or nothing; computed, and left, channels last."""
+    """The causal convolution of each channel, followed by SiLU or nothing; computed, and left, channels last.
+
+    Example:
+        >>> causal_conv1d_fn(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[10.0, 1.0]])).tolist()
+        [[[1.0, 12.0, 23.0]]]
+    """
     n_batch, n_channels, n_tokens = hidden_states.shape
     width = weight.shape[-1]
     x = hidden_states.transpose(1, 2).contiguous()
@@ -221,7 +243,13 @@ def causal_conv1d_update(
     bias: Float[Tensor, " channel"] | None = None,
     activation: str | None = None,
 ) -> Float[Tensor, "batch channel token"]:
-    """One more token of `causal_conv1d_fn`; the inputs that the next one needs replace `conv_state`."""
+    """One more token of `causal_conv1d_fn`; the inputs that the next one needs replace `conv_state`.
+
+    Example:
+        >>> kept = torch.tensor([[[1.0, 2.0]]])
+        >>> causal_conv1d_update(torch.tensor([[[3.0]]]), kept, torch.tensor([[10.0, 1.0]])).item(), kept.tolist()
+        (23.0, [[[2.0, 3.0]]])
+    """
     window = torch.cat((conv_state[..., 1:], hidden_states), -1)
     conv_state.copy_(window)
     out = window.mul_(weight).sum(-1, keepdim=True)
@@ -231,7 +259,17 @@ def causal_conv1d_update(
 
 
 def serves_kernel(name: str, arguments: dict[str, Any]) -> bool:
-    """Whether a kernel of this module is made for these arguments."""
+    """Whether a kernel of this module is made for these arguments.
+
+    Args:
+        name: of the kernel.
+        arguments: of the call, by name.
+
+    Example:
+        >>> names = ("query", "key", "value", "g", "beta")
+        >>> [serves_kernel("torch_chunk_gated_delta_rule", dict.fromkeys(names, x)) for x in (torch.ones(1), torch.ones(1).half())]
+        [True, False]
+    """
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
         return False
@@ -334,7 +372,16 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
 
 
 def serves_module(module: nn.Module, x: Tensor) -> bool:
-    """Whether a forward of `FORWARDS` is made for this module and input: float32 on a CPU, and no gradient asked for."""
+    """Whether a forward of `FORWARDS` is made for this module and input: float32 on a CPU, and no gradient asked for.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with torch.no_grad():
+        ...     serves_module(layer, torch.ones(2)), serves_module(layer, torch.ones(2).bfloat16())
+        (True, False)
+        >>> serves_module(layer, torch.ones(2))  # its weights want a gradient
+        False
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     if not torch.is_grad_enabled():
@@ -350,6 +397,12 @@ def transpose_weights(model: nn.Module) -> None:
 
     A product with one row, as in decoding, then reads them more than twice as fast; products with many rows do not care.
     What is saved is row by row, as ever.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> transpose_weights(layer)
+        >>> layer.weight.stride(), layer.state_dict()["weight"].stride()
+        ((1, 2), (3, 1))
     """
     if not getattr(model, "staterank_transposed", False):
         model.staterank_transposed = True
@@ -376,6 +429,10 @@ def keep_freed_memory() -> bool:
 
     Returns:
         Whether it was accepted.
+
+    Example:
+        >>> keep_freed_memory() or not sys.platform.startswith("linux")
+        True
     """
     if not sys.platform.startswith("linux"):
         return False

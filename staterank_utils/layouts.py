@@ -27,7 +27,9 @@ class Layout:
         gates: (layer, output of that submodule) -> (log_decay, write_strength), each (batch, token, head).
         without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.
         output_projection: name of the submodule that reads what the heads put out, (batch, token, head * d_v), head by head.
-        kernels: names of the functions, in the layer's Python module, that have a Triton and a plain version.
+        scans: names of the functions, in the layer's Python module, that run the recurrence over tokens: called with query, key,
+            value, g and beta, each (batch, token, head, ...), and initial_state, they return outputs and the last state.
+        kernels: names of all functions, in the layer's Python module, that have a Triton and a plain version.
 
     Example:
         >>> from staterank_utils import load_model
@@ -44,6 +46,7 @@ class Layout:
     gates: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
     without_writes: Callable[[nn.Module, Tensor, list[int]], Tensor]
     output_projection: str
+    scans: tuple[str, ...]
     kernels: tuple[str, ...]
 
 
@@ -73,6 +76,7 @@ LAYOUTS = {
             gates=_qwen3_next_gates,
             without_writes=_qwen3_next_without_writes,
             output_projection="out_proj",
+            scans=("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
             kernels=(
                 "torch_chunk_gated_delta_rule",
                 "torch_recurrent_gated_delta_rule",

@@ -5,6 +5,8 @@ and `stable_rank` need no threshold and weigh the values instead. Each takes sta
 values that are already at hand.
 """
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +49,18 @@ def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*le
     # Eigenvalues of a matrix scaled to 1 neither overflow nor lose to denormals.
     scale = wide.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     wide = wide / scale
-    return torch.linalg.eigvalsh(wide.mT @ wide).flip(-1).clamp_min(0).sqrt() * scale[..., 0]
+    return _eigenvalues(wide.mT @ wide).flip(-1).clamp_min(0).sqrt() * scale[..., 0]
+
+
+def _eigenvalues(matrices: Float[Tensor, "*lead d d"]) -> Float[Tensor, "*lead d"]:
+    """Of symmetric matrices, smallest first; LAPACK takes them one after the other, so each thread gets a share of them."""
+    shares = matrices.reshape(-1, *matrices.shape[-2:]).tensor_split(torch.get_num_threads())
+    return torch.cat(list(_threads().map(torch.linalg.eigvalsh, shares))).view(matrices.shape[:-1])
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="staterank")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """From a prompt to the states S(t) of every linear-attention head, at chosen tokens, in one pass."""
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import Layout, linear_layers
+from staterank_utils.layouts import Layout, linear_layers, modeling_module
 from staterank_utils.models import make_cache
+
+SEGMENT = 2048  # tokens that run through the model at a time; what they need of memory does not grow with the prompt
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ def trace_states(
 ) -> StateTrace:
     """Read prompts once, up to the last position, and keep S(t) of every linear-attention head at each position.
 
-    A prompt is read in segments that end at the positions, through the model's cache; every segment continues from the
-    states that the one before it left. That is the same computation as one full pass, up to the order of float32 sums.
+    A prompt is read once, in segments of 2,048 tokens through the model's cache. Inside a segment only the kernels of the
+    linear-attention layers stop at the positions; each piece continues from the state that the one before it left. That is
+    the same computation as one full pass, up to the order of float32 sums.
 
     Source: S(t) as in arXiv:2602.02195; which states a layer keeps, `staterank_utils.layouts`.
 
@@ -72,8 +77,8 @@ def trace_states(
         model: from `load_model`.
         input_ids: prompts of equal length, int64 or int32, on any device.
         positions: numbers of tokens t after which to look, increasing, in 1..token.
-        reduce: applied at once to each layer's states (batch, head, d_k, d_v) at each position, so that no state is kept:
-            `singular_values`, `effective_rank`, ... The memory needed is then the model's and one snapshot.
+        reduce: applied at once to a layer's states (batch, position, head, d_k, d_v), a few positions at a time, so that no
+            state is kept: `singular_values`, `effective_rank`, ... The memory needed is then the model's and one snapshot.
         logits: also keep the logits after each position.
         batch_size: prompts read side by side; by default one on a CPU, where a larger batch falls out of the cache and is
             slower, and all on a GPU.
@@ -134,34 +139,104 @@ def _trace_batch(
     input_ids = input_ids.to(model.device)
     order = torch.arange(positions[-1], device=model.device)[None]
     cache = make_cache(model)
-    snapshots: list[list[Tensor]] = [[] for _ in layers]
     outputs: list[Tensor] = []
     with ExitStack() as stack:
         sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
-        for start, stop in zip((0, *positions[:-1]), positions, strict=True):
+        taps = [stack.enter_context(_StateTap(*layer, reduce=reduce, n_held=len(layers))) for layer in layers]
+        for start in range(0, positions[-1], SEGMENT):
+            stop = min(start + SEGMENT, positions[-1])
+            inside = [position - start for position in positions if start < position <= stop]
+            for tap in taps:
+                tap.positions = inside
             hidden = model.base_model(
                 input_ids=input_ids[:, start:stop],
                 position_ids=order[:, start:stop],
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-            if logits:
-                outputs.append(model.get_output_embeddings()(hidden[:, -1]).float().cpu())
-            for (index, layer, layout), kept in zip(layers, snapshots, strict=True):
-                state = cache.layers[index].recurrent_states[0]
-                expected = (len(input_ids), layout.n_heads(layer), layout.d_k(layer), layout.d_v(layer))
-                if tuple(state.shape) != expected:
-                    raise ValueError(
-                        f"layer {index} keeps a state of shape {tuple(state.shape)}, its layout expects {expected}"
-                    )
-                # The cache hands out its live buffer, which the next segment overwrites.
-                kept.append(reduce(state) if reduce else state.float().cpu().clone())
+            if logits and inside:
+                chosen = hidden[:, [position - 1 for position in inside]]
+                outputs.append(model.get_output_embeddings()(chosen).float().cpu())
     gates = torch.stack([layer_sums.total for layer_sums in sums]) / positions[-1]
     return (
-        torch.stack([torch.stack(kept, 1) for kept in snapshots]),
+        torch.stack([torch.cat(tap.kept, 1) for tap in taps]),
         gates,
-        torch.stack(outputs, 1) if logits else torch.empty(0),
+        torch.cat(outputs, 1) if logits else torch.empty(0),
     )
+
+
+class _StateTap:
+    """While entered, keeps what is made of a layer's states at the positions set, as the layer reads a segment.
+
+    The layer's kernels are called in pieces that end at the positions; all else in the layer sees the whole segment. States
+    are reduced `n_held` positions at a time: with as many as there are layers, that is the memory of one moment of them all.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layer: nn.Module,
+        layout: Layout,
+        *,
+        reduce: Callable[[Tensor], Tensor] | None,
+        n_held: int,
+    ):
+        self.index, self.layer, self.layout, self.reduce, self.n_held = index, layer, layout, reduce, n_held
+        self.positions: list[int] = []
+        self.kept: list[Tensor] = []
+
+    def __enter__(self) -> "_StateTap":
+        self._forward = self.layer.forward
+        self.layer.forward = self._tapped
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self.layer.forward
+
+    def _tapped(self, *args: Any, **kwargs: Any) -> Any:
+        module = modeling_module(self.layer)
+        kernels = {name: getattr(module, name) for name in self.layout.scans}
+        for name, kernel in kernels.items():
+            setattr(module, name, functools.partial(self._in_pieces, kernel))
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            for name, kernel in kernels.items():
+                setattr(module, name, kernel)
+
+    def _in_pieces(
+        self, kernel: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """A call of a kernel over (batch, token, head, ...), cut along the tokens."""
+        names = ("query", "key", "value", "g", "beta")
+        tokens = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
+        rest = {name: value for name, value in kwargs.items() if name not in names}
+        state, outputs = rest.pop("initial_state", None), []
+        n_tokens = tokens["query"].shape[1]
+        ends = self.positions if n_tokens in self.positions else [*self.positions, n_tokens]
+        for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+            query, key, value, g, beta = (tokens[name][:, start:end] for name in names)
+            out, state = kernel(
+                query, key, value, g=g, beta=beta, **rest | {"initial_state": state, "output_final_state": True}
+            )
+            outputs.append(out)
+            if i < len(self.positions):
+                slot = i % self.n_held
+                if slot == 0:
+                    n_left = len(self.positions) - i
+                    held = state.new_empty(len(state), min(self.n_held, n_left), *state.shape[1:])
+                held[:, slot] = state
+                if slot + 1 == held.shape[1]:
+                    self._keep(held)
+        return torch.cat(outputs, 1), state
+
+    def _keep(self, states: Float[Tensor, "batch position head d_k d_v"]) -> None:
+        expected = self.layout.n_heads(self.layer), self.layout.d_k(self.layer), self.layout.d_v(self.layer)
+        if tuple(states.shape[2:]) != expected:
+            raise ValueError(
+                f"layer {self.index} keeps states of shape {tuple(states.shape[2:])}, its layout expects {expected}"
+            )
+        self.kept.append(self.reduce(states) if self.reduce else states.float().cpu())
 
 
 class _GateSums:

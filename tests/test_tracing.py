@@ -15,6 +15,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
+from staterank_utils import tracing
 from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.models import make_cache
 from staterank_utils.reference import gated_delta_rule
@@ -77,6 +78,17 @@ def test_positions_batches_and_segments_do_not_change_the_states(tiny_model, pro
     assert (dense.values[:, :, [63, 149]] - sparse.values).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("segment", [1, 37, 64, 149])
+def test_long_prompts_run_in_segments(
+    tiny_model, prompts: torch.Tensor, segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trace_states(tiny_model, prompts, positions=POSITIONS, logits=True)
+    monkeypatch.setattr(tracing, "SEGMENT", segment)
+    cut = trace_states(tiny_model, prompts, positions=POSITIONS, logits=True)
+    assert (whole.values - cut.values).abs().max() < TOLERANCE
+    assert (whole.logits - cut.logits).abs().max() < TOLERANCE
+
+
 def test_snapshots_are_copies_not_the_live_buffer(tiny_model, prompts: torch.Tensor) -> None:
     trace = trace_states(tiny_model, prompts, positions=[10, 150])
     assert not torch.equal(trace.values[:, :, 0], trace.values[:, :, 1])
@@ -88,12 +100,14 @@ def test_reduce_sees_every_state_and_keeps_none(tiny_model, prompts: torch.Tenso
     assert torch.equal(reduced.values, effective_rank(kept.values))
 
 
-def test_with_reduce_no_state_outlives_the_next_segment(tiny_model, prompts: torch.Tensor) -> None:
+def test_with_reduce_states_take_two_snapshots_of_memory_whatever_the_number_of_positions(
+    tiny_model, prompts: torch.Tensor
+) -> None:
     layers = linear_layers(tiny_model)
     _, layer, layout = layers[0]
     size = layout.d_k(layer), layout.d_v(layer)
-    n_matrices = len(prompts) * layout.n_heads(layer)
-    positions, seen = [30, 60, 90, 120, 150], []
+    snapshot = len(prompts) * layout.n_heads(layer) * len(layers)
+    seen: list[int] = []
 
     def matrices() -> int:
         """State matrices in the memory of all tensors that Python holds, each memory counted once."""
@@ -101,15 +115,14 @@ def test_with_reduce_no_state_outlives_the_next_segment(tiny_model, prompts: tor
         tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim >= 3 and x.shape[-2:] == size]
         return sum({x.untyped_storage().data_ptr(): x.numel() // (size[0] * size[1]) for x in tensors}.values())
 
-    def note(state: torch.Tensor) -> torch.Tensor:
-        last = len(seen) + 1 == len(positions) * len(layers)
-        seen.append(matrices() - before if last else 0)
-        return state.sum((-2, -1))
+    def note(states: torch.Tensor) -> torch.Tensor:
+        seen.append(matrices() - before)
+        return states.sum((-2, -1))
 
     before = matrices()
-    trace_states(tiny_model, prompts, positions=positions, reduce=note, batch_size=3)
-    # At the last call there is the cache's own buffer of every layer, and nothing beside it.
-    assert seen[-1] == len(layers) * n_matrices
+    trace_states(tiny_model, prompts, positions=list(range(5, 151, 5)), reduce=note, batch_size=3)
+    # The model's own, and the positions of one layer that are reduced together.
+    assert snapshot < max(seen) <= 2 * snapshot
 
 
 def test_rank_is_at_most_the_number_of_tokens(tiny_model, prompts: torch.Tensor) -> None:
@@ -119,12 +132,17 @@ def test_rank_is_at_most_the_number_of_tokens(tiny_model, prompts: torch.Tensor)
     assert trace.values[:, :, 0].eq(1).all()
 
 
-def test_the_model_is_left_without_hooks(tiny_model, prompts: torch.Tensor) -> None:
+def test_the_model_is_left_as_it_was(tiny_model, prompts: torch.Tensor) -> None:
+    _, layer, layout = linear_layers(tiny_model)[0]
+    kernels = [getattr(modeling_module(layer), name) for name in layout.kernels]
+
+    def stop(states: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("stop here")
+
     with pytest.raises(RuntimeError, match="stop here"):
-        trace_states(
-            tiny_model, prompts, positions=[10], reduce=lambda state: (_ for _ in ()).throw(RuntimeError("stop here"))
-        )
-    assert not any(module._forward_hooks for module in tiny_model.modules())
+        trace_states(tiny_model, prompts, positions=[10], reduce=stop)
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in tiny_model.modules())
+    assert [getattr(modeling_module(layer), name) for name in layout.kernels] == kernels
 
 
 def test_generate_with_our_cache_is_generate_without(tiny_model, prompts: torch.Tensor) -> None:
