@@ -11,6 +11,8 @@ Axes are always in the order (layer, batch, position, head, d_k, d_v). A head is
 """
 
 from staterank_utils.models import load_model, load_tokenizer
+from staterank_utils.pruning import prune_heads
+from staterank_utils.selection import saturation_scores, select_heads
 from staterank_utils.spectra import Spectrum, effective_rank, entropy_rank, nuclear_norm, singular_values, stable_rank
 from staterank_utils.tasks import domain_prompts
 from staterank_utils.tracing import StateTrace, trace_states
@@ -24,6 +26,9 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "nuclear_norm",
+    "prune_heads",
+    "saturation_scores",
+    "select_heads",
     "singular_values",
     "stable_rank",
     "trace_states",

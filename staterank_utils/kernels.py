@@ -384,6 +384,8 @@ def serves_module(module: nn.Module, x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return False
+    if getattr(module, "num_v_heads", 1) == 0:
+        return False  # all its heads were pruned
     if not torch.is_grad_enabled():
         return next(module.parameters()).dtype == torch.float32
     return not x.requires_grad and all(p.dtype == torch.float32 and not p.requires_grad for p in module.parameters())

@@ -5,9 +5,10 @@ how large a head's state is, and how decay and write strength follow from the la
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,68 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Which rows (or columns) of a weight belong to which head.
+
+    Attributes:
+        weight: name of the parameter in its layer.
+        parts: one after the other, (whether there is a block for each "key" head or for each "value" head; its size, "d_k",
+            "d_v" or 1).
+        by_key: the parts of a key head and of its value heads stand together, one key head after the other; otherwise each
+            part stands for itself, over all heads.
+        axis: 0 for rows, 1 for columns.
+
+    Example:
+        >>> blocks = Blocks("conv1d.weight", (("key", "d_k"), ("value", "d_v")))
+        >>> blocks.rows([(1, [2, 3])], n_keys=2, per_key=2, sizes={"d_k": 2, "d_v": 1})  # of key head 1 and its value heads
+        [2, 3, 6, 7]
+    """
+
+    weight: str
+    parts: tuple[tuple[Literal["key", "value"], Literal["d_k", "d_v", 1]], ...]
+    by_key: bool = False
+    axis: int = 0
+
+    def rows(
+        self, groups: Sequence[tuple[int, Sequence[int]]], *, n_keys: int, per_key: int, sizes: Mapping[str, int]
+    ) -> list[int]:
+        """Indices of what belongs to (key head, its value heads), in that order.
+
+        Args:
+            groups: key heads 0..n_keys - 1, each with the value heads 0..n_keys * per_key - 1 that it is to serve.
+            n_keys: key heads that the weight has.
+            per_key: value heads on a key head.
+            sizes: of "d_k" and "d_v".
+        """
+        parts = [(kind, size if isinstance(size, int) else sizes[size]) for kind, size in self.parts]
+        counts = [(1 if kind == "key" else per_key) * size for kind, size in parts]
+
+        def block(i: int, key: int, place: int) -> list[int]:
+            """Rows of one block of part i: the place-th of a key head."""
+            first = key * sum(counts) + sum(counts[:i]) if self.by_key else n_keys * sum(counts[:i]) + key * counts[i]
+            size = parts[i][1]
+            return list(range(first + place * size, first + (place + 1) * size))
+
+        def of_part(i: int, key: int, heads: Sequence[int]) -> list[int]:
+            if parts[i][0] == "key":
+                return block(i, key, 0)
+            return [row for head in heads for row in block(i, *divmod(head, per_key))]
+
+        order = range(len(parts))
+        if self.by_key:
+            return [row for key, heads in groups for i in order for row in of_part(i, key, heads)]
+        return [row for i in order for key, heads in groups for row in of_part(i, key, heads)]
+
+
+@dataclass(frozen=True)
 class Layout:
     """How to read one class of linear-attention layer.
 
     Attributes:
         layer_class: name of the module's class.
+        module: Python module that defines it.
         n_heads: number of states a layer keeps (value heads).
+        n_keys: number of key heads; each serves as many consecutive value heads.
         d_k, d_v: shape of a state; the cache holds (batch, head, d_k, d_v).
         gate_projection: name of the submodule whose output holds the gates.
         gates: (layer, output of that submodule) -> (log_decay, write_strength), each (batch, token, head).
@@ -29,6 +86,8 @@ class Layout:
         output_projection: name of the submodule that reads what the heads put out, (batch, token, head * d_v), head by head.
         scans: names of the functions, in the layer's Python module, that run the recurrence over tokens: called with query, key,
             value, g and beta, each (batch, token, head, ...), and initial_state, they return outputs and the last state.
+        weights: where the heads are in each weight that has a part for every head.
+        resize: (layer, key heads, value heads), sets the layer's own numbers to those.
         kernels: names of all functions, in the layer's Python module, that have a Triton and a plain version.
 
     Example:
@@ -39,13 +98,17 @@ class Layout:
     """
 
     layer_class: str
+    module: str
     n_heads: Callable[[nn.Module], int]
+    n_keys: Callable[[nn.Module], int]
     d_k: Callable[[nn.Module], int]
     d_v: Callable[[nn.Module], int]
     gate_projection: str
     gates: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
     without_writes: Callable[[nn.Module, Tensor, list[int]], Tensor]
     output_projection: str
+    weights: tuple[Blocks, ...]
+    resize: Callable[[nn.Module, int, int], None]
     scans: tuple[str, ...]
     kernels: tuple[str, ...]
 
@@ -64,18 +127,39 @@ def _qwen3_next_without_writes(layer: nn.Module, ba: Float[Tensor, "batch token 
     return ba.index_fill(-1, columns, float("-inf"))
 
 
+def _qwen3_next_resize(layer: nn.Module, n_keys: int, n_heads: int) -> None:
+    layer.num_k_heads, layer.num_v_heads = n_keys, n_heads
+    layer.key_dim, layer.value_dim = n_keys * layer.head_k_dim, n_heads * layer.head_v_dim
+    layer.conv_dim = 2 * layer.key_dim + layer.value_dim
+
+
 LAYOUTS = {
     layout.layer_class: layout
     for layout in (
         Layout(
             layer_class="Qwen3NextGatedDeltaNet",
+            module="transformers.models.qwen3_next.modeling_qwen3_next",
             n_heads=lambda layer: layer.num_v_heads,
+            n_keys=lambda layer: layer.num_k_heads,
             d_k=lambda layer: layer.head_k_dim,
             d_v=lambda layer: layer.head_v_dim,
             gate_projection="in_proj_ba",
             gates=_qwen3_next_gates,
             without_writes=_qwen3_next_without_writes,
             output_projection="out_proj",
+            weights=(
+                Blocks(
+                    "in_proj_qkvz.weight",
+                    (("key", "d_k"), ("key", "d_k"), ("value", "d_v"), ("value", "d_v")),
+                    by_key=True,
+                ),
+                Blocks("in_proj_ba.weight", (("value", 1), ("value", 1)), by_key=True),
+                Blocks("conv1d.weight", (("key", "d_k"), ("key", "d_k"), ("value", "d_v"))),
+                Blocks("A_log", (("value", 1),)),
+                Blocks("dt_bias", (("value", 1),)),
+                Blocks("out_proj.weight", (("value", "d_v"),), axis=1),
+            ),
+            resize=_qwen3_next_resize,
             scans=("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
             kernels=(
                 "torch_chunk_gated_delta_rule",
@@ -134,6 +218,22 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
             f"and layouts exist for {', '.join(LAYOUTS)}. Add one to staterank_utils/layouts.py if it keeps a matrix-valued state."
         )
     return sorted(found, key=lambda entry: entry[0])
+
+
+def head_names(layer: nn.Module, layout: Layout) -> list[int]:
+    """The heads of a layer by the indices they had before any was removed, in order.
+
+    Args:
+        layer, layout: from `linear_layers`.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.pruning import prune_heads
+        >>> _, layer, layout = linear_layers(prune_heads(load_model("hybrid"), {0: [1, 2]}))[0]
+        >>> head_names(layer, layout)
+        [0, 3, 4, 5, 6, 7]
+    """
+    return list(getattr(layer, "staterank_heads", range(layout.n_heads(layer))))
 
 
 def modeling_module(layer: nn.Module) -> ModuleType:

@@ -3,15 +3,17 @@
 A head is named (layer, head) as in `surgery`; a measure is a mapping from every head of a model to a number.
 """
 
+import math
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from staterank_utils.spectra import Spectrum, singular_values
-from staterank_utils.surgery import Head
+from staterank_utils.surgery import Head, all_heads
 from staterank_utils.tracing import trace_states
 
 SHARES = (1 / 48, 2 / 48, 0.05, 0.10, 0.125, 0.25, 0.389, 0.50)  # registered
@@ -50,12 +52,97 @@ def measure_heads(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]) 
         "write strength": trace.write_strength,
     }
     return {
-        name: {
-            (layer, head): value
-            for layer, row in zip(trace.layers, table.mean(1).tolist(), strict=True)
-            for head, value in enumerate(row)
-        }
+        name: dict(zip(all_heads(model), table.mean(1).flatten().tolist(), strict=True))
         for name, table in tables.items()
+    }
+
+
+def saturation_scores(
+    ranks: Measure, norms: Measure, *, d: int, alpha: float = 0.5, maximum: Literal["model", "layer"] = "model"
+) -> Measure:
+    """How saturated each head is: s_h = alpha * rank_h / d + (1 - alpha) * norm_h / max_j norm_j.
+
+    Source: arXiv:2602.02195, Eq. 14. The paper does not publish alpha, nor whether the maximum runs over a layer or the model;
+    the registered reading is alpha = 0.5 and the model.
+
+    Args:
+        ranks: mean effective rank of each head, 0..d.
+        norms: mean nuclear norm of each head, at least 0.
+        d: largest possible rank, min(d_k, d_v).
+        alpha: weight of the rank, 0..1.
+        maximum: over which heads the largest norm is taken.
+
+    Returns:
+        head -> score, 0..1.
+
+    Raises:
+        ValueError: measures of different heads, a rank or norm out of its range, no norm over 0 to compare with, or alpha outside
+            0..1.
+
+    Example:
+        >>> saturation_scores({(0, 0): 64.0, (1, 0): 16.0}, {(0, 0): 2.0, (1, 0): 1.0}, d=64)
+        {(0, 0): 1.0, (1, 0): 0.375}
+    """
+    if not ranks or set(ranks) != set(norms):
+        raise ValueError(
+            f"ranks and norms must be of the same heads, got {len(ranks)} and {len(norms)} heads: measure one model"
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in 0..1, got {alpha}")
+    if maximum not in ("model", "layer"):
+        raise ValueError(f"maximum must be 'model' or 'layer', got {maximum!r}")
+    for head in ranks:
+        if not 0 <= ranks[head] <= d or not 0 <= norms[head] < math.inf:
+            raise ValueError(
+                f"head {head} has rank {ranks[head]} and norm {norms[head]}: expected 0..{d} and a finite number of at least 0"
+            )
+    largest: dict[int, float] = {}
+    for head, norm in norms.items():
+        place = head[0] if maximum == "layer" else -1
+        largest[place] = max(largest.get(place, 0.0), norm)
+    if min(largest.values()) == 0:
+        raise ValueError("all norms are 0: the states that were measured are empty")
+    return {
+        head: alpha * ranks[head] / d + (1 - alpha) * norms[head] / largest[head[0] if maximum == "layer" else -1]
+        for head in ranks
+    }
+
+
+def select_heads(scores: Measure, *, share: float = PAPER_SHARE, per_layer: bool = False) -> dict[int, list[int]]:
+    """The heads with the highest scores, for `prune_heads`: Joint Rank-Norm Pruning where the scores are `saturation_scores`.
+
+    All states of a model have the same size, so a share of heads is the same share of the recurrent state's bytes.
+
+    Source: arXiv:2602.02195: heads of high rank are taken to be redundant, so the most saturated go first.
+
+    Args:
+        scores: head -> number; to take out the lowest, negate them.
+        share: of all heads, or with `per_layer` of the heads of each layer, rounded to whole heads.
+        per_layer: the same share in every layer.
+
+    Returns:
+        decoder layer -> heads, layers and heads in order; layers that lose none are left out.
+
+    Raises:
+        ValueError: no scores, one that is not finite, or a share outside [0, 1).
+
+    Example:
+        >>> select_heads({(0, 0): 0.9, (0, 1): 0.1, (2, 0): 0.8, (2, 1): 0.2}, share=0.5)
+        {0: [0], 2: [0]}
+    """
+    if not scores or not all(map(math.isfinite, scores.values())):
+        raise ValueError(f"expected a finite score for every head, got {dict(list(scores.items())[:8])}")
+    if not 0 <= share < 1:
+        raise ValueError(f"the share of heads to remove lies in [0, 1), got {share}")
+    layers = dict.fromkeys(layer for layer, _ in scores)
+    groups = [[head for head in scores if head[0] == layer] for layer in layers] if per_layer else [list(scores)]
+    chosen = sorted(
+        head for group in groups for head in sorted(group, key=lambda head: -scores[head])[: round(share * len(group))]
+    )
+    return {
+        layer: [head for index, head in chosen if index == layer]
+        for layer in sorted(layers)
+        if any(index == layer for index, _ in chosen)
     }
 
 

@@ -3,7 +3,8 @@
 Nothing here changes a weight: what a head puts out, writes or keeps is changed on its way, by hooks that the context manager
 takes away again, so the model afterwards is the model before, bit for bit.
 
-A head is named (layer, head): the index of the decoder layer and of the value head within it, both from zero.
+A head is named (layer, head): the index of the decoder layer and of the value head within it, both from zero, as they were
+before any head was pruned.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import linear_layers
+from staterank_utils.layouts import head_names, linear_layers
 from staterank_utils.models import make_cache
 
 Head = tuple[int, int]
@@ -37,7 +38,7 @@ def all_heads(model: PreTrainedModel) -> list[Head]:
         >>> all_heads(load_model("hybrid"))[-2:]
         [(6, 6), (6, 7)]
     """
-    return [(index, head) for index, layer, layout in linear_layers(model) for head in range(layout.n_heads(layer))]
+    return [(index, head) for index, layer, layout in linear_layers(model) for head in head_names(layer, layout)]
 
 
 @contextmanager
@@ -92,8 +93,9 @@ def ablate_heads(
             f"means are missing for layers {sorted(set(by_layer) - set(means))}: make them with mean_outputs"
         )
     with ExitStack() as stack:
-        for index, chosen in by_layer.items():
+        for index, of_layer in by_layer.items():
             layer, layout = modules[index]
+            chosen = _places(of_layer, head_names(layer, layout))
             if kind == "frozen":
                 gate = layer.get_submodule(layout.gate_projection)
                 handle = gate.register_forward_hook(_without_writes(layer, layout.without_writes, chosen))
@@ -218,13 +220,15 @@ def forward_with_edits(
     if every < 1:
         raise ValueError(f"every must be at least 1 token, got {every}")
     by_layer = _by_layer(heads, all_heads(model), what="linear-attention")
+    names = {index: head_names(layer, layout) for index, layer, layout in linear_layers(model)}
+    places = {index: _places(of_layer, names[index]) for index, of_layer in by_layer.items()}
     input_ids = input_ids.to(model.device)
     order = torch.arange(input_ids.shape[1], device=model.device)[None]
     cache, hidden = make_cache(model), []
     for segment, positions in zip(input_ids.split(every, 1), order.split(every, 1), strict=True):
         output: Any = model.base_model(input_ids=segment, position_ids=positions, past_key_values=cache, use_cache=True)
         hidden.append(output.last_hidden_state)
-        for index, chosen in by_layer.items():
+        for index, chosen in places.items():
             state = cache.layers[index].recurrent_states[0]
             edited = edit(state[:, chosen])
             if edited.shape != state[:, chosen].shape:
@@ -288,12 +292,17 @@ def _by_layer(heads: Iterable[Head], known: list[Head], *, what: str) -> dict[in
         if layer not in layers:
             raise ValueError(f"layer {layer} has no {what} heads: layers {layers} have")
         if (layer, head) not in known:
-            count = sum(index == layer for index, _ in known)
-            raise ValueError(f"layer {layer} has no head {head}: its {what} heads are 0..{count - 1}")
+            there = [name for index, name in known if index == layer]
+            raise ValueError(f"layer {layer} has no head {head}: its {what} heads are {there}")
         if head in by_layer.setdefault(layer, []):
             raise ValueError(f"head {(layer, head)} is named twice")
         by_layer[layer].append(head)
     return by_layer
+
+
+def _places(heads: list[int], names: list[int]) -> list[int]:
+    """Where heads of a layer stand among those that it still has."""
+    return [names.index(head) for head in heads]
 
 
 def _softmax_layers(model: PreTrainedModel) -> dict[int, nn.Module]:

@@ -89,7 +89,7 @@ def trace_states(
     Raises:
         TypeError: ids that are not a tensor, or not of an integer dtype that a model reads.
         ValueError: no tokens, an id outside the vocabulary, positions that are out of order or beyond the prompt, a batch
-            size under 1, or a model that `linear_layers` refuses.
+            size under 1, a model that `linear_layers` refuses, or one whose layers were pruned to different numbers of heads.
 
     Example:
         >>> from staterank_utils import effective_rank, load_model
@@ -102,6 +102,12 @@ def trace_states(
     layers = linear_layers(model)
     positions = [operator.index(position) for position in positions]
     _check(model, input_ids, positions)
+    counts = {index: layout.n_heads(layer) for index, layer, layout in layers}
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"a trace has one axis of heads for all layers, and these have different numbers of them: {counts}. "
+            "Trace the model before it is pruned, with the heads ablated"
+        )
     if batch_size is None:
         batch_size = 1 if model.device.type == "cpu" else len(input_ids)
     if batch_size < 1:

@@ -141,7 +141,7 @@ def test_softmax_heads_are_ablated_apart(model, ids) -> None:
     [
         ([(1, 0)], "layer 1 has no linear-attention heads: layers [0, 2] have"),
         ([(9, 0)], "layer 9 has no linear-attention heads"),
-        ([(0, 4)], "layer 0 has no head 4: its linear-attention heads are 0..3"),
+        ([(0, 4)], "layer 0 has no head 4: its linear-attention heads are [0, 1, 2, 3]"),
         ([(0, -1)], "layer 0 has no head -1"),
         ([(0, 1), (0, 1)], "head (0, 1) is named twice"),
     ],

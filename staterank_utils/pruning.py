@@ -1,0 +1,253 @@
+"""Take heads out for good: a smaller model of the same class, whose cache has no room for the states of heads that are gone.
+
+What was removed is written into the model's configuration. Importing this module (`import staterank_utils` does) teaches the
+layers to read it, so that `save_pretrained` and `from_pretrained` work as for any model, without remote code.
+
+A head is named by the index that it had in the model before any was removed, also in a model that was pruned before.
+"""
+
+import copy
+import functools
+import importlib
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+from staterank_utils.layouts import LAYOUTS, Layout, head_names, linear_layers
+from staterank_utils.models import choose_kernels
+
+FORMAT = 1
+RECORD = "removed_heads"  # in the configuration: {"format": 1, "heads": {"layer": [head, ...]}}
+
+log = logging.getLogger(__name__)
+
+
+def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[int]]) -> PreTrainedModel:
+    """A copy of a model without some of its linear-attention heads.
+
+    Every weight that belongs to a head loses its part, and the cache its state. What is left computes what the model computes
+    with those heads ablated (`surgery.ablate_heads`, kind "zero"). A key head goes with the last of its value heads. Where
+    the key heads of a layer keep different numbers of value heads, those that keep more are duplicated until all serve the
+    same number, since the layer class knows no other form; `duplicated_bytes` says what that adds.
+
+    Source: the removal in arXiv:2602.02195 (Joint Rank-Norm Pruning); how the paper removes heads is not known.
+
+    Args:
+        model: from `load_model`; it is not changed.
+        heads: decoder layer -> heads to remove. A layer may lose all of its heads, and then passes its input on unchanged.
+
+    Returns:
+        A model of the same class and dtype, on the same device, for `generate`, `save_pretrained` and everything else.
+
+    Raises:
+        ValueError: a layer without linear attention, a head that the model does not have, named twice or removed before, or
+            nothing left of all layers.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.surgery import ablate_heads
+        >>> model, ids = load_model("hybrid"), torch.arange(32).reshape(1, 32)
+        >>> smaller = prune_heads(model, {0: [3], 5: [1, 2]})
+        >>> with ablate_heads(model, [(0, 3), (5, 1), (5, 2)]):
+        ...     ablated = model(ids.to(model.device)).logits
+        >>> torch.allclose(smaller(ids.to(model.device)).logits, ablated, atol=1e-4)
+        True
+    """
+    kept = {index: head_names(layer, layout) for index, layer, layout in linear_layers(model)}
+    before = removed_heads(model.config)
+    chosen = {layer: list(of_layer) for layer, of_layer in heads.items()}
+    for layer, of_layer in chosen.items():
+        if layer not in kept:
+            raise ValueError(f"layer {layer} has no linear-attention heads: layers {list(kept)} have")
+        for head in of_layer:
+            if head in before.get(layer, []):
+                raise ValueError(f"head {(layer, head)} was removed before: layer {layer} has heads {kept[layer]}")
+            if head not in kept[layer]:
+                raise ValueError(f"layer {layer} has no head {head}: its heads are {kept[layer]}")
+        if len(set(of_layer)) < len(of_layer):
+            raise ValueError(f"a head of layer {layer} is named twice: {of_layer}")
+    if sum(map(len, chosen.values())) == sum(map(len, kept.values())):
+        raise ValueError(
+            "these are all heads of all layers: a model without any is not linear attention, keep at least one"
+        )
+    pruned = copy.deepcopy(model)
+    for index, layer, layout in linear_layers(pruned):
+        _keep(layer, layout, [head for head in kept[index] if head not in chosen.get(index, [])])
+    record = {index: sorted({*before.get(index, []), *chosen.get(index, [])}) for index in kept}
+    setattr(pruned.config, RECORD, {"format": FORMAT, "heads": {str(i): gone for i, gone in record.items() if gone}})
+    choose_kernels(pruned)
+    log.info(
+        "removed %d of %d heads; %s bytes of query and key weights are duplicates",
+        sum(map(len, chosen.values())),
+        sum(map(len, kept.values())),
+        f"{duplicated_bytes(pruned):,}",
+    )
+    return pruned
+
+
+def removed_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
+    """What a configuration says was removed: decoder layer -> heads, by their indices in the whole model.
+
+    Args:
+        config: of a model, pruned or not.
+
+    Raises:
+        ValueError: the record is in a format that this version does not read.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> removed_heads(prune_heads(prune_heads(load_model("hybrid"), {0: [3]}), {0: [1], 2: [7]}).config)
+        {0: [1, 3], 2: [7]}
+    """
+    record = getattr(config, RECORD, None)
+    if record is None:
+        return {}
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"the configuration's {RECORD!r} has format {found!r}, this version of staterank_utils reads {FORMAT}: "
+            "load the model with the version that pruned it, or prune the whole model again"
+        )
+    return {int(layer): list(heads) for layer, heads in record["heads"].items()}
+
+
+def duplicated_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that a pruned model has twice, because heads of one key head no longer share it.
+
+    Args:
+        model: pruned or not.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> model = load_model("hybrid")  # two value heads on each of four key heads
+        >>> duplicated_bytes(prune_heads(model, {0: [0, 2, 4, 6]})), duplicated_bytes(prune_heads(model, {0: [0]})) > 0
+        (0, True)
+    """
+    total = 0
+    for _, layer, layout in linear_layers(model):
+        keys, sizes = _keys(layer, layout), _sizes(layer, layout)
+        n_duplicates = len(keys) - len(set(keys))
+        for blocks in layout.weights if n_duplicates else ():
+            weight = layer.get_parameter(blocks.weight)
+            rows = sum(size if isinstance(size, int) else sizes[size] for kind, size in blocks.parts if kind == "key")
+            total += n_duplicates * rows * weight.nbytes // weight.shape[blocks.axis]
+    return total
+
+
+def cache_bytes(cache: Cache) -> dict[str, int]:
+    """Bytes of the tensors that a cache holds, by what they are for.
+
+    Args:
+        cache: after a forward pass.
+
+    Returns:
+        "recurrent" (the states S), "convolution" (the last inputs of the short convolutions), "softmax" (keys and values).
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> model = load_model("hybrid")
+        >>> cache = model(torch.ones(1, 9, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+        >>> cache_bytes(cache)["recurrent"]  # 48 states of 64 x 64 in float32
+        786432
+    """
+    total = {"recurrent": 0, "convolution": 0, "softmax": 0}
+    for layer in cache.layers:
+        tensors = {
+            "recurrent": getattr(layer, "recurrent_states", {}).values(),
+            "convolution": getattr(layer, "conv_states", {}).values(),
+            "softmax": (getattr(layer, "keys", None), getattr(layer, "values", None)),
+        }
+        for kind, of_layer in tensors.items():
+            total[kind] += sum(x.numel() * x.element_size() for x in of_layer if isinstance(x, Tensor))
+    return total
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _sizes(layer: nn.Module, layout: Layout) -> dict[str, int]:
+    return {"d_k": layout.d_k(layer), "d_v": layout.d_v(layer)}
+
+
+def _keys(layer: nn.Module, layout: Layout) -> list[int]:
+    """For each key head that a layer has, which one of the whole model it is."""
+    return list(getattr(layer, "staterank_keys", range(layout.n_keys(layer))))
+
+
+def _keep(layer: nn.Module, layout: Layout, kept: Sequence[int]) -> None:
+    """Cut a layer down to some of its heads, in place. Its weights may be on any device, also "meta"."""
+    names, keys = head_names(layer, layout), _keys(layer, layout)
+    if list(kept) == names:
+        return
+    per_key = len(names) // len(keys)
+    # Duplicates of a key head are one again, so that two removals make the same layer as both at once.
+    of_key: dict[int, list[int]] = {}
+    for position, name in enumerate(names):
+        if name in kept:
+            of_key.setdefault(keys[position // per_key], []).append(position)
+    size = math.gcd(*map(len, of_key.values()))
+    new = [
+        (key, heads[start : start + size]) for key, heads in of_key.items() for start in range(0, len(heads), size or 1)
+    ]
+    groups = [(keys.index(key), heads) for key, heads in new]
+    for blocks in layout.weights:
+        rows = blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=_sizes(layer, layout))
+        old = layer.get_parameter(blocks.weight)
+        chosen = old.data.index_select(blocks.axis, torch.tensor(rows, dtype=torch.long, device=old.device))
+        path, _, attribute = blocks.weight.rpartition(".")
+        owner = layer.get_submodule(path)
+        setattr(owner, attribute, nn.Parameter(chosen, requires_grad=old.requires_grad))
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = chosen.shape
+        elif isinstance(owner, nn.Conv1d):
+            owner.in_channels = owner.out_channels = owner.groups = len(chosen)
+    layout.resize(layer, len(new), len(kept))
+    layer.staterank_heads, layer.staterank_keys = list(kept), [key for key, _ in new]
+
+
+def _teach(layout: Layout) -> None:
+    """Let a layer class build itself as its configuration's record says, and run without any head."""
+    owner: Any = getattr(importlib.import_module(layout.module), layout.layer_class)
+    build, run = owner.__init__, owner.forward
+
+    @functools.wraps(build)
+    def init(self: nn.Module, config: PreTrainedConfig, layer_idx: int) -> None:
+        build(self, config, layer_idx)
+        gone = removed_heads(config).get(layer_idx, [])
+        names = head_names(self, layout)
+        if unknown := sorted(set(gone) - set(names)):
+            raise ValueError(
+                f"the configuration removes heads {unknown} of layer {layer_idx}, which has 0..{len(names) - 1}"
+            )
+        _keep(self, layout, [name for name in names if name not in gone])
+
+    @functools.wraps(run)
+    def forward(
+        self: nn.Module, hidden_states: Tensor, cache_params: Cache | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if layout.n_heads(self):
+            return run(self, hidden_states, cache_params, *args, **kwargs)
+        if cache_params is not None:
+            # The cache counts tokens by what layers put into it.
+            n_batch, n_tokens, _ = hidden_states.shape
+            cache_params.update_conv_state(
+                hidden_states.new_zeros(n_batch, 0, n_tokens),
+                self.layer_idx,
+                conv_kernel_size=self.conv_kernel_size,
+            )
+            empty = hidden_states.new_zeros(n_batch, 0, layout.d_k(self), layout.d_v(self), dtype=torch.float32)
+            cache_params.update_recurrent_state(empty, self.layer_idx)
+        return torch.zeros_like(hidden_states)
+
+    owner.__init__, owner.forward = init, forward
+
+
+for _layout in LAYOUTS.values():
+    _teach(_layout)
