@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from staterank_utils.tasks import WORDS, Turn, arithmetic, copying, needle, recall
 
-ROWS = {"books": 0.40, "code": 0.10, "tasks": 0.50}
-TASKS = {"needle": 0.34, "arithmetic": 0.15, "recall": 0.13, "copying": 0.38}
+ROWS = {"books": 0.38, "code": 0.09, "tasks": 0.53}
+TASKS = {"needle": 0.24, "arithmetic": 0.12, "recall": 0.14, "copying": 0.50}
 FILLERS = {"books": 0.60, "code": 0.25, "words": 0.15}  # around needles, between a passage and its copy
-PASSAGES = {"books": 0.35, "code": 0.30, "words": 0.10, "repeats": 0.25}  # to be copied
+PASSAGES = {"books": 0.40, "code": 0.25, "words": 0.10, "repeats": 0.25}  # to be copied
 ANSWER_WEIGHT = 4.0  # loss weight of a token that a task asks for, beside 1 for all others
 SHARES = {"rows": ROWS, "tasks": TASKS, "fillers": FILLERS, "passages": PASSAGES, "answer_weight": ANSWER_WEIGHT}
 
@@ -92,7 +92,7 @@ class Mixture(Dataset[tuple[Tensor, Tensor]]):
                 n_asked=rng.randrange(1, n_needles + 1),
             )
         gap = self._text(FILLERS, rng.randrange(16, 1024), rng) + "\n" if rng.random() < 0.3 else ""
-        return copying(self._text(PASSAGES, rng.randrange(16, 320), rng) or "nothing", gap=gap)
+        return copying(self._text(PASSAGES, rng.randrange(16, 200), rng) or "nothing", gap=gap)
 
     def _text(self, shares: dict[str, float], n_tokens: int, rng: random.Random) -> str:
         """About `n_tokens` tokens of one kind of text, drawn by the shares."""
