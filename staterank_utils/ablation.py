@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from staterank_utils.evaluation import Task, answer_nats, evaluate, needle_task, text_nats
 from staterank_utils.layouts import linear_layers
+from staterank_utils.pruning import prune_heads
 from staterank_utils.selection import (
     PAPER_SHARE,
     Measure,
@@ -123,15 +124,25 @@ class Ablation:
     # ---------------------------------------------------------------- scores
 
     def score(self, task: str, heads: Iterable[Head] = (), *, kind: str = "zero") -> NDArray[np.float64]:
-        """Scores of a task without some heads, one a prompt; remembered."""
+        """Scores of a task without some heads, one a prompt; remembered.
+
+        Args:
+            task: name of one.
+            heads: that are taken out.
+            kind: of `ablate_heads`, or "removed" to cut them out with `prune_heads`.
+        """
         key = (task, tuple(sorted(heads)), kind)
         if key not in self._scores:
+            model = self._pruned(key[1]) if kind == "removed" else self.model
             means = self._means if kind == "mean" else None
-            with ablate_heads(self.model, key[1], kind=kind, means=means):
+            with nullcontext() if kind == "removed" else ablate_heads(self.model, key[1], kind=kind, means=means):
                 self._scores[key] = evaluate(
-                    self.tasks[task], self.model, self.tokenizer, n_instances=self.n_prompts, seed=self.seed, batch_size=self.batch_size
+                    self.tasks[task], model, self.tokenizer, n_instances=self.n_prompts, seed=self.seed, batch_size=self.batch_size
                 )  # fmt: skip
         return self._scores[key]
+
+    def _pruned(self, heads: tuple[Head, ...]) -> PreTrainedModel:
+        return prune_heads(self.model, {layer: [head for index, head in heads if index == layer] for layer, _ in heads})
 
     @cached_property
     def _means(self) -> dict[int, Tensor]:
@@ -189,10 +200,37 @@ class Ablation:
         return by_measure | with_means
 
     def redundancy(self) -> Estimate:
-        """Score without high-rank heads over the intact score, at the paper's share, mean over the tasks that count (C4a)."""
-        heads = self.arm(HIGH, self.count(PAPER_SHARE))
-        pairs = [np.stack([self.score(task, heads), self.score(task)], 1) for task in self.mastered]
-        return bootstrap(lambda *drawn: float(np.mean([x[:, 0].mean() / x[:, 1].mean() for x in drawn])), *pairs)
+        """`retained` without high-rank heads, at the paper's share (C4a)."""
+        return self.retained(self.arm(HIGH, self.count(PAPER_SHARE)))
+
+    def retained(self, heads: Iterable[Head], *, kind: str = "zero") -> Estimate:
+        """Score without some heads over the intact score, mean over the tasks that count."""
+        chosen = list(heads)
+        scores = [np.stack([self.score(task), self.score(task, chosen, kind=kind)], 1) for task in self.mastered]
+        return bootstrap(lambda *drawn: float(_ratios(drawn)[0]), *scores)
+
+    def against_draws(self, heads: Iterable[Head], n_draws: int, *, kind: str = "zero") -> dict[str, Estimate]:
+        """`retained`, and how far it lies over the best and over the mean of draws of as many random heads (C5)."""
+        chosen = list(heads)
+        scores = [
+            np.stack(
+                [self.score(task), self.score(task, chosen, kind=kind), *self.draws(task, len(chosen), n_draws)], 1
+            )
+            for task in self.mastered
+        ]
+
+        def over(rival: Callable[[NDArray[np.float64]], Any]) -> Estimate:
+            def difference(*drawn: NDArray[np.float64]) -> float:
+                own, *draws = _ratios(drawn)
+                return float(own - rival(np.array(draws)))
+
+            return bootstrap(difference, *scores)
+
+        return {
+            "score / intact": self.retained(chosen, kind=kind),
+            "over the best random draw": over(np.max),
+            "over the mean random draw": over(np.mean),
+        }
 
     def depth_table(
         self, heads: Iterable[Head], depths: Sequence[float], lengths: Sequence[int], *, n_prompts: int
@@ -273,3 +311,9 @@ class Ablation:
         with ablate_heads(self.model, heads) if heads else nullcontext():
             texts = [self.prompts(domain, self.n_graded, n_tokens, seed=2) for domain in domains]
             return [float(np.exp(text_nats(self.model, text).mean())) for text in texts]
+
+
+def _ratios(scores: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Of tables (prompt, arm), one a task: mean score of every arm but the first over that of the first, mean over tasks."""
+    means = np.stack([table.mean(0) for table in scores])
+    return np.asarray((means[:, 1:] / means[:, :1]).mean(0))

@@ -310,6 +310,11 @@ RULES = {
     ),
     "C3a": Rule(((0.90, True, False),), lambda criteria, _: 2 * _met(criteria) >= len(criteria), each=True),
     "C4a": Rule(((0.95, True, True),), lambda criteria, _: criteria[0].estimate.point >= 0.80),
+    # score / intact, its lead over the best random draw, its lead over the mean of them
+    "C5": Rule(
+        ((0.95, True, True), (0.0, True, False), (0.0, True, False)),
+        lambda criteria, _: criteria[0].estimate.point >= 0.80 and criteria[2].point_beyond,
+    ),
 }
 
 

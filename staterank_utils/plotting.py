@@ -397,6 +397,37 @@ def plot_doses(ax: Axes, counts: Sequence[int], arms: Mapping[str, Sequence[Esti
     ax.set_xticks(range(len(counts)), [str(count) for count in counts], fontsize="small")
 
 
+def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequence[Estimate]]) -> None:
+    """Something against the share of heads that is removed, one curve a method, told apart by mark and dash as well as colour.
+
+    Args:
+        ax: where to draw.
+        shares: 0..1, increasing.
+        methods: label -> estimates, one for each share; the band of the first alone is drawn.
+
+    Example:
+        >>> ax, flat = Figure().subplots(), [Estimate(1.0, 0.9, 1.0), Estimate(0.5, 0.4, 0.6)]
+        >>> plot_methods(ax, [0.0, 0.389], {"joint": flat, "random": flat})
+        >>> [line.get_marker() for line in ax.lines], len(ax.collections), ax.get_xlabel()
+        (['o', 's'], 1, 'share of heads removed, %')
+    """
+    looks = zip(("o", "s", "^", "v", "D", "P"), ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))), strict=True)
+    for (label, estimates), (marker, dash) in zip(methods.items(), looks, strict=False):
+        x = [100 * share for share in shares]
+        [line] = ax.plot(x, [e.point for e in estimates], marker=marker, linestyle=dash, markersize=5, label=label)
+        if len(ax.lines) == 1:
+            ax.fill_between(
+                x,
+                [e.low for e in estimates],
+                [e.high for e in estimates],
+                color=line.get_color(),
+                alpha=0.2,
+                linewidth=0,
+            )
+    ax.set(xlabel="share of heads removed, %")
+    ax.set_xticks([100 * share for share in shares], [f"{100 * share:.3g}" for share in shares], fontsize="small")
+
+
 def plot_arms(ax: Axes, scores: Mapping[str, Estimate], *, draws: Sequence[float], intact: float) -> None:
     """Scores of the arms of an ablation as dots with intervals, one row an arm, beside random draws and the intact model.
 

@@ -109,3 +109,21 @@ def test_redundancy_is_a_ratio_over_the_tasks_that_count(study: Ablation) -> Non
     assert study.redundancy().point == pytest.approx(study.score("recall", heads).mean() / study.score("recall").mean())
     assert len(all_heads(study.model)) == 48
     assert isinstance(study.prompts("code", 1, 8), torch.Tensor)
+
+
+def test_heads_that_are_removed_score_as_heads_that_are_silenced(study: Ablation) -> None:
+    heads = [head for head in study.heads if head[0] == 0] + study.arm(LOW, 6)
+    for chosen in (heads[:8], sorted(set(heads))):  # a whole layer, and heads of several
+        assert study.score("recall", chosen, kind="removed").tolist() == study.score("recall", chosen).tolist()
+    assert len(study.heads) == 48, "the model itself keeps its heads"
+
+
+def test_what_heads_retain_is_set_against_as_many_random_ones(study: Ablation, monkeypatch) -> None:
+    chosen = study.arm(LOW, 3)
+    scores = {(): [1.0, 1.0, 0.5], tuple(sorted(chosen)): [1.0, 0.5, 0.5]}
+    monkeypatch.setattr(study, "score", lambda task, heads=(), **_: np.array(scores[tuple(sorted(heads))]))
+    monkeypatch.setattr(study, "draws", lambda task, count, n: np.array([[0.5] * 3, [0.5, 1.0, 0.5]]))
+    found = study.against_draws(chosen, 2)
+    assert found["score / intact"].point == pytest.approx(0.8)
+    assert found["over the best random draw"].point == pytest.approx(0.0)
+    assert found["over the mean random draw"].point == pytest.approx(0.8 - 0.7)

@@ -126,6 +126,14 @@ def at(point: float, width: float = 0.0) -> Estimate:
         ("C3a", [at(0.95)] * 4, (), HOLDS),
         ("C3a", [at(0.95)] * 2 + [at(0.1)] * 2, (), PARTLY),
         ("C3a", [at(0.95)] + [at(0.1)] * 3, (), FAILS),
+        ("C4a", [at(0.95)], (), HOLDS),
+        ("C4a", [at(0.8)], (), PARTLY),
+        ("C4a", [at(0.79)], (), FAILS),
+        ("C5", [at(0.95), at(0.01), at(0.1)], (), HOLDS),
+        ("C5", [at(0.99), at(0.0), at(0.1)], (), PARTLY),
+        ("C5", [at(0.8), at(-0.1), at(0.01)], (), PARTLY),
+        ("C5", [at(0.99), at(-0.1), at(0.0)], (), FAILS),
+        ("C5", [at(0.79), at(0.1), at(0.1)], (), FAILS),
     ],
 )
 def test_each_claim_s_own_rule(key: str, measured: list[Estimate], medians: tuple[float, ...], expected: str) -> None:
