@@ -91,6 +91,7 @@ class Ablation:
         _, layer, layout = linear_layers(model)[0]
         self.d = min(layout.d_k(layer), layout.d_v(layer))
         self._scores: dict[tuple[str, tuple[Head, ...], str], NDArray[np.float64]] = {}
+        self._last_pruned: tuple[tuple[Head, ...], PreTrainedModel] | None = None
 
     def prompts(self, domain: str, n_prompts: int, n_tokens: int, *, seed: int = 0) -> Tensor:
         """Prompts of a domain; `seed` is added to the experiment's own."""
@@ -99,10 +100,14 @@ class Ablation:
     # ---------------------------------------------------------------- heads
 
     @cached_property
+    def calibration_prompts(self) -> Tensor:
+        """What heads and channels are chosen on."""
+        return torch.cat([self.prompts(domain, *self.calibration, seed=1000) for domain in CALIBRATION_DOMAINS])
+
+    @cached_property
     def measures(self) -> dict[str, Measure]:
         """Effective rank, nuclear norm, log-decay and write strength of every head on the calibration prompts."""
-        prompts = [self.prompts(domain, *self.calibration, seed=1000) for domain in CALIBRATION_DOMAINS]
-        return measure_heads(self.model, torch.cat(prompts))
+        return measure_heads(self.model, self.calibration_prompts)
 
     def values(self, measure: str) -> NDArray[np.float64]:
         """A measure as a vector over `heads`."""
@@ -133,16 +138,29 @@ class Ablation:
         """
         key = (task, tuple(sorted(heads)), kind)
         if key not in self._scores:
-            model = self._pruned(key[1]) if kind == "removed" else self.model
-            means = self._means if kind == "mean" else None
-            with nullcontext() if kind == "removed" else ablate_heads(self.model, key[1], kind=kind, means=means):
-                self._scores[key] = evaluate(
-                    self.tasks[task], model, self.tokenizer, n_instances=self.n_prompts, seed=self.seed, batch_size=self.batch_size
-                )  # fmt: skip
+            if kind == "removed":
+                self._scores[key] = self._evaluate(task, self.pruned(key[1]))
+            else:
+                with ablate_heads(self.model, key[1], kind=kind, means=self._means if kind == "mean" else None):
+                    self._scores[key] = self._evaluate(task, self.model)
         return self._scores[key]
 
-    def _pruned(self, heads: tuple[Head, ...]) -> PreTrainedModel:
-        return prune_heads(self.model, {layer: [head for index, head in heads if index == layer] for layer, _ in heads})
+    def scores_of(self, model: PreTrainedModel) -> dict[str, NDArray[np.float64]]:
+        """Scores of another model, made from this one, on the tasks that count."""
+        return {task: self._evaluate(task, model) for task in self.mastered}
+
+    def _evaluate(self, task: str, model: PreTrainedModel) -> NDArray[np.float64]:
+        return evaluate(
+            self.tasks[task], model, self.tokenizer, n_instances=self.n_prompts, seed=self.seed, batch_size=self.batch_size
+        )  # fmt: skip
+
+    def pruned(self, heads: Iterable[Head]) -> PreTrainedModel:
+        """The model with some heads removed for good; the last one is kept at hand."""
+        chosen = tuple(sorted(heads))
+        if self._last_pruned is None or self._last_pruned[0] != chosen:
+            of_layers = {layer: [head for index, head in chosen if index == layer] for layer, _ in chosen}
+            self._last_pruned = chosen, prune_heads(self.model, of_layers)
+        return self._last_pruned[1]
 
     @cached_property
     def _means(self) -> dict[int, Tensor]:
@@ -206,8 +224,12 @@ class Ablation:
     def retained(self, heads: Iterable[Head], *, kind: str = "zero") -> Estimate:
         """Score without some heads over the intact score, mean over the tasks that count."""
         chosen = list(heads)
-        scores = [np.stack([self.score(task), self.score(task, chosen, kind=kind)], 1) for task in self.mastered]
-        return bootstrap(lambda *drawn: float(_ratios(drawn)[0]), *scores)
+        return self.over_intact({task: self.score(task, chosen, kind=kind) for task in self.mastered})
+
+    def over_intact(self, scores: Mapping[str, NDArray[np.float64]]) -> Estimate:
+        """Scores on the tasks that count, over those of the intact model on the same prompts, mean over tasks."""
+        tables = [np.stack([self.score(task), scores[task]], 1) for task in self.mastered]
+        return bootstrap(lambda *drawn: float(_ratios(drawn)[0]), *tables)
 
     def against_draws(self, heads: Iterable[Head], n_draws: int, *, kind: str = "zero") -> dict[str, Estimate]:
         """`retained`, and how far it lies over the best and over the mean of draws of as many random heads (C5)."""
@@ -250,10 +272,10 @@ class Ablation:
 
     # ---------------------------------------------------------------- losses
 
-    def loss(self, read: Callable[[Tensor], Tensor] | None = None) -> float:
+    def loss(self, read: Callable[[Tensor], Tensor] | None = None, *, seed: int = 1) -> float:
         """Loss on the tokens of right answers, nats a token, mean over prompts and over the tasks that count."""
         losses = [
-            answer_nats(self.tasks[task], self.model, self.tokenizer, n_instances=self.n_graded, seed=self.seed + 1, read=read)
+            answer_nats(self.tasks[task], self.model, self.tokenizer, n_instances=self.n_graded, seed=self.seed + seed, read=read)
             for task in self.mastered
         ]  # fmt: skip
         return float(np.mean(losses)) if losses else float("nan")
@@ -269,10 +291,13 @@ class Ablation:
         with within:
             return self.loss() - intact
 
-    def sweep(self) -> NDArray[np.float64]:
-        """Added loss of each head removed alone, over `heads`."""
-        bar = tqdm(self.heads, desc="single heads", leave=False)
-        return np.array([self.added_loss(ablate_heads(self.model, [head])) for head in bar])
+    def sweep(self, *, seed: int = 1) -> NDArray[np.float64]:
+        """Added loss of each head removed alone, over `heads`; with another seed, on other prompts of the same tasks."""
+        intact, added = self.loss(seed=seed), []
+        for head in tqdm(self.heads, desc="single heads", leave=False):
+            with ablate_heads(self.model, [head]):
+                added.append(self.loss(seed=seed) - intact)
+        return np.array(added)
 
     def by_part(self) -> dict[str, dict[Head | int, float]]:
         """Added loss of whole layers removed, "linear" and "softmax", and of single softmax heads."""

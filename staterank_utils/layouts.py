@@ -40,7 +40,13 @@ class Blocks:
     axis: int = 0
 
     def rows(
-        self, groups: Sequence[tuple[int, Sequence[int]]], *, n_keys: int, per_key: int, sizes: Mapping[str, int]
+        self,
+        groups: Sequence[tuple[int, Sequence[int]]],
+        *,
+        n_keys: int,
+        per_key: int,
+        sizes: Mapping[str, int],
+        channels: Sequence[Sequence[int]] | None = None,
     ) -> list[int]:
         """Indices of what belongs to (key head, its value heads), in that order.
 
@@ -49,6 +55,7 @@ class Blocks:
             n_keys: key heads that the weight has.
             per_key: value heads on a key head.
             sizes: of "d_k" and "d_v".
+            channels: for each key head, which of its d_k channels; all by default.
         """
         parts = [(kind, size if isinstance(size, int) else sizes[size]) for kind, size in self.parts]
         counts = [(1 if kind == "key" else per_key) * size for kind, size in parts]
@@ -57,7 +64,8 @@ class Blocks:
             """Rows of one block of part i: the place-th of a key head."""
             first = key * sum(counts) + sum(counts[:i]) if self.by_key else n_keys * sum(counts[:i]) + key * counts[i]
             size = parts[i][1]
-            return list(range(first + place * size, first + (place + 1) * size))
+            inside = channels[key] if channels and self.parts[i][1] == "d_k" else range(size)
+            return [first + place * size + row for row in inside]
 
         def of_part(i: int, key: int, heads: Sequence[int]) -> list[int]:
             if parts[i][0] == "key":
@@ -68,6 +76,18 @@ class Blocks:
         if self.by_key:
             return [row for key, heads in groups for i in order for row in of_part(i, key, heads)]
         return [row for i in order for key, heads in groups for row in of_part(i, key, heads)]
+
+    def cut(self, layer: nn.Module, rows: Sequence[int]) -> None:
+        """Leave a layer only these rows (or columns) of the weight, which may be on any device, also "meta"."""
+        old = layer.get_parameter(self.weight)
+        kept = old.data.index_select(self.axis, torch.tensor(rows, dtype=torch.long, device=old.device))
+        path, _, attribute = self.weight.rpartition(".")
+        owner = layer.get_submodule(path)
+        setattr(owner, attribute, nn.Parameter(kept, requires_grad=old.requires_grad))
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = kept.shape
+        elif isinstance(owner, nn.Conv1d):
+            owner.in_channels = owner.out_channels = owner.groups = len(kept)
 
 
 @dataclass(frozen=True)
@@ -80,6 +100,7 @@ class Layout:
         n_heads: number of states a layer keeps (value heads).
         n_keys: number of key heads; each serves as many consecutive value heads.
         d_k, d_v: shape of a state; the cache holds (batch, head, d_k, d_v).
+        d_k_setting: name of d_k in the model's configuration.
         gate_projection: name of the submodule whose output holds the gates.
         gates: (layer, output of that submodule) -> (log_decay, write_strength), each (batch, token, head).
         without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.
@@ -87,7 +108,7 @@ class Layout:
         scans: names of the functions, in the layer's Python module, that run the recurrence over tokens: called with query, key,
             value, g and beta, each (batch, token, head, ...), and initial_state, they return outputs and the last state.
         weights: where the heads are in each weight that has a part for every head.
-        resize: (layer, key heads, value heads), sets the layer's own numbers to those.
+        resize: (layer, key heads, value heads, d_k), sets the layer's own numbers to those.
         kernels: names of all functions, in the layer's Python module, that have a Triton and a plain version.
 
     Example:
@@ -103,14 +124,19 @@ class Layout:
     n_keys: Callable[[nn.Module], int]
     d_k: Callable[[nn.Module], int]
     d_v: Callable[[nn.Module], int]
+    d_k_setting: str
     gate_projection: str
     gates: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
     without_writes: Callable[[nn.Module, Tensor, list[int]], Tensor]
     output_projection: str
     weights: tuple[Blocks, ...]
-    resize: Callable[[nn.Module, int, int], None]
+    resize: Callable[[nn.Module, int, int, int], None]
     scans: tuple[str, ...]
     kernels: tuple[str, ...]
+
+    def sizes(self, layer: nn.Module) -> dict[str, int]:
+        """d_k and d_v by name, as `Blocks.rows` takes them."""
+        return {"d_k": self.d_k(layer), "d_v": self.d_v(layer)}
 
 
 def _qwen3_next_gates(layer: nn.Module, ba: Float[Tensor, "batch token ba"]) -> tuple[Tensor, Tensor]:
@@ -127,8 +153,8 @@ def _qwen3_next_without_writes(layer: nn.Module, ba: Float[Tensor, "batch token 
     return ba.index_fill(-1, columns, float("-inf"))
 
 
-def _qwen3_next_resize(layer: nn.Module, n_keys: int, n_heads: int) -> None:
-    layer.num_k_heads, layer.num_v_heads = n_keys, n_heads
+def _qwen3_next_resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
+    layer.num_k_heads, layer.num_v_heads, layer.head_k_dim = n_keys, n_heads, d_k
     layer.key_dim, layer.value_dim = n_keys * layer.head_k_dim, n_heads * layer.head_v_dim
     layer.conv_dim = 2 * layer.key_dim + layer.value_dim
 
@@ -143,6 +169,7 @@ LAYOUTS = {
             n_keys=lambda layer: layer.num_k_heads,
             d_k=lambda layer: layer.head_k_dim,
             d_v=lambda layer: layer.head_v_dim,
+            d_k_setting="linear_key_head_dim",
             gate_projection="in_proj_ba",
             gates=_qwen3_next_gates,
             without_writes=_qwen3_next_without_writes,
@@ -234,6 +261,22 @@ def head_names(layer: nn.Module, layout: Layout) -> list[int]:
         [0, 3, 4, 5, 6, 7]
     """
     return list(getattr(layer, "staterank_heads", range(layout.n_heads(layer))))
+
+
+def key_names(layer: nn.Module, layout: Layout) -> list[int]:
+    """For each key head that a layer has, which one of the whole model it is.
+
+    Args:
+        layer, layout: from `linear_layers`.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.pruning import prune_heads
+        >>> _, layer, layout = linear_layers(prune_heads(load_model("hybrid"), {0: [1, 2, 3]}))[0]
+        >>> key_names(layer, layout)  # the first serves one head now, so the others are there twice, once a head
+        [0, 2, 2, 3, 3]
+    """
+    return list(getattr(layer, "staterank_keys", range(layout.n_keys(layer))))
 
 
 def modeling_module(layer: nn.Module) -> ModuleType:

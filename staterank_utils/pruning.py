@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from staterank_utils.layouts import LAYOUTS, Layout, head_names, linear_layers
+from staterank_utils.layouts import LAYOUTS, Layout, head_names, key_names, linear_layers
 from staterank_utils.models import choose_kernels
 
 FORMAT = 1
@@ -131,7 +131,7 @@ def duplicated_bytes(model: PreTrainedModel) -> int:
     """
     total = 0
     for _, layer, layout in linear_layers(model):
-        keys, sizes = _keys(layer, layout), _sizes(layer, layout)
+        keys, sizes = key_names(layer, layout), layout.sizes(layer)
         n_duplicates = len(keys) - len(set(keys))
         for blocks in layout.weights if n_duplicates else ():
             weight = layer.get_parameter(blocks.weight)
@@ -172,18 +172,9 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
 # ---------------------------------------------------------------- layers
 
 
-def _sizes(layer: nn.Module, layout: Layout) -> dict[str, int]:
-    return {"d_k": layout.d_k(layer), "d_v": layout.d_v(layer)}
-
-
-def _keys(layer: nn.Module, layout: Layout) -> list[int]:
-    """For each key head that a layer has, which one of the whole model it is."""
-    return list(getattr(layer, "staterank_keys", range(layout.n_keys(layer))))
-
-
 def _keep(layer: nn.Module, layout: Layout, kept: Sequence[int]) -> None:
     """Cut a layer down to some of its heads, in place. Its weights may be on any device, also "meta"."""
-    names, keys = head_names(layer, layout), _keys(layer, layout)
+    names, keys = head_names(layer, layout), key_names(layer, layout)
     if list(kept) == names:
         return
     per_key = len(names) // len(keys)
@@ -198,17 +189,9 @@ def _keep(layer: nn.Module, layout: Layout, kept: Sequence[int]) -> None:
     ]
     groups = [(keys.index(key), heads) for key, heads in new]
     for blocks in layout.weights:
-        rows = blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=_sizes(layer, layout))
-        old = layer.get_parameter(blocks.weight)
-        chosen = old.data.index_select(blocks.axis, torch.tensor(rows, dtype=torch.long, device=old.device))
-        path, _, attribute = blocks.weight.rpartition(".")
-        owner = layer.get_submodule(path)
-        setattr(owner, attribute, nn.Parameter(chosen, requires_grad=old.requires_grad))
-        if isinstance(owner, nn.Linear):
-            owner.out_features, owner.in_features = chosen.shape
-        elif isinstance(owner, nn.Conv1d):
-            owner.in_channels = owner.out_channels = owner.groups = len(chosen)
-    layout.resize(layer, len(new), len(kept))
+        rows = blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=layout.sizes(layer))
+        blocks.cut(layer, rows)
+    layout.resize(layer, len(new), len(kept), layout.d_k(layer))
     layer.staterank_heads, layer.staterank_keys = list(kept), [key for key, _ in new]
 
 

@@ -3,8 +3,8 @@
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +148,9 @@ def _trace_batch(
     outputs: list[Tensor] = []
     with ExitStack() as stack:
         sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
-        taps = [stack.enter_context(_StateTap(*layer, reduce=reduce, n_held=len(layers))) for layer in layers]
+        taps = [_StateTap(*layer, reduce=reduce, n_held=len(layers)) for layer in layers]
+        for (_, layer, layout), tap in zip(layers, taps, strict=True):
+            stack.enter_context(scans_through(layer, layout, tap.scan))
         for start in range(0, positions[-1], SEGMENT):
             stop = min(start + SEGMENT, positions[-1])
             inside = [position - start for position in positions if start < position <= stop]
@@ -171,8 +173,49 @@ def _trace_batch(
     )
 
 
+@contextmanager
+def scans_through(layer: nn.Module, layout: Layout, call: Callable[..., Any]) -> Iterator[None]:
+    """While entered, a layer's calls of its `scans` are made by `call(kernel, query, key, value, g=..., beta=..., ...)`.
+
+    Args:
+        layer, layout: from `linear_layers`.
+        call: makes the call of the kernel, and returns what that returns.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.layouts import linear_layers
+        >>> model, shapes = load_model("hybrid"), []
+        >>> def look(kernel, query, key, *rest, **options):
+        ...     shapes.append(tuple(key.shape))
+        ...     return kernel(query, key, *rest, **options)
+        >>> _, layer, layout = linear_layers(model)[0]
+        >>> with scans_through(layer, layout, look):
+        ...     _ = model(torch.ones(1, 9, dtype=torch.long, device=model.device))
+        >>> shapes[0][:2], shapes[0][-1]
+        ((1, 9), 64)
+    """
+    forward = layer.forward
+
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        module = modeling_module(layer)
+        kernels = {name: getattr(module, name) for name in layout.scans}
+        for name, kernel in kernels.items():
+            setattr(module, name, functools.partial(call, kernel))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for name, kernel in kernels.items():
+                setattr(module, name, kernel)
+
+    layer.forward = tapped
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
 class _StateTap:
-    """While entered, keeps what is made of a layer's states at the positions set, as the layer reads a segment.
+    """Keeps what is made of a layer's states at the positions set, as the layer reads a segment through `scan`.
 
     The layer's kernels are called in pieces that end at the positions; all else in the layer sees the whole segment. States
     are reduced `n_held` positions at a time: with as many as there are layers, that is the memory of one moment of them all.
@@ -191,28 +234,7 @@ class _StateTap:
         self.positions: list[int] = []
         self.kept: list[Tensor] = []
 
-    def __enter__(self) -> "_StateTap":
-        self._forward = self.layer.forward
-        self.layer.forward = self._tapped
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del self.layer.forward
-
-    def _tapped(self, *args: Any, **kwargs: Any) -> Any:
-        module = modeling_module(self.layer)
-        kernels = {name: getattr(module, name) for name in self.layout.scans}
-        for name, kernel in kernels.items():
-            setattr(module, name, functools.partial(self._in_pieces, kernel))
-        try:
-            return self._forward(*args, **kwargs)
-        finally:
-            for name, kernel in kernels.items():
-                setattr(module, name, kernel)
-
-    def _in_pieces(
-        self, kernel: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, kernel: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """A call of a kernel over (batch, token, head, ...), cut along the tokens."""
         names = ("query", "key", "value", "g", "beta")
         tokens = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}

@@ -118,6 +118,24 @@ def test_heads_that_are_removed_score_as_heads_that_are_silenced(study: Ablation
     assert len(study.heads) == 48, "the model itself keeps its heads"
 
 
+def test_a_smaller_model_is_scored_on_the_same_prompts(study: Ablation) -> None:
+    heads = study.arm(LOW, 6)
+    scores = study.scores_of(study.pruned(heads))
+    assert list(scores) == study.mastered
+    assert scores["recall"].tolist() == study.score("recall", heads).tolist()
+    assert study.over_intact(scores) == study.retained(heads)
+    assert study.pruned(heads[::-1]) is study.pruned(heads)
+
+
+def test_a_sweep_can_be_made_on_other_prompts(study: Ablation, monkeypatch) -> None:
+    monkeypatch.setattr(study, "heads", study.heads[:2])
+    here, there = study.sweep(), study.sweep(seed=1001)
+    assert len(here) == len(there) == 2
+    assert (here != there).any()
+    with ablate_heads(study.model, [study.heads[1]]):
+        assert here[1] == pytest.approx(study.loss() - study.intact_loss)
+
+
 def test_what_heads_retain_is_set_against_as_many_random_ones(study: Ablation, monkeypatch) -> None:
     chosen = study.arm(LOW, 3)
     scores = {(): [1.0, 1.0, 0.5], tuple(sorted(chosen)): [1.0, 0.5, 0.5]}

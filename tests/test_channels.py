@@ -1,0 +1,148 @@
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_qwen3_next, unchecked
+from transformers import AutoModelForCausalLM
+
+from staterank_utils.channels import keep_channels, select_channels
+from staterank_utils.layouts import key_names, linear_layers
+from staterank_utils.models import choose_kernels, make_cache
+from staterank_utils.pruning import cache_bytes, prune_heads
+from staterank_utils.surgery import ablate_heads
+from staterank_utils.tracing import scans_through, trace_states
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(1, 64, (3, 70), generator=torch.Generator().manual_seed(1))
+
+
+def reading_only(model, channels) -> ExitStack:
+    """While entered, the recurrence of the whole model is given only the channels of queries and keys that are kept."""
+    stack = ExitStack()
+    for index, layer, layout in linear_layers(model):
+        names = key_names(layer, layout)
+
+        def cut(kernel, query, key, value, *rest, index=index, names=names, **options):
+            per = key.shape[2] // len(names)
+            of_head = torch.tensor([channels[index][name] for name in names for _ in range(per)])
+            places = of_head.expand(*key.shape[:2], *of_head.shape)
+            return kernel(query.gather(-1, places), key.gather(-1, places), value, *rest, **options)
+
+        stack.enter_context(scans_through(layer, layout, cut))
+    return stack
+
+
+@pytest.mark.parametrize("n_channels", [1, 5, 8])
+def test_it_computes_what_the_whole_model_does_with_cut_queries_and_keys(tiny_model, ids, n_channels: int) -> None:
+    channels = select_channels(tiny_model, ids, n_channels)
+    reduced = keep_channels(tiny_model, channels)
+    with torch.no_grad(), reading_only(tiny_model, channels):
+        expected = tiny_model(ids, use_cache=False).logits
+    with torch.no_grad():
+        assert (reduced(ids).logits - expected).abs().max() < 1e-5
+        cache, parts = make_cache(reduced), []
+        for start, stop in ((0, 33), (33, 68), (68, 69), (69, 70)):
+            positions = torch.arange(start, stop)[None]
+            parts.append(reduced(ids[:, start:stop], position_ids=positions, past_key_values=cache).logits)
+        assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5
+        changed = (tiny_model(ids, use_cache=False).logits - expected).abs().max()
+    assert changed == 0 if n_channels == 8 else changed > 1e-4
+
+
+def test_channels_are_in_the_order_of_a_pivoted_decomposition() -> None:
+    """Greedy: always the column with most length left once those chosen are projected out."""
+    model = tiny_qwen3_next(["linear_attention", "linear_attention"])
+    ids = torch.randint(1, 64, (2, 40), generator=torch.Generator().manual_seed(3))
+    keys: list[torch.Tensor] = []
+    index, layer, layout = linear_layers(model)[1]
+
+    def look(kernel, query, key, *rest, **options):
+        keys.append(key[:, :, :: key.shape[2] // 2].flatten(0, 1).double())
+        return kernel(query, key, *rest, **options)
+
+    with torch.no_grad(), scans_through(layer, layout, look):
+        model(ids, use_cache=False)
+    for head in (0, 1):
+        matrix = torch.cat(keys)[:, head].numpy()
+        matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+        chosen: list[int] = []
+        for _ in range(4):
+            basis = np.linalg.qr(matrix[:, chosen])[0] if chosen else np.zeros((len(matrix), 0))
+            left = np.linalg.norm(matrix - basis @ (basis.T @ matrix), axis=0)
+            left[chosen] = -1
+            chosen.append(int(left.argmax()))
+        assert select_channels(model, ids, 4)[index][head] == sorted(chosen)
+
+
+def test_the_state_shrinks_by_the_share_of_channels(tiny_model, ids) -> None:
+    def recurrent(model) -> int:
+        with torch.no_grad():
+            return cache_bytes(model(ids, past_key_values=make_cache(model)).past_key_values)["recurrent"]
+
+    assert recurrent(keep_channels(tiny_model, select_channels(tiny_model, ids, 6))) == recurrent(tiny_model) * 6 // 8
+
+
+@pytest.mark.parametrize("heads", [{0: [0]}, {0: [0, 1]}, {0: [0, 1, 2, 3]}], ids=str)
+def test_it_composes_with_pruning_in_either_order(tiny_model, ids, heads) -> None:
+    channels = select_channels(tiny_model, ids, 5)
+    first = prune_heads(keep_channels(tiny_model, channels), heads)
+    left = prune_heads(tiny_model, heads)
+    kept = {
+        index: {name: channels[index][name] for name in key_names(layer, layout)}
+        for index, layer, layout in linear_layers(left)
+    }
+    second = keep_channels(left, kept)
+    with (
+        torch.no_grad(),
+        ablate_heads(reduced := keep_channels(tiny_model, channels), [(0, head) for head in heads[0]]),
+    ):
+        expected = reduced(ids).logits
+    with torch.no_grad():
+        assert torch.equal(first(ids).logits, second(ids).logits)
+        assert (first(ids).logits - expected).abs().max() < 1e-4
+    assert {**select_channels(left, ids, 5)}.keys() == channels.keys()
+
+
+def test_a_reduced_model_is_traced_saved_and_loaded_without_us(tiny_model, ids, tmp_path: Path) -> None:
+    reduced = keep_channels(tiny_model, select_channels(tiny_model, ids, 5))
+    assert trace_states(reduced, ids, positions=[70]).values.shape[-2] == 5
+    reduced.save_pretrained(tmp_path / "reduced")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "reduced")
+    choose_kernels(loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, reduced(ids).logits)
+    program = f"from transformers import AutoModelForCausalLM as A; print(A.from_pretrained({str(tmp_path / 'reduced')!r}).num_parameters())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == reduced.num_parameters() < tiny_model.num_parameters()
+
+
+@pytest.mark.parametrize("n_channels", [0, 9])
+def test_a_number_of_channels_out_of_range_is_refused(n_channels: int, ids) -> None:
+    with pytest.raises(ValueError, match=rf"must be in 1\.\.8, got {n_channels}"):
+        select_channels(tiny_qwen3_next(["linear_attention"]), ids, n_channels)
+
+
+def test_too_few_tokens_are_refused(ids) -> None:
+    with pytest.raises(ValueError, match="7 tokens cannot order 8 channels"):
+        select_channels(tiny_qwen3_next(["linear_attention"]), ids[:1, :7], 4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "words"),
+    [
+        ({0: {0: [1], 1: [1]}}, "must be given for layers and key heads"),
+        ({0: {0: [1]}, 1: {0: [1], 1: [1]}}, "must be given for layers and key heads"),
+        ({0: {0: [1], 1: [1]}, 1: {0: [1], 1: [1, 2]}}, r"got numbers \[1, 2\]"),
+        ({0: {0: [1], 1: [1]}, 1: {0: [1], 1: [8]}}, r"layer 1, key head 1 must be some of 0\.\.7"),
+        ({0: {0: [1, 1], 1: [1, 2]}, 1: {0: [1, 2], 1: [1, 2]}}, "layer 0, key head 0 .* each once"),
+    ],
+)
+def test_channels_that_do_not_fit_are_refused(channels, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        unchecked(keep_channels)(tiny_qwen3_next(["linear_attention", "linear_attention"]), channels)
