@@ -26,36 +26,33 @@ from staterank_utils.tracing import scans_through
 Channels = dict[int, dict[int, list[int]]]  # decoder layer -> key head -> channels
 
 
-def select_channels(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"], n_channels: int) -> Channels:
-    """The channels of every key head that span its keys best, for `keep_channels`.
+def order_channels(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]) -> Channels:
+    """The channels of every key head, those first that span its keys best.
 
     Keys of all tokens, each of length 1, are decomposed as K P = Q R with column pivoting: the next channel is the one
-    with most length left once those before it are projected out. The first `n_channels` of the order are kept.
+    with most length left once those before it are projected out.
 
     Source: arXiv:2602.04852 (see the module).
 
     Args:
         model: from `load_model`, pruned or not.
         prompts: calibration prompts; together at least as many tokens as a key has channels.
-        n_channels: to keep a key head, 1..d_k.
 
     Returns:
-        Decoder layer -> key head, by its index in the whole model -> channels, in order.
+        Decoder layer -> key head, by its index in the whole model -> all d_k channels, in that order.
 
     Raises:
-        ValueError: `n_channels` is not in 1..d_k, or there are fewer tokens than channels.
+        ValueError: there are fewer tokens than channels.
 
     Example:
         >>> import torch
         >>> from staterank_utils import load_model
-        >>> channels = select_channels(load_model("hybrid"), torch.arange(128).reshape(1, 128), 39)
-        >>> len(channels), list(channels[0]), len(channels[0][3])
-        (6, [0, 1, 2, 3], 39)
+        >>> order = order_channels(load_model("hybrid"), torch.arange(128).reshape(1, 128))
+        >>> len(order), list(order[0]), sorted(order[0][3]) == list(range(64))
+        (6, [0, 1, 2, 3], True)
     """
     layers = linear_layers(model)
-    d_k = min(layout.d_k(layer) for _, layer, layout in layers)
-    if not 1 <= n_channels <= d_k:
-        raise ValueError(f"channels to keep must be in 1..{d_k}, got {n_channels}")
+    d_k = layers[0][2].d_k(layers[0][1])
     if prompts.numel() < d_k:
         raise ValueError(f"{prompts.numel()} tokens cannot order {d_k} channels: give more or longer prompts")
     seen: dict[int, list[Tensor]] = {}
@@ -69,67 +66,67 @@ def select_channels(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]
             stack.enter_context(scans_through(layer, layout, partial(read, index)))
         for prompt in prompts.to(model.device):
             model.base_model(input_ids=prompt[None], use_cache=False)
-    chosen: Channels = {}
+    order: Channels = {}
     for index, layer, layout in layers:
         names = key_names(layer, layout)
-        chosen[index] = {}
+        order[index] = {}
         for place, name in enumerate(names):
             # Some versions of a layer repeat each key head for its value heads.
             keys = torch.cat(seen[index]).unflatten(1, (len(names), -1))[:, place, 0]
-            _, order = scipy.linalg.qr(keys, mode="r", pivoting=True)
-            chosen[index][name] = sorted(order[:n_channels].tolist())
-    return chosen
+            order[index][name] = scipy.linalg.qr(keys, mode="r", pivoting=True)[1].tolist()
+    return order
 
 
-def keep_channels(model: PreTrainedModel, channels: Mapping[int, Mapping[int, Sequence[int]]]) -> PreTrainedModel:
-    """A copy of a model whose queries and keys have only some of their channels, and whose states so many rows fewer.
+def keep_channels(
+    model: PreTrainedModel, order: Mapping[int, Mapping[int, Sequence[int]]], *, share: float
+) -> PreTrainedModel:
+    """A copy of a model without a share of the channels of its queries and keys, whose states are so many rows smaller.
 
     Queries and keys are normalized over the channels that are left. The configuration holds the new d_k, so
     `from_pretrained` needs to know nothing else. Composes with `prune_heads`, in either order.
 
     Args:
         model: from `load_model`, pruned or not; it is not changed.
-        channels: for every linear-attention layer and every of its key heads, by its index in the whole model, the channels
-            to keep, the same number for all (`select_channels`).
+        order: for every linear-attention layer and every of its key heads, by its index in the whole model, all its
+            channels, those first that are to stay (`order_channels`). Key heads that were removed may be in it.
+        share: of channels to remove, and so of the recurrent state's bytes, rounded to whole channels.
 
     Returns:
         A model of the same class and dtype, on the same device.
 
     Raises:
-        ValueError: a layer or key head is missing or unknown, numbers differ, or a channel is named twice or is not there.
+        ValueError: a share outside [0, 1) or that leaves no channel, a layer or key head without an order, or an order that
+            does not hold every channel once.
 
     Example:
         >>> import torch
         >>> from staterank_utils import load_model
         >>> from staterank_utils.pruning import cache_bytes
         >>> model, ids = load_model("hybrid"), torch.arange(128).reshape(1, 128)
-        >>> smaller = keep_channels(model, select_channels(model, ids, 32))
+        >>> smaller = keep_channels(model, order_channels(model, ids), share=0.5)
         >>> cache_bytes(smaller(ids.to(model.device), use_cache=True).past_key_values)["recurrent"]  # half of 48 * 64 * 64 * 4
         393216
     """
     layers = linear_layers(model)
-    expected = {index: sorted(set(key_names(layer, layout))) for index, layer, layout in layers}
-    if {index: sorted(of_layer) for index, of_layer in channels.items()} != expected:
-        raise ValueError(
-            f"channels must be given for layers and key heads {expected}, "
-            f"got { ({index: sorted(of_layer) for index, of_layer in channels.items()}) }"
-        )
     d_k = layers[0][2].d_k(layers[0][1])
-    for index, of_layer in channels.items():
-        for head, kept in of_layer.items():
-            if not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(d_k)):
+    n_channels = round((1 - share) * d_k) if 0 <= share < 1 else 0
+    if not n_channels:
+        raise ValueError(
+            f"the share of channels to remove lies in [0, 1) and leaves at least one of {d_k}; got {share}"
+        )
+    for index, layer, layout in layers:
+        for name in key_names(layer, layout):
+            found = list(order.get(index, {}).get(name, []))
+            if sorted(found) != list(range(d_k)):
                 raise ValueError(
-                    f"channels of layer {index}, key head {head} must be some of 0..{d_k - 1}, each once; got {list(kept)}"
+                    f"layer {index}, key head {name}: expected an order of all channels 0..{d_k - 1}, got {found}: "
+                    "make one of this model with order_channels"
                 )
-    counts = {len(kept) for of_layer in channels.values() for kept in of_layer.values()}
-    if len(counts) != 1:
-        raise ValueError(f"all key heads must keep the same number of channels, got numbers {sorted(counts)}")
-    [n_channels] = counts
     reduced = copy.deepcopy(model)
     for index, layer, layout in linear_layers(reduced):
         names, per_key = key_names(layer, layout), layout.n_heads(layer) // max(1, layout.n_keys(layer))
         groups = [(place, range(place * per_key, (place + 1) * per_key)) for place in range(len(names))]
-        of_heads = [channels[index][name] for name in names]
+        of_heads = [sorted(order[index][name][:n_channels]) for name in names]
         for blocks in layout.weights:
             rows = blocks.rows(groups, n_keys=len(names), per_key=per_key, sizes=layout.sizes(layer), channels=of_heads)
             blocks.cut(layer, rows)

@@ -326,6 +326,34 @@ def plot_head_pairs(ax: Axes, x: NDArray, y: NDArray, high: NDArray[np.bool_], *
     ax.set(xlabel=xlabel, ylabel=ylabel)
 
 
+def plot_selection(ax: Axes, rank: NDArray, norm: NDArray, removed: NDArray[np.bool_]) -> None:
+    """Heads by relative rank and relative norm: crosses are removed, circles stay.
+
+    Args:
+        ax: where to draw.
+        rank, norm: one number a head, 0..1.
+        removed: of the same heads.
+
+    Example:
+        >>> ax, x = Figure().subplots(), np.array([0.1, 0.5, 1.0])
+        >>> plot_selection(ax, x, x, x > 0.7)
+        >>> [(line.get_label(), line.get_marker(), len(line.get_xdata())) for line in ax.lines]
+        [('removed', 'x', 1), ('kept', 'o', 2)]
+    """
+    for group, marker, colour, label in ((removed, "x", HIGH["color"], "removed"), (~removed, "o", "0.4", "kept")):
+        ax.plot(
+            rank[group],
+            norm[group],
+            linestyle="none",
+            marker=marker,
+            color=colour,
+            markersize=6,
+            markerfacecolor="none",
+            label=label,
+        )
+    ax.set(xlabel="r / d", ylabel="norm / largest norm", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+
+
 def plot_agreement(ax: Axes, matrix: NDArray, labels: Sequence[str], *, title: str) -> None:
     """Heat map of an agreement between every pair of inputs, numbers written in, lower triangle.
 
@@ -403,7 +431,10 @@ def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequen
     Args:
         ax: where to draw.
         shares: 0..1, increasing.
-        methods: label -> estimates, one for each share; the band of the first alone is drawn.
+        methods: label -> estimates, one for each share, at most six methods; the band of the first alone is drawn.
+
+    Raises:
+        ValueError: more methods than can be told apart.
 
     Example:
         >>> ax, flat = Figure().subplots(), [Estimate(1.0, 0.9, 1.0), Estimate(0.5, 0.4, 0.6)]
@@ -411,7 +442,9 @@ def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequen
         >>> [line.get_marker() for line in ax.lines], len(ax.collections), ax.get_xlabel()
         (['o', 's'], 1, 'share of heads removed, %')
     """
-    looks = zip(("o", "s", "^", "v", "D", "P"), ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))), strict=True)
+    looks = list(zip(("o", "s", "^", "v", "D", "P"), ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))), strict=True))
+    if len(methods) > len(looks):
+        raise ValueError(f"{len(methods)} curves cannot be told apart: at most {len(looks)}, draw the others elsewhere")
     for (label, estimates), (marker, dash) in zip(methods.items(), looks, strict=False):
         x = [100 * share for share in shares]
         [line] = ax.plot(x, [e.point for e in estimates], marker=marker, linestyle=dash, markersize=5, label=label)

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_qwen3_next, unchecked
 from transformers import AutoModelForCausalLM
 
-from staterank_utils.channels import keep_channels, select_channels
+from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.layouts import key_names, linear_layers
 from staterank_utils.models import choose_kernels, make_cache
 from staterank_utils.pruning import cache_bytes, prune_heads
@@ -38,11 +38,17 @@ def reading_only(model, channels) -> ExitStack:
     return stack
 
 
-@pytest.mark.parametrize("n_channels", [1, 5, 8])
-def test_it_computes_what_the_whole_model_does_with_cut_queries_and_keys(tiny_model, ids, n_channels: int) -> None:
-    channels = select_channels(tiny_model, ids, n_channels)
-    reduced = keep_channels(tiny_model, channels)
-    with torch.no_grad(), reading_only(tiny_model, channels):
+@pytest.mark.parametrize(("n_channels", "share"), [(1, 0.9), (5, 0.375), (8, 0.0)])
+def test_it_computes_what_the_whole_model_does_with_cut_queries_and_keys(
+    tiny_model, ids, n_channels: int, share: float
+) -> None:
+    order = order_channels(tiny_model, ids)
+    kept = {
+        index: {name: sorted(all_of_it[:n_channels]) for name, all_of_it in heads.items()}
+        for index, heads in order.items()
+    }
+    reduced = keep_channels(tiny_model, order, share=share)
+    with torch.no_grad(), reading_only(tiny_model, kept):
         expected = tiny_model(ids, use_cache=False).logits
     with torch.no_grad():
         assert (reduced(ids).logits - expected).abs().max() < 1e-5
@@ -77,7 +83,7 @@ def test_channels_are_in_the_order_of_a_pivoted_decomposition() -> None:
             left = np.linalg.norm(matrix - basis @ (basis.T @ matrix), axis=0)
             left[chosen] = -1
             chosen.append(int(left.argmax()))
-        assert select_channels(model, ids, 4)[index][head] == sorted(chosen)
+        assert order_channels(model, ids)[index][head][:4] == chosen
 
 
 def test_the_state_shrinks_by_the_share_of_channels(tiny_model, ids) -> None:
@@ -85,32 +91,28 @@ def test_the_state_shrinks_by_the_share_of_channels(tiny_model, ids) -> None:
         with torch.no_grad():
             return cache_bytes(model(ids, past_key_values=make_cache(model)).past_key_values)["recurrent"]
 
-    assert recurrent(keep_channels(tiny_model, select_channels(tiny_model, ids, 6))) == recurrent(tiny_model) * 6 // 8
+    assert (
+        recurrent(keep_channels(tiny_model, order_channels(tiny_model, ids), share=0.25))
+        == recurrent(tiny_model) * 6 // 8
+    )
 
 
 @pytest.mark.parametrize("heads", [{0: [0]}, {0: [0, 1]}, {0: [0, 1, 2, 3]}], ids=str)
 def test_it_composes_with_pruning_in_either_order(tiny_model, ids, heads) -> None:
-    channels = select_channels(tiny_model, ids, 5)
-    first = prune_heads(keep_channels(tiny_model, channels), heads)
-    left = prune_heads(tiny_model, heads)
-    kept = {
-        index: {name: channels[index][name] for name in key_names(layer, layout)}
-        for index, layer, layout in linear_layers(left)
-    }
-    second = keep_channels(left, kept)
-    with (
-        torch.no_grad(),
-        ablate_heads(reduced := keep_channels(tiny_model, channels), [(0, head) for head in heads[0]]),
-    ):
+    order = order_channels(tiny_model, ids)
+    reduced = keep_channels(tiny_model, order, share=0.4)
+    first, second = prune_heads(reduced, heads), keep_channels(prune_heads(tiny_model, heads), order, share=0.4)
+    with torch.no_grad(), ablate_heads(reduced, [(0, head) for head in heads[0]]):
         expected = reduced(ids).logits
     with torch.no_grad():
         assert torch.equal(first(ids).logits, second(ids).logits)
         assert (first(ids).logits - expected).abs().max() < 1e-4
-    assert {**select_channels(left, ids, 5)}.keys() == channels.keys()
+    of_pruned = order_channels(prune_heads(tiny_model, heads), ids)
+    assert set(of_pruned[0]) == {1: {0, 1}, 2: {1}, 4: set()}[len(heads[0])]
 
 
 def test_a_reduced_model_is_traced_saved_and_loaded_without_us(tiny_model, ids, tmp_path: Path) -> None:
-    reduced = keep_channels(tiny_model, select_channels(tiny_model, ids, 5))
+    reduced = keep_channels(tiny_model, order_channels(tiny_model, ids), share=0.4)
     assert trace_states(reduced, ids, positions=[70]).values.shape[-2] == 5
     reduced.save_pretrained(tmp_path / "reduced")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "reduced")
@@ -122,27 +124,30 @@ def test_a_reduced_model_is_traced_saved_and_loaded_without_us(tiny_model, ids, 
     assert int(done.stdout) == reduced.num_parameters() < tiny_model.num_parameters()
 
 
-@pytest.mark.parametrize("n_channels", [0, 9])
-def test_a_number_of_channels_out_of_range_is_refused(n_channels: int, ids) -> None:
-    with pytest.raises(ValueError, match=rf"must be in 1\.\.8, got {n_channels}"):
-        select_channels(tiny_qwen3_next(["linear_attention"]), ids, n_channels)
-
-
 def test_too_few_tokens_are_refused(ids) -> None:
     with pytest.raises(ValueError, match="7 tokens cannot order 8 channels"):
-        select_channels(tiny_qwen3_next(["linear_attention"]), ids[:1, :7], 4)
+        order_channels(tiny_qwen3_next(["linear_attention"]), ids[:1, :7])
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.95, 1.0, float("nan")])
+def test_a_share_that_cannot_be_removed_is_refused(share: float, ids) -> None:
+    model = tiny_qwen3_next(["linear_attention"])
+    with pytest.raises(ValueError, match=r"lies in \[0, 1\) and leaves at least one of 8"):
+        keep_channels(model, order_channels(model, ids), share=share)
+
+
+WHOLE = list(range(8))
 
 
 @pytest.mark.parametrize(
-    ("channels", "words"),
+    ("order", "words"),
     [
-        ({0: {0: [1], 1: [1]}}, "must be given for layers and key heads"),
-        ({0: {0: [1]}, 1: {0: [1], 1: [1]}}, "must be given for layers and key heads"),
-        ({0: {0: [1], 1: [1]}, 1: {0: [1], 1: [1, 2]}}, r"got numbers \[1, 2\]"),
-        ({0: {0: [1], 1: [1]}, 1: {0: [1], 1: [8]}}, r"layer 1, key head 1 must be some of 0\.\.7"),
-        ({0: {0: [1, 1], 1: [1, 2]}, 1: {0: [1, 2], 1: [1, 2]}}, "layer 0, key head 0 .* each once"),
+        ({0: {0: WHOLE, 1: WHOLE}}, "layer 1, key head 0: expected an order of all channels"),
+        ({0: {0: WHOLE}, 1: {0: WHOLE, 1: WHOLE}}, "layer 0, key head 1: expected an order"),
+        ({0: {0: WHOLE, 1: WHOLE}, 1: {0: WHOLE, 1: WHOLE[1:]}}, r"layer 1, key head 1: .* got \[1, 2"),
+        ({0: {0: [0, *WHOLE[:-1]], 1: WHOLE}, 1: {0: WHOLE, 1: WHOLE}}, r"layer 0, key head 0: .* got \[0, 0"),
     ],
 )
-def test_channels_that_do_not_fit_are_refused(channels, words: str) -> None:
+def test_orders_that_do_not_fit_are_refused(order, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        unchecked(keep_channels)(tiny_qwen3_next(["linear_attention", "linear_attention"]), channels)
+        unchecked(keep_channels)(tiny_qwen3_next(["linear_attention", "linear_attention"]), order, share=0.5)
