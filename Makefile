@@ -43,9 +43,10 @@ check: .venv/installed ## lint, format, types, notebook pairs
 notebooks: .venv/installed ## write the .ipynb of every notebooks/*.py
 	$(BIN)/python -m book.pairs
 
-bench: .venv/installed ## time tracing and ablating against what one would do otherwise
+bench: .venv/installed ## time tracing, ablating and pruning against what one would do otherwise
 	$(BIN)/python -m benchmarks.trace
 	$(BIN)/python -m benchmarks.ablate
+	$(BIN)/python -m benchmarks.prune
 
 full: .venv/installed ## run the notebooks with the full profile (ONLY="NAME ..." some of them) and store their results
 	$(BIN)/python -m book.assemble --stage _build/full --profile full $(if $(ONLY),--only $(ONLY))

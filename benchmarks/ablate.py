@@ -9,13 +9,12 @@ model gives the expected answer: one forward over prompt and answer. `--store` w
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
+from benchmarks.timing import over_first, rounds
 from staterank_utils import domain_prompts, load_model, load_tokenizer
 from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
@@ -30,28 +29,13 @@ BATCHES = (1, 32)
 GOAL = "an ablated forward takes at most 1.02 plain ones; ours decodes no slower than generate"
 
 
-def rounds(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every way in every round; a first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in tqdm(range(repeats + 1), desc=next(iter(ways))):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def rows_of(seconds: dict[str, list[float]], tokens: int) -> list[tuple[str, ...]]:
     """One row a way: median milliseconds, tokens a second, median ratio to the first way."""
-    first = next(iter(seconds.values()))
+    ratios = over_first(seconds)
     rows: list[tuple[str, ...]] = []
     for name, values in seconds.items():
         median = statistics.median(values)
-        ratio = statistics.median(a / b for a, b in zip(values, first, strict=True))
-        rows.append((name, f"{1000 * median:.0f}", f"{tokens / median:,.0f}", f"{ratio:.3f}"))
+        rows.append((name, f"{1000 * median:.0f}", f"{tokens / median:,.0f}", f"{ratios[name]:.3f}"))
     return rows
 
 

@@ -9,12 +9,11 @@ which the book shows.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 
+from benchmarks.timing import rounds
 from staterank_utils import domain_prompts, load_model, load_tokenizer, singular_values, trace_states
 from staterank_utils.claims import markdown_table
 from staterank_utils.layouts import linear_layers
@@ -55,15 +54,7 @@ def main() -> None:
         "trace of 12 positions with spectra": trace,
         "naive: forward a position, SVD a head": naive,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in tqdm(range(arguments.repeats + 1), desc="rounds"):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
+    seconds = rounds(ways, arguments.repeats)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     plain = medians["one plain forward"]
     rows = [

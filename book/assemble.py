@@ -25,7 +25,7 @@ from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("trace", "ablate")
+BENCHMARKS = ("trace", "ablate", "prune")
 PACKAGES = (
     "torch", "transformers", "flash-linear-attention", "triton", "numpy", "scipy", "diptest", "matplotlib", "seaborn", "papermill", "jupyter-book",
 )  # fmt: skip

@@ -426,7 +426,7 @@ def plot_doses(ax: Axes, counts: Sequence[int], arms: Mapping[str, Sequence[Esti
 
 
 def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequence[Estimate]]) -> None:
-    """Something against the share of heads that is removed, one curve a method, told apart by mark and dash as well as colour.
+    """Something against the share of the state that is removed, one curve a method, told apart by mark and dash as well as colour.
 
     Args:
         ax: where to draw.
@@ -440,7 +440,7 @@ def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequen
         >>> ax, flat = Figure().subplots(), [Estimate(1.0, 0.9, 1.0), Estimate(0.5, 0.4, 0.6)]
         >>> plot_methods(ax, [0.0, 0.389], {"joint": flat, "random": flat})
         >>> [line.get_marker() for line in ax.lines], len(ax.collections), ax.get_xlabel()
-        (['o', 's'], 1, 'share of heads removed, %')
+        (['o', 's'], 1, 'share of the state removed, %')
     """
     looks = list(zip(("o", "s", "^", "v", "D", "P"), ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))), strict=True))
     if len(methods) > len(looks):
@@ -457,7 +457,7 @@ def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequen
                 alpha=0.2,
                 linewidth=0,
             )
-    ax.set(xlabel="share of heads removed, %")
+    ax.set(xlabel="share of the state removed, %")
     ax.set_xticks([100 * share for share in shares], [f"{100 * share:.3g}" for share in shares], fontsize="small")
 
 

@@ -1,0 +1,30 @@
+"""Times of several ways to do one thing, taken in turn in one process."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from tqdm import tqdm
+
+
+def rounds(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every way in every round; a first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in tqdm(range(repeats + 1), desc=next(iter(ways))):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def over_first(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """Of every way, the median over rounds of its time over that of the first way in the same round."""
+    first = next(iter(seconds.values()))
+    return {
+        name: statistics.median(a / b for a, b in zip(values, first, strict=True)) for name, values in seconds.items()
+    }
