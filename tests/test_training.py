@@ -10,13 +10,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from staterank_utils import Spectrum, domain_prompts, load_model, singular_values, trace_states
+from staterank_utils import Spectrum, domain_prompts, load_model, prune_heads, singular_values, trace_states
+from staterank_utils.ablation import Ablation
+from staterank_utils.evaluation import recall_task
 from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, choose_kernels, initial_model
+from training import recover as recovery
 from training import train as training
 from training.corpus import encode, read_books
 from training.fast_forward import FastForward
 from training.mixture import ANSWER_WEIGHT, Mixture
+from training.recover import Recovery
 from training.train import LAYERS, Settings, configuration, rate, train
 
 
@@ -151,6 +155,54 @@ def test_a_finished_run_goes_on_from_the_embedded_model(
     trained, embedded = (safetensors.torch.load_file(next(folder.glob("*-00001-*"))) for folder in (tmp_path / "model", CHECKPOINTS / "pure"))  # fmt: skip
     moved = max((trained[key].float() - embedded[key].float()).abs().max() for key in embedded)
     assert 0 < moved < 0.1
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_fast_forward_is_the_forward_of_a_pruned_model(name: str) -> None:
+    model = initial_model(configuration(name, vocabulary=512, eos=0, pad=1, seed=0))
+    pruned = prune_heads(model, {0: list(range(8)), 1: [3], 2: [0, 1, 4, 7]})
+    ids = torch.randint(0, 512, (2, 70), generator=torch.Generator().manual_seed(0))
+    fast = FastForward(pruned, plain_recurrence(pruned), dtype=torch.float32, compiled=False)
+    with torch.no_grad():
+        assert (fast.logits(ids) - pruned(ids, use_cache=False).logits).abs().max() < 1e-4
+
+
+def test_recovery_trains_every_arm_and_goes_on_after_a_kill(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "HELD_OUT_WINDOWS", 1)
+    monkeypatch.setattr(Ablation, "sweep", lambda self, *, seed: np.arange(len(self.heads), dtype=float))
+    settings = Recovery("hybrid", steps=2, n_prompts=2, n_graded=1, rows=1, n_tokens=64)
+    trained: list[str] = []
+    fine_tune = recovery.fine_tune
+
+    def killed_at_second(model, *rest) -> None:
+        if len(trained) == 1:
+            trained.append("killed")
+            raise KeyboardInterrupt
+        before = [parameter.clone() for parameter in model.parameters()]
+        fine_tune(model, *rest)
+        assert any((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+        trained.append(type(model).__name__)
+
+    monkeypatch.setattr(recovery, "fine_tune", killed_at_second)
+    file, tasks = tmp_path / "hybrid.json", {"recall": recall_task(4)}
+    recurrence = plain_recurrence(load_model("hybrid", device="cpu"))
+
+    def run() -> list:
+        recovery.recover(settings, corpus, file, recurrence, tasks=tasks, device="cpu", compiled=False, workers=0)
+        return json.loads(file.read_text())["rows"]
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    [first] = json.loads(file.read_text())["rows"]
+    rows = run()
+    assert rows[0] == first
+    assert [row["arm"] for row in rows] == ["whole", "joint", "joint, reversed", "least damage alone", "random"]
+    assert [row["heads"] for row in rows] == [0, 19, 19, 19, 19]
+    assert first["before"]["score / intact"]["point"] == 1
+    assert all(row["before"]["bits a byte"] != row["after"]["bits a byte"] for row in rows)
+    assert len(trained) == 6
 
 
 def test_the_stored_records_of_the_embedded_models_are_whole() -> None:

@@ -176,13 +176,7 @@ class FastForward:
         cos, sin = cos[:, None], sin[:, None]
         for layer in self.model.model.layers:
             before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-            if hasattr(layer, "linear_attn"):
-                m = layer.linear_attn
-                *inputs, z = self.linear_inputs(
-                    x, before, low(m.in_proj_qkvz.weight), low(m.in_proj_ba.weight), low(m.conv1d.weight), m.A_log, m.dt_bias, eps, m.head_k_dim, m.num_k_heads, m.num_v_heads
-                )  # fmt: skip
-                x = self.linear_outputs(x, self.recurrence(*inputs), z, low(m.norm.weight), low(m.out_proj.weight), eps)
-            else:
+            if hasattr(layer, "self_attn"):
                 m = layer.self_attn
                 x = self.attention(
                     x,
@@ -194,6 +188,12 @@ class FastForward:
                     sin,
                     eps,
                 )
+            elif layer.linear_attn.num_v_heads:  # else pruned to none, and the layer adds nothing
+                m = layer.linear_attn
+                *inputs, z = self.linear_inputs(
+                    x, before, low(m.in_proj_qkvz.weight), low(m.in_proj_ba.weight), low(m.conv1d.weight), m.A_log, m.dt_bias, eps, m.head_k_dim, m.num_k_heads, m.num_v_heads
+                )  # fmt: skip
+                x = self.linear_outputs(x, self.recurrence(*inputs), z, low(m.norm.weight), low(m.out_proj.weight), eps)
             m = layer.mlp
             x = self.mlp(x, after, low(m.gate_proj.weight), low(m.up_proj.weight), low(m.down_proj.weight), eps)
         return x
