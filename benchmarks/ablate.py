@@ -4,7 +4,7 @@
 
 Each way is run in turn, several times, in one process; ratios are medians of the ratios within a round. Decoding continues
 prompts of equal length by a fixed number of tokens, once alone and once 32 side by side. "checked" is what `evaluate` does where the
-model gives the expected answer: one forward over prompt and answer. `--store` writes results/benchmarks/ablate.json.
+model gives the expected answer: one forward over prompt and answer. `--store` keeps the table for the book.
 """
 
 import argparse
@@ -14,12 +14,11 @@ from functools import partial
 
 import torch
 
-from benchmarks.timing import over_first, rounds
+from benchmarks.timing import over_first, rounds, store
 from staterank_utils import domain_prompts, load_model, load_tokenizer
 from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
 from staterank_utils.models import make_cache
-from staterank_utils.results import STORED, provenance, write_json
 from staterank_utils.surgery import ablate_heads, all_heads
 
 FORWARD_TOKENS = 1024
@@ -86,10 +85,7 @@ def main() -> None:
     table = markdown_table(head, rows)
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:
-        write_json(
-            STORED / "benchmarks" / "ablate.json",
-            {"provenance": provenance(parameters=vars(arguments)), "goal": GOAL, "table": table},
-        )
+        store("ablate", parameters=vars(arguments), goal=GOAL, table=table)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Times of several ways to do one thing, taken in turn in one process."""
+"""Times of several ways to do one thing, taken in turn in one process, and where they are stored."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from staterank_utils.results import STORED, provenance, write_json
 
 
 def rounds(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -28,3 +31,10 @@ def over_first(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {
         name: statistics.median(a / b for a, b in zip(values, first, strict=True)) for name, values in seconds.items()
     }
+
+
+def store(name: str, *, parameters: Mapping[str, Any], goal: str, table: str) -> None:
+    """Write a table to results/benchmarks/NAME_cpu.json or NAME_gpu.json, by the machine; the book shows both."""
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    made = {"provenance": provenance(parameters=parameters), "goal": goal, "table": table}
+    write_json(STORED / "benchmarks" / f"{name}_{device}.json", made)

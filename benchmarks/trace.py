@@ -3,8 +3,8 @@
     python -m benchmarks.trace [--store]
 
 Each way is run in turn, several times, in one process; the table gives medians and ratios of medians. The naive way is what one
-writes first: a forward from the start for every position, an SVD for every head. `--store` writes results/benchmarks/trace.json,
-which the book shows.
+writes first: a forward from the start for every position, an SVD for every head. `--store` keeps the table for the
+book.
 """
 
 import argparse
@@ -13,12 +13,11 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.timing import rounds
+from benchmarks.timing import rounds, store
 from staterank_utils import domain_prompts, load_model, load_tokenizer, singular_values, trace_states
 from staterank_utils.claims import markdown_table
 from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache
-from staterank_utils.results import STORED, provenance, write_json
 
 POSITIONS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 GOAL = "a trace takes at most 1.3 forwards on a CPU"
@@ -71,11 +70,7 @@ def main() -> None:
     )
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:
-        parameters = {"model": arguments.model, "repeats": arguments.repeats, "positions": POSITIONS}
-        write_json(
-            STORED / "benchmarks" / "trace.json",
-            {"provenance": provenance(parameters=parameters), "goal": GOAL, "seconds": seconds, "table": table},
-        )
+        store("trace", parameters=vars(arguments) | {"positions": POSITIONS}, goal=GOAL, table=table)
 
 
 if __name__ == "__main__":

@@ -105,11 +105,16 @@ def first_figure(notebook: Path) -> bytes:
 
 
 def stored_benchmark(name: str) -> str:
-    """The stored table of a benchmark and where it was measured."""
-    data = json.loads((ROOT / "results" / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
-    made = data["provenance"]
-    where = f"Measured on {made['device']}, {made['date'][:10]}, commit {made['commit'][:10]}, torch {made['packages']['torch']}."
-    return f"{data['table']}\n\nGoal: {data['goal']}. {where}"
+    """The stored tables of a benchmark, one a machine, and where each was measured."""
+    tables = []
+    for file in sorted((ROOT / "results" / "benchmarks").glob(f"{name}_?pu.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        made = data["provenance"]
+        where = f"Measured on {made['device']}, {made['date'][:10]}, commit {made['commit'][:10]}, torch {made['packages']['torch']}."
+        tables.append(f"{data['table']}\n\nGoal: {data['goal']}. {where}")
+    if not tables:
+        raise SystemExit(f"no stored benchmark {name!r}: run `python -m benchmarks.{name} --store`")
+    return "\n\n".join(tables)
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ N_DRAWS = n_draws or (8 if QUICK else 32)
 SIZES = {
     "n_prompts": N_PROMPTS,
     "n_graded": 2 if QUICK else 16,
-    "batch_size": 16 if QUICK else 128,
+    "batch_size": 16 if QUICK else 250,
 }
 TASKS = {
     "needle": needle_task(3, 192 if QUICK else 1000),

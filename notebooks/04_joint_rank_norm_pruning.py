@@ -103,7 +103,7 @@ N_DRAWS = n_draws or (8 if QUICK else 32)
 SIZES = {
     "n_prompts": N_PROMPTS,
     "n_graded": 2 if QUICK else 16,
-    "batch_size": 16 if QUICK else 128,
+    "batch_size": 16 if QUICK else 250,
 }
 TASKS = {
     "needle": needle_task(3, 192 if QUICK else 1000),
@@ -112,7 +112,7 @@ TASKS = {
     "copying": copying_task(24, 48) if QUICK else copying_task(),
 }
 SHARES = (0.05, 0.125, SHARE) if QUICK else (0.05, 0.10, 0.125, 0.25, SHARE, 0.5)
-CURVE_DRAWS = 2 if QUICK else N_DRAWS
+CURVE_DRAWS = 2 if QUICK else 8
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 N_TEXTS, TEXT_TOKENS = (2, 192) if QUICK else (32, 1024)
 PARAMETERS = {

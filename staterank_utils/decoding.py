@@ -1,6 +1,7 @@
 """Greedy continuation of prompts, side by side: through the cache, and faster where the answer is expected."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel
 from staterank_utils.models import make_cache
 
 Tokens = list[int]
+STEPS_AT_ONCE = 16  # on a GPU, between two looks at what was made
+MASKS_BY_KIND = ("qwen3_next",)  # models whose forward takes a mask for each kind of layer, made beforehand
 
 
 @torch.inference_mode()
@@ -153,11 +156,25 @@ def _decode(
 ) -> None:
     """Append to each of `made` until its stop token or limit, one token a step for all rows."""
     ids, mask = pad_left(model, rows)
-    cache, positions = make_cache(model), (mask.cumsum(1) - 1).clamp_min(0)
+    room = max(limit - len(row) for row, limit in zip(made, limits, strict=True))
+    in_place = model.device.type == "cuda" and model.config.model_type in MASKS_BY_KIND
+    next_tokens = _steps_in_place(model, ids, mask, room) if in_place else _steps(model, ids, mask)
     over = [False] * len(rows)
+    for tokens in next_tokens:
+        for row, token in enumerate(tokens):
+            if not over[row]:
+                made[row].append(token)
+                over[row] = token in stop or len(made[row]) >= limits[row]
+        if all(over):
+            return
+
+
+def _steps(model: PreTrainedModel, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"]) -> Iterator[Tokens]:
+    """The next token of every row, again and again."""
+    cache, positions = make_cache(model), (mask.cumsum(1) - 1).clamp_min(0)
     # Without padding no mask is needed, and none is cheaper.
     padded = not mask.all()
-    while not all(over):
+    while True:
         hidden = model.base_model(
             input_ids=ids,
             attention_mask=mask if padded else None,
@@ -166,9 +183,60 @@ def _decode(
             use_cache=True,
         ).last_hidden_state
         ids = model.get_output_embeddings()(hidden[:, -1:]).argmax(-1)
-        for row, token in enumerate(ids[:, 0].tolist()):
-            if not over[row]:
-                made[row].append(token)
-                over[row] = token in stop or len(made[row]) >= limits[row]
+        yield ids[:, 0].tolist()
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
+
+
+def _steps_in_place(
+    model: PreTrainedModel, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"], room: int
+) -> Iterator[Tokens]:
+    """As `_steps`, for at most `room` tokens a row, over buffers that stay where they are; on a GPU each step replays one graph.
+
+    A step of a small model is some hundred kernels of a few microseconds; launching them from Python takes ten times longer
+    than they do. The prompt and the first step, which lets kernels choose their configuration, run as usual.
+    """
+    n_rows, n_read = ids.shape
+    cache = make_cache(model, max_tokens=n_read + room)
+    seen = torch.zeros(n_rows, 1, 1, n_read + room, dtype=torch.bool, device=ids.device)
+    seen[:, 0, 0, :n_read] = mask.bool()
+    now = torch.tensor([n_read], device=ids.device)
+    made = torch.empty(n_rows, room, dtype=ids.dtype, device=ids.device)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+
+    def read(ids: Tensor, masks: Any, positions: Tensor) -> Tensor:
+        output = model.base_model(
+            input_ids=ids, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        best: Tensor = model.get_output_embeddings()(output.last_hidden_state[:, -1:]).argmax(-1)
+        made.index_copy_(1, now - n_read, best)
+        return best
+
+    token = read(ids, mask, positions)
+    yield token[:, 0].tolist()
+    if room == 1:
+        return
+    position = positions[:, -1:] + 1
+
+    def step() -> None:
+        seen.index_fill_(3, now, True)
+        now.add_(1)
+        token.copy_(read(token, {"full_attention": seen, "linear_attention": None}, position))
+        position.add_(1)
+
+    step()
+    yield token[:, 0].tolist()
+    again = _captured(step) if ids.device.type == "cuda" else step
+    for start in range(2, room, STEPS_AT_ONCE):
+        stop = min(start + STEPS_AT_ONCE, room)
+        for _ in range(start, stop):
+            again()
+        yield from made[:, start:stop].T.tolist()
+
+
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
+    """A replay of what one step does on the GPU; the step is recorded, not done."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

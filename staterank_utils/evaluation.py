@@ -7,7 +7,7 @@ decides the score, none is generated after it; see `decoding.generate_greedily`.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -239,6 +239,12 @@ def draw_instances(task: Task | str, tokenizer: Any, *, n_instances: int, seed: 
         task = TASKS[task]
     if n_instances < 1:
         raise ValueError(f"n_instances must be at least 1, got {n_instances}")
+    return list(_drawn(task, tokenizer, n_instances, seed))
+
+
+@lru_cache(maxsize=64)
+def _drawn(task: Task, tokenizer: Any, n_instances: int, seed: int) -> tuple[Instance, ...]:
+    """Kept, since the same instances are answered by one model after the other."""
     instances = []
     for number in range(n_instances):
         turn = task.draw(random.Random(f"evaluation {task.description} {seed} {number}"), tokenizer)
@@ -246,7 +252,7 @@ def draw_instances(task: Task | str, tokenizer: Any, *, n_instances: int, seed: 
         instances.append(
             Instance(*(tokenizer.encode(text, add_special_tokens=False) for text in (turn.prompt, turn.answer)))
         )
-    return instances
+    return tuple(instances)
 
 
 def evaluate(
@@ -378,10 +384,12 @@ def text_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) ->
     """
     if input_ids.shape[1] < 2:
         raise ValueError(f"a text needs at least 2 tokens, got {input_ids.shape[1]}")
-    losses = []
-    for text in input_ids.to(model.device).split(1):
-        logits = model.get_output_embeddings()(model.base_model(input_ids=text, use_cache=False).last_hidden_state[0])
-        losses.append(F.cross_entropy(logits[:-1].double(), text[0, 1:]).item())
+    losses: list[float] = []
+    for texts in input_ids.to(model.device).split(1 if model.device.type == "cpu" else 32):
+        hidden = model.base_model(input_ids=texts, use_cache=False).last_hidden_state
+        for row, text in zip(hidden, texts, strict=True):
+            logits = model.get_output_embeddings()(row[:-1])
+            losses.append(F.cross_entropy(logits.double(), text[1:]).item())
     return np.array(losses)
 
 

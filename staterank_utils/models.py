@@ -17,9 +17,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
+    StaticCache,
 )
 
 from staterank_utils import kernels
@@ -409,14 +411,17 @@ class LinearOnlyCache(DynamicCache):
         return self._n_tokens + query_length, 0
 
 
-def make_cache(model: PreTrainedModel) -> DynamicCache:
+def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Cache:
     """An empty cache that suits the model, for `forward` and `generate`.
 
     Args:
         model: from `load_model`.
+        max_tokens: room for the keys and values of so many tokens, in one place from the start, as a loop wants it that is
+            recorded once and replayed; by default they grow.
 
     Returns:
-        The stock cache of transformers for a model that has softmax attention too, else a `LinearOnlyCache`.
+        The stock cache of transformers for a model that has softmax attention too, else a `LinearOnlyCache`, whose states need
+        the same room at any length.
 
     Example:
         >>> model = load_model("hybrid")
@@ -426,4 +431,6 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
         (9, 'DynamicCache')
     """
     has_attention = any("attention" in kind and kind != "linear_attention" for kind in model.config.layer_types)
-    return DynamicCache(config=model.config) if has_attention else LinearOnlyCache(model.config)
+    if not has_attention:
+        return LinearOnlyCache(model.config)
+    return DynamicCache(config=model.config) if max_tokens is None else StaticCache(model.config, max_tokens)

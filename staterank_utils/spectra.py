@@ -52,10 +52,36 @@ def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*le
     return _eigenvalues(wide.mT @ wide).flip(-1).clamp_min(0).sqrt() * scale[..., 0]
 
 
+def decompose(
+    state: Float[Tensor, "*lead d_k d_v"],
+) -> tuple[Float[Tensor, "*lead d_k d"], Float[Tensor, "*lead d"], Float[Tensor, "*lead d d_v"]]:
+    """Singular vectors and values of states: U, sigma (largest first) and V^T with state = U diag(sigma) V^T.
+
+    Args:
+        state: as in `singular_values`.
+
+    Returns:
+        float64, on the CPU, where batches of small matrices are faster than on a GPU.
+
+    Example:
+        >>> u, sigma, vh = decompose(torch.tensor([[0.0, 3.0], [1.0, 0.0]]))
+        >>> sigma.tolist(), ((u * sigma) @ vh).tolist()
+        ([3.0, 1.0], [[0.0, 3.0], [1.0, 0.0]])
+    """
+    wide = state.detach().to(device="cpu", dtype=torch.float64)
+    parts = list(_threads().map(functools.partial(torch.linalg.svd, full_matrices=False), _shares(wide)))
+    u, sigma, vh = (torch.cat(part).reshape(*wide.shape[:-2], *part[0].shape[1:]) for part in zip(*parts, strict=True))
+    return u, sigma, vh
+
+
 def _eigenvalues(matrices: Float[Tensor, "*lead d d"]) -> Float[Tensor, "*lead d"]:
-    """Of symmetric matrices, smallest first; LAPACK takes them one after the other, so each thread gets a share of them."""
-    shares = matrices.reshape(-1, *matrices.shape[-2:]).tensor_split(torch.get_num_threads())
-    return torch.cat(list(_threads().map(torch.linalg.eigvalsh, shares))).view(matrices.shape[:-1])
+    """Of symmetric matrices, smallest first."""
+    return torch.cat(list(_threads().map(torch.linalg.eigvalsh, _shares(matrices)))).view(matrices.shape[:-1])
+
+
+def _shares(matrices: Float[Tensor, "*lead n m"]) -> tuple[Tensor, ...]:
+    """One share of the matrices for each thread, since LAPACK takes them one after the other."""
+    return matrices.reshape(-1, *matrices.shape[-2:]).tensor_split(torch.get_num_threads())
 
 
 @functools.cache

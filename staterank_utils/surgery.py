@@ -7,6 +7,7 @@ A head is named (layer, head): the index of the decoder layer and of the value h
 before any head was pruned.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from staterank_utils.layouts import head_names, linear_layers
 from staterank_utils.models import make_cache
+from staterank_utils.spectra import decompose
 
 Head = tuple[int, int]
 KINDS = ("zero", "mean", "frozen")
@@ -255,9 +257,8 @@ def best_rank(state: Float[Tensor, "*lead d_k d_v"], rank: int) -> Float[Tensor,
         raise ValueError(f"rank must be at least 0, got {rank}")
     if rank >= min(state.shape[-2:]):
         return state
-    u, sigma, vh = torch.linalg.svd(state.double(), full_matrices=False)
-    sigma[..., rank:] = 0
-    return ((u * sigma.unsqueeze(-2)) @ vh).to(state)
+    u, sigma, vh = decompose(state)
+    return ((u[..., :rank] * sigma[..., None, :rank]) @ vh[..., :rank, :]).to(state)
 
 
 def rotated(state: Float[Tensor, "*lead d_k d_v"], *, seed: int) -> Float[Tensor, "*lead d_k d_v"]:
@@ -320,14 +321,18 @@ def _replaced(n_heads: int, heads: list[int], put_out: Tensor) -> Callable[[nn.M
     kept = torch.ones(n_heads, 1, dtype=torch.bool)
     kept[heads] = False
 
+    @functools.cache
+    def on(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
+        """Which numbers stay, and what stands in the place of the others; moved once, so that a graph can be captured."""
+        replacement = torch.zeros(n_heads, width, dtype=dtype)
+        replacement[heads] = put_out.to(replacement)
+        return kept.expand(-1, width).flatten().to(device), replacement.flatten().to(device)
+
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = inputs[0]
-        size = (n_heads, x.shape[-1] // n_heads)
         # One pass over the activations, whatever the number of heads.
-        replacement = x.new_zeros(size)
-        replacement[heads] = put_out.to(x)
-        mask = kept.to(x.device).expand(size).flatten()
-        return (torch.where(mask, x, replacement.flatten()), *inputs[1:])
+        mask, replacement = on(x.device, x.dtype, x.shape[-1] // n_heads)
+        return (torch.where(mask, x, replacement), *inputs[1:])
 
     return hook
 
@@ -337,7 +342,14 @@ def _without_writes(
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """A hook behind a gate projection that keeps some heads from writing."""
 
+    @functools.cache
+    def on(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
+        """Which of its numbers are replaced, and by what; made once, so that a graph can be captured."""
+        put_out = without_writes(layer, torch.zeros(1, 1, width, dtype=dtype, device=device), heads)
+        return put_out != 0, put_out
+
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return without_writes(layer, output, heads)
+        replaced, put_out = on(output.device, output.dtype, output.shape[-1])
+        return torch.where(replaced, put_out, output)
 
     return hook

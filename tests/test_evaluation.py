@@ -1,3 +1,4 @@
+import itertools
 import random
 import re
 
@@ -8,7 +9,8 @@ from conftest import tiny_qwen3_next
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from staterank_utils.decoding import generate_greedily, greedy_choices
+from staterank_utils import decoding
+from staterank_utils.decoding import generate_greedily, greedy_choices, pad_left
 from staterank_utils.evaluation import (
     TASKS,
     answer_nats,
@@ -24,7 +26,7 @@ from staterank_utils.evaluation import (
     score_interval,
     text_nats,
 )
-from staterank_utils.models import make_cache
+from staterank_utils.models import load_model, make_cache
 from staterank_utils.surgery import ablate_heads, all_heads, forward_with_edits
 
 LAYERS = {
@@ -71,6 +73,27 @@ def test_the_first_error_ends_a_continuation_only_where_asked() -> None:
     drafts = [right[0], [*right[1][:2], (right[1][2] + 1) % 64, *right[1][3:]]]
     made = generate_greedily(model, prompts, max_new_tokens=[6, 6], drafts=drafts, first_error_ends=True)
     assert made == [right[0], right[1][:3]]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("room", [1, 2, 3, 2 * decoding.STEPS_AT_ONCE + 5])
+def test_steps_over_fixed_buffers_make_the_same_tokens(kind: str, room: int) -> None:
+    model = tiny_qwen3_next(LAYERS[kind])
+    with torch.inference_mode():
+        ids, mask = pad_left(model, some_rows([70, 3, 12, 1]))
+        expected = list(itertools.islice(decoding._steps(model, ids, mask), room))
+        assert list(decoding._steps_in_place(model, ids, mask, room)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["hybrid", "pure"])
+@pytest.mark.parametrize("kind", ["zero", "frozen"])
+def test_a_recorded_step_makes_the_same_tokens_on_a_gpu(name: str, kind: str) -> None:
+    model = load_model(name, device="cuda")
+    with torch.inference_mode(), ablate_heads(model, [(0, 3), (5, 1)], kind=kind):
+        ids, mask = pad_left(model, some_rows([70, 3, 12, 1]))
+        expected = list(itertools.islice(decoding._steps(model, ids, mask), 60))
+        assert list(decoding._steps_in_place(model, ids, mask, 60)) == expected
 
 
 def test_generation_agrees_with_transformers(hybrid, tokenizer) -> None:
