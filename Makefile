@@ -28,8 +28,8 @@ book: .venv/installed ## run the notebooks (PROFILE=quick) and build the site in
 	$(BIN)/jupyter-book build $(STAGE) --path-output . --all -n -W --keep-going
 	@echo "the book is in _build/html/index.html"
 
-test: .venv/installed ## run the tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+test: .venv/installed ## run the tests that need no GPU, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
 
 test-gpu: .venv/installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import key_names, linear_layers
-from staterank_utils.models import choose_kernels
+from staterank_utils.models import choose_kernels, read_tokens
 from staterank_utils.tracing import scans_through
 
 Channels = dict[int, dict[int, list[int]]]  # decoder layer -> key head -> channels
@@ -42,7 +42,7 @@ def order_channels(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"])
         Decoder layer -> key head, by its index in the whole model -> all d_k channels, in that order.
 
     Raises:
-        ValueError: there are fewer tokens than channels.
+        ValueError: there are fewer tokens than channels, or the architecture knows one number for both sides of a state.
 
     Example:
         >>> import torch
@@ -51,7 +51,7 @@ def order_channels(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"])
         >>> len(order), list(order[0]), sorted(order[0][3]) == list(range(64))
         (6, [0, 1, 2, 3], True)
     """
-    layers = linear_layers(model)
+    layers = _with_channels(model)
     d_k = layers[0][2].d_k(layers[0][1])
     if prompts.numel() < d_k:
         raise ValueError(f"{prompts.numel()} tokens cannot order {d_k} channels: give more or longer prompts")
@@ -65,7 +65,7 @@ def order_channels(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"])
         for index, layer, layout in layers:
             stack.enter_context(scans_through(layer, layout, partial(read, index)))
         for prompt in prompts.to(model.device):
-            model.base_model(input_ids=prompt[None], use_cache=False)
+            read_tokens(model, prompt[None])
     order: Channels = {}
     for index, layer, layout in layers:
         names = key_names(layer, layout)
@@ -107,7 +107,7 @@ def keep_channels(
         >>> cache_bytes(smaller(ids.to(model.device), use_cache=True).past_key_values)["recurrent"]  # half of 48 * 64 * 64 * 4
         393216
     """
-    layers = linear_layers(model)
+    layers = _with_channels(model)
     d_k = layers[0][2].d_k(layers[0][1])
     n_channels = round((1 - share) * d_k) if 0 <= share < 1 else 0
     if not n_channels:
@@ -123,14 +123,25 @@ def keep_channels(
                     "make one of this model with order_channels"
                 )
     reduced = copy.deepcopy(model)
-    for index, layer, layout in linear_layers(reduced):
+    for index, layer, layout in _with_channels(reduced):
         names, per_key = key_names(layer, layout), layout.n_heads(layer) // max(1, layout.n_keys(layer))
         groups = [(place, range(place * per_key, (place + 1) * per_key)) for place in range(len(names))]
         of_heads = [sorted(order[index][name][:n_channels]) for name in names]
-        for blocks in layout.weights:
+        for blocks in layout.blocks(layer):
             rows = blocks.rows(groups, n_keys=len(names), per_key=per_key, sizes=layout.sizes(layer), channels=of_heads)
             blocks.cut(layer, rows)
         layout.resize(layer, len(names), layout.n_heads(layer), n_channels)
-        setattr(reduced.config, layout.d_k_setting, n_channels)
+        setattr(reduced.config.get_text_config(), layout.d_k_setting, n_channels)
     choose_kernels(reduced)
     return reduced
+
+
+def _with_channels(model: PreTrainedModel) -> list[tuple[int, Any, Any]]:
+    """`linear_layers`, of an architecture whose key channels can be cut."""
+    layers = linear_layers(model)
+    for _, _, layout in layers:
+        if layout.d_k_setting is None or not layout.scans:
+            raise ValueError(
+                f"key channels of {layout.layer_class} cannot be cut: its configuration has no number of them of its own"
+            )
+    return layers

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from staterank_utils.models import make_cache
+from staterank_utils.models import make_cache, output_logits, read_tokens
 
 Tokens = list[int]
 STEPS_AT_ONCE = 16  # on a GPU, between two looks at what was made
@@ -102,7 +102,7 @@ def greedy_choices(model: PreTrainedModel, prompts: Sequence[Tokens], continuati
     ids, mask = pad_left(model, [[*p, *c] for p, c in zip(prompts, continuations, strict=True)])
     hidden = read_padded(model, ids, mask)
     ends = [hidden[row, ids.shape[1] - len(c) - 1 :] for row, c in enumerate(continuations)]
-    best = model.get_output_embeddings()(torch.cat(ends)).argmax(-1).cpu()
+    best = output_logits(model, torch.cat(ends)).argmax(-1).cpu()
     return [part.tolist() for part in best.split([len(part) for part in ends])]
 
 
@@ -145,10 +145,7 @@ def read_padded(
         torch.Size([2, 2, 256])
     """
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    hidden: Tensor = model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    return hidden
+    return read_tokens(model, ids, positions=positions, mask=mask)
 
 
 def _decode(
@@ -175,14 +172,8 @@ def _steps(model: PreTrainedModel, ids: Int[Tensor, "row token"], mask: Int[Tens
     # Without padding no mask is needed, and none is cheaper.
     padded = not mask.all()
     while True:
-        hidden = model.base_model(
-            input_ids=ids,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        ids = model.get_output_embeddings()(hidden[:, -1:]).argmax(-1)
+        hidden = read_tokens(model, ids, positions=positions, cache=cache, mask=mask if padded else None)
+        ids = output_logits(model, hidden[:, -1:]).argmax(-1)
         yield ids[:, 0].tolist()
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
@@ -208,7 +199,7 @@ def _steps_in_place(
         output = model.base_model(
             input_ids=ids, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        best: Tensor = model.get_output_embeddings()(output.last_hidden_state[:, -1:]).argmax(-1)
+        best = output_logits(model, output.last_hidden_state[:, -1:]).argmax(-1)
         made.index_copy_(1, now - n_read, best)
         return best
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils.decoding import Tokens, generate_greedily, pad_left, read_padded
+from staterank_utils.models import output_logits, read_tokens
 from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.tasks import Turn, arithmetic, copying, final_answer, needle, recall, technical_prose
 
@@ -358,7 +359,7 @@ def answer_nats(
         ids, mask = pad_left(model, [[*prompt, *answer] for prompt, answer in batch])
         hidden = read(ids) if read else read_padded(model, ids, mask)
         for row, (_, answer) in enumerate(batch):
-            logits = model.get_output_embeddings()(hidden[row, -len(answer) - 1 : -1])
+            logits = output_logits(model, hidden[row, -len(answer) - 1 : -1])
             losses.append(F.cross_entropy(logits.double(), ids[row, -len(answer) :]).item())
     return np.array(losses)
 
@@ -386,10 +387,8 @@ def text_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) ->
         raise ValueError(f"a text needs at least 2 tokens, got {input_ids.shape[1]}")
     losses: list[float] = []
     for texts in input_ids.to(model.device).split(1 if model.device.type == "cpu" else 32):
-        hidden = model.base_model(input_ids=texts, use_cache=False).last_hidden_state
-        for row, text in zip(hidden, texts, strict=True):
-            logits = model.get_output_embeddings()(row[:-1])
-            losses.append(F.cross_entropy(logits.double(), text[1:]).item())
+        for hidden, text in zip(read_tokens(model, texts), texts, strict=True):
+            losses.append(F.cross_entropy(output_logits(model, hidden[:-1]).double(), text[1:]).item())
     return np.array(losses)
 
 
@@ -425,7 +424,7 @@ def induction(
     shares = []
     for _ in range(n_instances):
         copy = torch.tensor(rng.choices(ordinary, k=gap), device=model.device)
-        hidden = model.base_model(input_ids=copy.repeat(2)[None], use_cache=False).last_hidden_state[0]
-        best = model.get_output_embeddings()(hidden[gap : 2 * gap - 1]).argmax(-1)
+        hidden = read_tokens(model, copy.repeat(2)[None])[0]
+        best = output_logits(model, hidden[gap : 2 * gap - 1]).argmax(-1)
         shares.append((best == copy[1:]).double().mean().item())
     return np.array(shares)

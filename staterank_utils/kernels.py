@@ -313,9 +313,13 @@ def _gated_delta_net(
         hidden_states = hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)
     n_batch, n_tokens, _ = hidden_states.shape
     conv_state = recurrent_state = None
+    recording = False
     if cache_params is not None:
-        conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
-        recurrent_state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+        # By attribute, since transformers 5.17 has no methods for it.
+        held = cache_params.layers[self.layer_idx]
+        recording = held.record_past
+        if held.has_previous_state[0]:
+            conv_state, recurrent_state = held.conv_states[0], held.recurrent_states[0]
 
     # Both projections are grouped by key head: [query | key | values | gates z] and [b | a].
     n_keys, d_k, d_v = self.num_k_heads, self.head_k_dim, self.head_v_dim
@@ -330,7 +334,7 @@ def _gated_delta_net(
     mixed = mixed.transpose(1, 2)
 
     weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-    if conv_state is not None and n_tokens == 1 and not cache_params.is_recording_past(self.layer_idx):
+    if conv_state is not None and n_tokens == 1 and not recording:
         mixed = kernels.causal_conv1d_update(mixed, conv_state, weight, bias, self.activation)
     else:
         if cache_params is not None:

@@ -2,30 +2,34 @@
 
 import functools
 import hashlib
+import importlib
 import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Cache,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     StaticCache,
 )
+from transformers.cache_utils import CacheLayerMixin
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
-from staterank_utils import kernels
-from staterank_utils.layouts import linear_layers, modeling_module
+from staterank_utils import fla_cpu, kernels
+from staterank_utils.layouts import Layout, find_layers, linear_layers, modeling_module
 
 EMBEDDED = ("hybrid", "pure")
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -74,11 +78,14 @@ def load_model(
     chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     if Path(source).is_dir():
         verify_weights(Path(source))
+    config = _config(source, options)
     if weights == "initial":
-        model = initial_model(AutoConfig.from_pretrained(source, **options), seed=seed)
+        model = initial_model(config, seed=seed)
         model = model.to(device=device, dtype=None if chosen == "auto" else chosen)
     elif weights in ("trained", "shuffled"):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, use_safetensors=True, **options).to(device)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=chosen, use_safetensors=True, **options
+        ).to(device)
         if weights == "shuffled":
             shuffle_weights(model, seed=seed)
     else:
@@ -140,6 +147,23 @@ def _source(
             f"there is no folder {name_or_path!r}; if it is a hub id, pass revision=..., a commit or tag, so that the result names what it measured"
         )
     return name_or_path, {"revision": revision, "trust_remote_code": trust_remote_code}
+
+
+def _config(source: str, options: dict[str, Any]) -> PreTrainedConfig:
+    """A model's configuration, of the library that wrote it.
+
+    fla registers types of its own with transformers as soon as it is imported, which transformers does for some models; for
+    mamba2, mamba and bitnet they then stand in the place of transformers' own.
+    """
+    settings, _ = PreTrainedConfig.get_config_dict(source, **options)
+    model_type = settings.get("model_type")
+    if fla_cpu.wrote(settings):
+        fla_cpu.knows(model_type)
+    elif "auto_map" not in settings and model_type in CONFIG_MAPPING_NAMES:
+        package = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
+        own: type[PreTrainedConfig] = getattr(package, CONFIG_MAPPING_NAMES[model_type])
+        return own.from_pretrained(source, **options)
+    return AutoConfig.from_pretrained(source, **options)
 
 
 def verify_weights(folder: Path) -> None:
@@ -293,7 +317,8 @@ def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
         plain: use transformers' plain version on every device: slower, in true float32.
 
     Returns:
-        "torch", "fla" (Triton) or "torch, for want of fla", for the log.
+        "torch", "fla" (Triton), "torch, for want of fla", or for a model of fla's own on a CPU "fla's naive operators (slow,
+        exact)", for the log.
 
     Raises:
         ValueError: a model that `linear_layers` refuses.
@@ -302,12 +327,19 @@ def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
         >>> choose_kernels(load_model("hybrid", device="cpu"))
         'torch'
     """
+    layers = linear_layers(model)
+    for _, layer, layout in layers:
+        correct_forward(layer, layout)
+    if fla_cpu.is_fla(model):
+        fla_cpu.choose(plain=plain)
+        on_cpu = plain or next(model.parameters()).device.type == "cpu"
+        return "fla's naive operators (slow, exact)" if on_cpu else "fla"
     backends = {
         _dispatch_by_device(modeling_module(layer), name, plain=plain)
-        for _, layer, layout in linear_layers(model)
+        for _, layer, layout in layers
         for name in layout.kernels
     }
-    for _, layer, _ in linear_layers(model)[:1]:
+    for _, layer, _ in layers[:1]:
         _dispatch_forwards(modeling_module(layer), plain=plain)
     if plain:
         return "torch"
@@ -316,6 +348,22 @@ def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
         kernels.transpose_weights(model)
         return "torch"
     return "fla" if "fla" in backends else "torch, for want of fla"
+
+
+def correct_forward(layer: nn.Module, layout: Layout) -> None:
+    """Put the corrections of a layout around a layer's forward, once.
+
+    Args:
+        layer, layout: from `linear_layers`.
+
+    Example:
+        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
+        >>> correct_forward(layer, layout)
+        >>> "forward" in vars(layer)  # nothing to correct in gated delta layers
+        False
+    """
+    if layout.forward and "forward" not in vars(layer):
+        layer.forward = functools.partial(layout.forward(type(layer).forward), layer)
 
 
 def _dispatch_by_device(module: ModuleType, name: str, *, plain: bool) -> str:
@@ -389,16 +437,18 @@ class LinearOnlyCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
+        self._counted = next((i for i, layer in enumerate(self.layers) if hasattr(layer, "recurrent_states")), 0)
         self._n_tokens = 0
         self._n_new = 1
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        if layer_idx == 0:
+        # A layer may keep other convolutions too (`state_idx`), which do not read tokens one for one.
+        if layer_idx == self._counted and not kwargs.get("state_idx", args[0] if args else 0):
             self._n_new = conv_states.shape[-1]
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        if layer_idx == 0:
+        if layer_idx == self._counted:
             # A step of one token rewrites its convolution state in place, without update_conv_state.
             self._n_tokens += self._n_new
             self._n_new = 1
@@ -411,7 +461,7 @@ class LinearOnlyCache(DynamicCache):
         return self._n_tokens + query_length, 0
 
 
-def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Cache:
+def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Any:
     """An empty cache that suits the model, for `forward` and `generate`.
 
     Args:
@@ -421,7 +471,7 @@ def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Cach
 
     Returns:
         The stock cache of transformers for a model that has softmax attention too, else a `LinearOnlyCache`, whose states need
-        the same room at any length.
+        the same room at any length; or what the layout of the model's layers says.
 
     Example:
         >>> model = load_model("hybrid")
@@ -430,7 +480,76 @@ def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Cach
         >>> cache.get_seq_length(), type(cache).__name__
         (9, 'DynamicCache')
     """
-    has_attention = any("attention" in kind and kind != "linear_attention" for kind in model.config.layer_types)
-    if not has_attention:
-        return LinearOnlyCache(model.config)
-    return DynamicCache(config=model.config) if max_tokens is None else StaticCache(model.config, max_tokens)
+    layout = _layout_of(model)
+    if layout and layout.cache:
+        return layout.cache(model)
+    cache = DynamicCache(config=model.config) if max_tokens is None else StaticCache(model.config, max_tokens)
+    counts_tokens = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+    return cache if counts_tokens else LinearOnlyCache(model.config)
+
+
+def read_tokens(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch token"],
+    *,
+    positions: Int[Tensor, "rows token"] | None = None,
+    cache: Any = None,
+    mask: Int[Tensor, "batch all_tokens"] | None = None,
+) -> Float[Tensor, "batch token d_model"]:
+    """Hidden states of tokens before the output embedding, whatever the model calls its arguments.
+
+    Args:
+        model: from `load_model`.
+        input_ids: the tokens that are new.
+        positions: of these, one row for each prompt or one for all; always passed on where the model takes them, since some count from 0 in every segment.
+        cache: from `make_cache`, to go on from and to be updated; without one the tokens are all there is.
+        mask: 0 for padding, over all tokens read so far.
+
+    Example:
+        >>> model, ids = load_model("hybrid"), torch.arange(9).reshape(1, 9)
+        >>> read_tokens(model, ids.to(model.device)).shape
+        torch.Size([1, 9, 256])
+    """
+    known = _argument_names(type(model.base_model).forward)
+    if positions is None:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    positions = positions.expand(len(input_ids), -1)
+    options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": cache is not None}
+    options["past_key_values" if "past_key_values" in known else "cache_params"] = cache
+    options = {name: value for name, value in options.items() if name in known and value is not None}
+    layout = _layout_of(model)
+    if layout and layout.arguments:
+        options |= layout.arguments(model, input_ids, positions, cache)
+    hidden: Tensor = model.base_model(input_ids=input_ids, **options).last_hidden_state
+    return hidden
+
+
+def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocabulary"]:
+    """Logits of hidden states from `read_tokens`.
+
+    Example:
+        >>> model, ids = load_model("hybrid"), torch.arange(9).reshape(1, 9)
+        >>> with torch.no_grad():
+        ...     logits = output_logits(model, read_tokens(model, ids.to(model.device)))
+        >>> logits.shape[-1] == model.config.vocab_size
+        True
+    """
+    layout = _layout_of(model)
+    own = layout and layout.logits
+    logits: Tensor = own(model, hidden) if own else model.get_output_embeddings()(hidden)
+    return logits
+
+
+@functools.cache
+def _argument_names(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def _layout_of(model: PreTrainedModel) -> Layout | None:
+    """Of a model's first linear-attention layer, if it has one; looked up once, since decoding asks at every token."""
+    if model not in _layouts:
+        _layouts[model] = next((layout for _, _, layout in find_layers(model)), None)
+    return _layouts[model]
+
+
+_layouts: WeakKeyDictionary[nn.Module, Layout | None] = WeakKeyDictionary()

@@ -1,25 +1,22 @@
 """Take heads out for good: a smaller model of the same class, whose cache has no room for the states of heads that are gone.
 
 What was removed is written into the model's configuration. Importing this module (`import staterank_utils` does) teaches the
-layers to read it, so that `save_pretrained` and `from_pretrained` work as for any model, without remote code.
+models to read it, so that `save_pretrained` and `from_pretrained` work as for any model, without remote code.
 
 A head is named by the index that it had in the model before any was removed, also in a model that was pruned before.
 """
 
 import copy
 import functools
-import importlib
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from staterank_utils.layouts import LAYOUTS, Layout, head_names, key_names, linear_layers
-from staterank_utils.models import choose_kernels
+from staterank_utils.layouts import Layout, find_layers, head_names, key_names, linear_layers
+from staterank_utils.models import choose_kernels, correct_forward
 
 FORMAT = 1
 RECORD = "removed_heads"  # in the configuration: {"format": 1, "heads": {"layer": [head, ...]}}
@@ -60,7 +57,7 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[int]]) -> P
         True
     """
     kept = {index: head_names(layer, layout) for index, layer, layout in linear_layers(model)}
-    before = removed_heads(model.config)
+    before = removed_heads(model.config.get_text_config())
     chosen = {layer: list(of_layer) for layer, of_layer in heads.items()}
     for layer, of_layer in chosen.items():
         if layer not in kept:
@@ -78,9 +75,17 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[int]]) -> P
         )
     pruned = copy.deepcopy(model)
     for index, layer, layout in linear_layers(pruned):
+        if chosen.get(index) and not layout.weights:
+            raise ValueError(f"heads of {layout.layer_class} cannot be removed exactly: ablate them instead")
+        if chosen.get(index) and not layout.idle and len(chosen[index]) == len(kept[index]):
+            raise ValueError(f"layer {index} must keep a head: {layout.layer_class} cannot run without any")
         _keep(layer, layout, [head for head in kept[index] if head not in chosen.get(index, [])])
     record = {index: sorted({*before.get(index, []), *chosen.get(index, [])}) for index in kept}
-    setattr(pruned.config, RECORD, {"format": FORMAT, "heads": {str(i): gone for i, gone in record.items() if gone}})
+    setattr(
+        pruned.config.get_text_config(),
+        RECORD,
+        {"format": FORMAT, "heads": {str(i): gone for i, gone in record.items() if gone}},
+    )
     choose_kernels(pruned)
     log.info(
         "removed %d of %d heads; %s bytes of query and key weights are duplicates",
@@ -133,8 +138,8 @@ def duplicated_bytes(model: PreTrainedModel) -> int:
     for _, layer, layout in linear_layers(model):
         keys, sizes = key_names(layer, layout), layout.sizes(layer)
         n_duplicates = len(keys) - len(set(keys))
-        for blocks in layout.weights if n_duplicates else ():
-            weight = layer.get_parameter(blocks.weight)
+        for blocks in layout.blocks(layer) if n_duplicates else ():
+            weight = blocks.tensor(layer)
             rows = sum(size if isinstance(size, int) else sizes[size] for kind, size in blocks.parts if kind == "key")
             total += n_duplicates * rows * weight.nbytes // weight.shape[blocks.axis]
     return total
@@ -164,8 +169,19 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
             "convolution": getattr(layer, "conv_states", {}).values(),
             "softmax": (getattr(layer, "keys", None), getattr(layer, "values", None)),
         }
+        if state := getattr(layer, "state", None):
+            # A cache of fla: by name, one tensor or several of a kind. RWKV keeps the last token where others keep more.
+            names = (
+                ("recurrent", ("recurrent_state",)),
+                ("convolution", ("conv_state", "ffn_state")),
+                ("softmax", ("attn_state",)),
+            )
+            held = {name: x if isinstance(x, (tuple, list)) else (x,) for name, x in state.items()}
+            tensors = {kind: [x for name in of_kind for x in held[name]] for kind, of_kind in names}
         for kind, of_layer in tensors.items():
             total[kind] += sum(x.numel() * x.element_size() for x in of_layer if isinstance(x, Tensor))
+    # (MiniMax's cache keeps its states beside its layers)
+    total["recurrent"] += sum(x.nbytes for x in getattr(cache, "linear_cache", ()) if isinstance(x, Tensor))
     return total
 
 
@@ -188,49 +204,43 @@ def _keep(layer: nn.Module, layout: Layout, kept: Sequence[int]) -> None:
         (key, heads[start : start + size]) for key, heads in of_key.items() for start in range(0, len(heads), size or 1)
     ]
     groups = [(keys.index(key), heads) for key, heads in new]
-    for blocks in layout.weights:
+    for blocks in layout.blocks(layer):
         rows = blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=layout.sizes(layer))
         blocks.cut(layer, rows)
     layout.resize(layer, len(new), len(kept), layout.d_k(layer))
     layer.staterank_heads, layer.staterank_keys = list(kept), [key for key, _ in new]
+    if kept and layout.rescale:
+        layout.rescale(layer, len(names), len(kept))
+    correct_forward(layer, layout)
+    if not kept and layout.idle:
+        layer.forward = functools.partial(layout.idle, layer)
 
 
-def _teach(layout: Layout) -> None:
-    """Let a layer class build itself as its configuration's record says, and run without any head."""
-    owner: Any = getattr(importlib.import_module(layout.module), layout.layer_class)
-    build, run = owner.__init__, owner.forward
-
-    @functools.wraps(build)
-    def init(self: nn.Module, config: PreTrainedConfig, layer_idx: int) -> None:
-        build(self, config, layer_idx)
-        gone = removed_heads(config).get(layer_idx, [])
-        names = head_names(self, layout)
+def _cut_as_recorded(model: PreTrainedModel) -> None:
+    """Cut the layers of a model that was just built as its configuration's record says."""
+    removed = removed_heads(model.config.get_text_config())
+    for index, layer, layout in find_layers(model) if removed else ():
+        names, gone = head_names(layer, layout), removed.get(index, [])
+        # A model is built from the inside out: its base model has done this already.
+        if hasattr(layer, "staterank_heads") or not gone:
+            continue
         if unknown := sorted(set(gone) - set(names)):
             raise ValueError(
-                f"the configuration removes heads {unknown} of layer {layer_idx}, which has 0..{len(names) - 1}"
+                f"the configuration removes heads {unknown} of layer {index}, which has 0..{len(names) - 1}"
             )
-        _keep(self, layout, [name for name in names if name not in gone])
-
-    @functools.wraps(run)
-    def forward(
-        self: nn.Module, hidden_states: Tensor, cache_params: Cache | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        if layout.n_heads(self):
-            return run(self, hidden_states, cache_params, *args, **kwargs)
-        if cache_params is not None:
-            # The cache counts tokens by what layers put into it.
-            n_batch, n_tokens, _ = hidden_states.shape
-            cache_params.update_conv_state(
-                hidden_states.new_zeros(n_batch, 0, n_tokens),
-                self.layer_idx,
-                conv_kernel_size=self.conv_kernel_size,
-            )
-            empty = hidden_states.new_zeros(n_batch, 0, layout.d_k(self), layout.d_v(self), dtype=torch.float32)
-            cache_params.update_recurrent_state(empty, self.layer_idx)
-        return torch.zeros_like(hidden_states)
-
-    owner.__init__, owner.forward = init, forward
+        _keep(layer, layout, [name for name in names if name not in gone])
 
 
-for _layout in LAYOUTS.values():
-    _teach(_layout)
+def _teach() -> None:
+    """Let models build themselves as their configuration's record says: after the layers, before the weights."""
+    finish = PreTrainedModel.post_init
+
+    @functools.wraps(finish)
+    def post_init(self: PreTrainedModel) -> None:
+        _cut_as_recorded(self)
+        finish(self)
+
+    PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
+
+
+_teach()

@@ -9,18 +9,19 @@ def gated_delta_rule(
     query: Float[Tensor, "batch token head d_k"],
     key: Float[Tensor, "batch token head d_k"],
     value: Float[Tensor, "batch token head d_v"],
-    log_decay: Float[Tensor, "batch token head"],
+    log_decay: Float[Tensor, "batch token head"] | Float[Tensor, "batch token head d_k"],
     write_strength: Float[Tensor, "batch token head"],
 ) -> tuple[Float[Tensor, "batch token head d_v"], Float[Tensor, "batch token head d_k d_v"]]:
     """The gated delta rule, token by token.
 
     Source: S(t) = a_t (I - b_t k_t k_t^T) S(t-1) + b_t k_t v_t^T, o(t) = S(t)^T q(t) / sqrt(d_k), from S(0) = 0, with
-    a_t = exp(log_decay) and b_t = write_strength (Gated DeltaNet, arXiv:2412.06464, Eq. 10).
+    a_t = exp(log_decay) and b_t = write_strength (Gated DeltaNet, arXiv:2412.06464, Eq. 10). With one decay for each channel,
+    diag(a_t) stands in the place of a_t, to the right of the bracket (Kimi Delta Attention, arXiv:2510.26692, Eq. 1).
 
     Args:
         query, key, value: float64, keys and queries of length 1, one for every value head.
         log_decay: natural logarithm of a_t, at most 0.
-        write_strength: b_t, in [0, 1].
+        write_strength: b_t, in [0, 1], or in [0, 2] where a model allows negative eigenvalues.
 
     Returns:
         Outputs o(t), and the states S(t) after every token.
@@ -36,9 +37,10 @@ def gated_delta_rule(
     outputs, states = [], []
     for t in range(n_tokens):
         k, v, q = key[:, t], value[:, t], query[:, t]
-        a, b = log_decay[:, t].exp()[..., None, None], write_strength[:, t][..., None, None]
-        kept = a * (state - b * k.unsqueeze(-1) * torch.einsum("bhk,bhkv->bhv", k, state).unsqueeze(-2))
-        state = kept + b * k.unsqueeze(-1) * v.unsqueeze(-2)
+        decay, b = log_decay[:, t].exp(), write_strength[:, t][..., None]
+        kept = decay.reshape(*decay.shape[:2], -1, 1) * state
+        written = b * (v - torch.einsum("bhk,bhkv->bhv", k, kept))
+        state = kept + k.unsqueeze(-1) * written.unsqueeze(-2)
         states.append(state)
         outputs.append(torch.einsum("bhk,bhkv->bhv", q, state) / d_k**0.5)
     return torch.stack(outputs, 1), torch.stack(states, 1)

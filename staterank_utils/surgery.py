@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import head_names, linear_layers
-from staterank_utils.models import make_cache
+from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.spectra import decompose
 
 Head = tuple[int, int]
@@ -55,7 +55,8 @@ def ablate_heads(
 
     Source: the intervention of arXiv:2602.02195; which kind the paper used is not known.
 
-    - "zero": what a head puts out, after its gated norm, is 0. Its state goes on as before.
+    - "zero": what a head puts out, after its gated norm, is 0; before the norm, where one norm is over all heads of a layer.
+      Its state goes on as before.
     - "mean": what it puts out is the same at every token, its mean over reference prompts (`mean_outputs`).
     - "frozen": it writes nothing (b_t = 0), so a state that starts at 0 stays 0. Where the norm behind a head is its own,
       as in gated delta layers, this gives the same logits as "zero". Enter the block before the prompt is read.
@@ -99,10 +100,14 @@ def ablate_heads(
             layer, layout = modules[index]
             chosen = _places(of_layer, head_names(layer, layout))
             if kind == "frozen":
-                gate = layer.get_submodule(layout.gate_projection)
+                if layout.write_module is None or layout.without_writes is None:
+                    raise ValueError(
+                        f"the writes of {layout.layer_class} cannot be stopped exactly: choose kind 'zero' or 'mean'"
+                    )
+                gate = layer.get_submodule(layout.write_module)
                 handle = gate.register_forward_hook(_without_writes(layer, layout.without_writes, chosen))
             else:
-                projection = layer.get_submodule(layout.output_projection)
+                projection = layer.get_submodule(layout.output(layer))
                 put_out = means[index][chosen] if means is not None else torch.zeros(())
                 handle = projection.register_forward_pre_hook(_replaced(layout.n_heads(layer), chosen, put_out))
             stack.callback(handle.remove)
@@ -117,7 +122,7 @@ def softmax_heads(model: PreTrainedModel) -> list[Head]:
         >>> softmax_heads(load_model("hybrid"))
         [(3, 0), (3, 1), (3, 2), (3, 3), (7, 0), (7, 1), (7, 2), (7, 3)]
     """
-    return [(index, head) for index in _softmax_layers(model) for head in range(model.config.num_attention_heads)]
+    return [(index, head) for index in _softmax_layers(model) for head in range(_n_softmax_heads(model))]
 
 
 @contextmanager
@@ -144,7 +149,7 @@ def ablate_softmax_heads(model: PreTrainedModel, heads: Iterable[Head]) -> Itera
     by_layer = _by_layer(heads, softmax_heads(model), what="softmax")
     with ExitStack() as stack:
         for index, chosen in by_layer.items():
-            hook = _replaced(model.config.num_attention_heads, chosen, torch.zeros(()))
+            hook = _replaced(_n_softmax_heads(model), chosen, torch.zeros(()))
             stack.callback(layers[index].get_submodule(SOFTMAX_PROJECTION).register_forward_pre_hook(hook).remove)
         yield
 
@@ -179,10 +184,10 @@ def mean_outputs(
 
     with ExitStack() as stack:
         for index, layer, layout in linear_layers(model):
-            projection = layer.get_submodule(layout.output_projection)
+            projection = layer.get_submodule(layout.output(layer))
             stack.callback(projection.register_forward_pre_hook(add(index, layout.n_heads(layer))).remove)
         for batch in input_ids.split(batch_size):
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+            read_tokens(model, batch.to(model.device))
     return {index: (total / input_ids.numel()).float() for index, total in sums.items()}
 
 
@@ -222,16 +227,15 @@ def forward_with_edits(
     if every < 1:
         raise ValueError(f"every must be at least 1 token, got {every}")
     by_layer = _by_layer(heads, all_heads(model), what="linear-attention")
-    names = {index: head_names(layer, layout) for index, layer, layout in linear_layers(model)}
-    places = {index: _places(of_layer, names[index]) for index, of_layer in by_layer.items()}
+    layers = {index: (layer, layout) for index, layer, layout in linear_layers(model)}
+    places = {index: _places(of_layer, head_names(*layers[index])) for index, of_layer in by_layer.items()}
     input_ids = input_ids.to(model.device)
     order = torch.arange(input_ids.shape[1], device=model.device)[None]
     cache, hidden = make_cache(model), []
     for segment, positions in zip(input_ids.split(every, 1), order.split(every, 1), strict=True):
-        output: Any = model.base_model(input_ids=segment, position_ids=positions, past_key_values=cache, use_cache=True)
-        hidden.append(output.last_hidden_state)
+        hidden.append(read_tokens(model, segment, positions=positions, cache=cache))
         for index, chosen in places.items():
-            state = cache.layers[index].recurrent_states[0]
+            state = layers[index][1].state(cache, index)
             edited = edit(state[:, chosen])
             if edited.shape != state[:, chosen].shape:
                 raise ValueError(f"the edit made {tuple(edited.shape)} of states {tuple(state[:, chosen].shape)}")
@@ -308,12 +312,17 @@ def _places(heads: list[int], names: list[int]) -> list[int]:
 
 def _softmax_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Decoder layer -> its softmax attention."""
-    linear = {index for index, _, _ in linear_layers(model)}
+    linear = {layer for _, layer, _ in linear_layers(model)}
     return {
         module.layer_idx: module
         for module in model.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, SOFTMAX_PROJECTION) and module.layer_idx not in linear
+        if hasattr(module, "layer_idx") and hasattr(module, SOFTMAX_PROJECTION) and module not in linear
     }
+
+
+def _n_softmax_heads(model: PreTrainedModel) -> int:
+    n_heads: int = model.config.get_text_config().num_attention_heads
+    return n_heads
 
 
 def _replaced(n_heads: int, heads: list[int], put_out: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
@@ -345,8 +354,8 @@ def _without_writes(
     @functools.cache
     def on(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
         """Which of its numbers are replaced, and by what; made once, so that a graph can be captured."""
-        put_out = without_writes(layer, torch.zeros(1, 1, width, dtype=dtype, device=device), heads)
-        return put_out != 0, put_out
+        put_out = without_writes(layer, torch.full((1, 1, width), torch.nan, dtype=dtype, device=device), heads)
+        return ~put_out.isnan(), put_out
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         replaced, put_out = on(output.device, output.dtype, output.shape[-1])

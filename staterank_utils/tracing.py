@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import Layout, linear_layers, modeling_module
-from staterank_utils.models import make_cache
+from staterank_utils.models import make_cache, output_logits, read_tokens
 
 SEGMENT = 2048  # tokens that run through the model at a time; what they need of memory does not grow with the prompt
 
@@ -31,7 +31,8 @@ class StateTrace:
         layers: index in the model of each linear-attention layer.
         d_k, d_v: size of a state.
         log_decay: (layer, batch, head), natural logarithm of the decay a_t, mean over all tokens read, float64.
-        write_strength: (layer, batch, head), b_t in [0, 1], mean over all tokens read, float64.
+        write_strength: (layer, batch, head), b_t, mean over all tokens read, float64: in [0, 1] for the delta rule, the step dt for
+            Mamba-2.
         logits: (batch, position, vocabulary) after each of the positions, if they were asked for.
 
     Example:
@@ -69,7 +70,8 @@ def trace_states(
 
     A prompt is read once, in segments of 2,048 tokens through the model's cache. Inside a segment only the kernels of the
     linear-attention layers stop at the positions; each piece continues from the state that the one before it left. That is
-    the same computation as one full pass, up to the order of float32 sums.
+    the same computation as one full pass, up to the order of float32 sums. Where a layout names no such kernel, the segments
+    themselves end at the positions.
 
     Source: S(t) as in arXiv:2602.02195; which states a layer keeps, `staterank_utils.layouts`.
 
@@ -151,26 +153,29 @@ def _trace_batch(
         taps = [_StateTap(*layer, reduce=reduce, n_held=len(layers)) for layer in layers]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
-        for start in range(0, positions[-1], SEGMENT):
-            stop = min(start + SEGMENT, positions[-1])
+        for start, stop in itertools.pairwise(_borders(positions, layers)):
             inside = [position - start for position in positions if start < position <= stop]
             for tap in taps:
                 tap.positions = inside
-            hidden = model.base_model(
-                input_ids=input_ids[:, start:stop],
-                position_ids=order[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+            hidden = read_tokens(model, input_ids[:, start:stop], positions=order[:, start:stop], cache=cache)
+            for tap in taps:
+                if inside and not tap.layout.scans:
+                    tap.keep(tap.layout.state(cache, tap.index)[:, None].clone())
             if logits and inside:
                 chosen = hidden[:, [position - 1 for position in inside]]
-                outputs.append(model.get_output_embeddings()(chosen).float().cpu())
+                outputs.append(output_logits(model, chosen).float().cpu())
     gates = torch.stack([layer_sums.total for layer_sums in sums]) / positions[-1]
     return (
         torch.stack([torch.cat(tap.kept, 1) for tap in taps]),
         gates,
         torch.cat(outputs, 1) if logits else torch.empty(0),
     )
+
+
+def _borders(positions: Sequence[int], layers: list[tuple[int, nn.Module, Layout]]) -> list[int]:
+    """Where segments begin and end."""
+    wanted = positions if any(not layout.scans for _, _, layout in layers) else positions[-1:]
+    return sorted({*range(0, positions[-1], SEGMENT), *wanted})
 
 
 @contextmanager
@@ -194,6 +199,7 @@ def scans_through(layer: nn.Module, layout: Layout, call: Callable[..., Any]) ->
         >>> shapes[0][:2], shapes[0][-1]
         ((1, 9), 64)
     """
+    own = vars(layer).get("forward")
     forward = layer.forward
 
     def tapped(*args: Any, **kwargs: Any) -> Any:
@@ -212,6 +218,8 @@ def scans_through(layer: nn.Module, layout: Layout, call: Callable[..., Any]) ->
         yield
     finally:
         del layer.forward
+        if own is not None:
+            layer.forward = own
 
 
 class _StateTap:
@@ -255,14 +263,20 @@ class _StateTap:
                     held = state.new_empty(len(state), min(self.n_held, n_left), *state.shape[1:])
                 held[:, slot] = state
                 if slot + 1 == held.shape[1]:
-                    self._keep(held)
+                    self.keep(held)
         return torch.cat(outputs, 1), state
 
-    def _keep(self, states: Float[Tensor, "batch position head d_k d_v"]) -> None:
+    def keep(self, states: Float[Tensor, "batch position head d_k d_v"]) -> None:
+        """States at the next positions."""
         expected = self.layout.n_heads(self.layer), self.layout.d_k(self.layer), self.layout.d_v(self.layer)
         if tuple(states.shape[2:]) != expected:
             raise ValueError(
                 f"layer {self.index} keeps states of shape {tuple(states.shape[2:])}, its layout expects {expected}"
+            )
+        if states.dtype.itemsize < 4:
+            raise ValueError(
+                f"layer {self.index} keeps its states in {states.dtype}, whose rounding would drown small singular values: "
+                "load the model with dtype=torch.float32"
             )
         self.kept.append(self.reduce(states) if self.reduce else states.float().cpu())
 
@@ -275,15 +289,24 @@ class _GateSums:
         self.total: Tensor = torch.zeros(())
 
     def __enter__(self) -> "_GateSums":
-        self._handle = self.layer.get_submodule(self.layout.gate_projection).register_forward_hook(self._add)
+        self._seen: dict[str, Any] = {}
+        self._handles = [
+            self.layer.get_submodule(name).register_forward_hook(functools.partial(self._add, name))
+            for name in self.layout.gate_modules
+        ]
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
-    def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        gates = torch.stack(self.layout.gates(self.layer, output))  # (gate, batch, token, head)
-        self.total = self.total + gates.double().sum(2).cpu()
+    def _add(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._seen[name] = output
+        if len(self._seen) == len(self.layout.gate_modules):
+            outputs = [self._seen[name] for name in self.layout.gate_modules]
+            gates = torch.stack(self.layout.gates(self.layer, *outputs))  # (gate, batch, token, head)
+            self.total = self.total + gates.double().sum(2).cpu()
+            self._seen = {}
 
 
 def _check(model: PreTrainedModel, input_ids: object, positions: Sequence[int]) -> None:
@@ -298,7 +321,7 @@ def _check(model: PreTrainedModel, input_ids: object, positions: Sequence[int]) 
         raise ValueError(
             f"expected prompts of shape (batch, token) with at least one token, got shape {tuple(input_ids.shape)}"
         )
-    low, high, size = int(input_ids.min()), int(input_ids.max()), model.config.vocab_size
+    low, high, size = int(input_ids.min()), int(input_ids.max()), model.config.get_text_config().vocab_size
     if low < 0 or high >= size:
         raise ValueError(
             f"token id {low if low < 0 else high} is outside the model's vocabulary 0..{size - 1}: was the prompt made with another tokenizer?"

@@ -6,8 +6,6 @@ import pytest
 import torch
 from conftest import tiny_qwen3_next, unchecked
 from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
     BatchEncoding,
     LlamaConfig,
     LlamaForCausalLM,
@@ -220,13 +218,8 @@ def test_models_without_linear_attention_are_refused(prompts: torch.Tensor) -> N
     ("config", "model", "words"),
     [
         (MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1), MambaForCausalLM, "mamba cannot be traced: .*ignores the state"),
-        (
-            BambaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
-            BambaForCausalLM,
-            "bamba cannot be traced: positions restart",
-        ),
     ],
-    ids=["mamba", "bamba"],
+    ids=["mamba"],
 )  # fmt: skip
 def test_architectures_that_are_silently_wrong_in_segments_are_refused(
     config, model, words: str, prompts: torch.Tensor

@@ -1,0 +1,571 @@
+"""flash-linear-attention's own models (package `fla`) on a machine without a GPU: slow, exact, each call where its tensors are.
+
+fla computes with Triton kernels, which a CPU cannot run. `choose` puts a dispatcher before each kernel that the models of
+`staterank_utils.layouts_fla` call: tensors on a CPU go to fla's own naive operator (`fla.ops.*.naive`), or to a few lines of
+torch where fla has none; all others go to the kernel as ever. Nothing is overwritten for good, and a second call changes
+nothing.
+
+Recurrences run token by token in float32. fla's Mamba-2 is also changed on a GPU where it is wrong or refuses; see `_ssd`.
+"""
+
+import functools
+import importlib
+import itertools
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Recurrence = Callable[[dict[str, Tensor], Tensor | None], tuple[Tensor, Tensor]]
+
+
+def choose(*, plain: bool = False) -> None:
+    """Let fla's models run where their tensors are. Imports fla.
+
+    Args:
+        plain: use the naive operators on every device, in float32.
+
+    Raises:
+        ModuleNotFoundError: fla is not installed.
+
+    Example:
+        >>> if find_spec("fla"):
+        ...     choose()
+        >>> find_spec("fla") is None or hasattr(importlib.import_module("fla.layers.gla").chunk_gla, "staterank_bound")
+        True
+    """
+    _import_fla()
+    for path, name, function in _plain_versions():
+        module = importlib.import_module(path)
+        setattr(module, name, _dispatch(getattr(module, name), function, plain=plain))
+    layer = importlib.import_module("fla.layers.mamba2").Mamba2
+    if layer.torch_forward is not _ssd:
+        layer.cuda_kernels_forward = _one_token_or_prompt(layer.cuda_kernels_forward)
+        layer.torch_forward = functools.wraps(layer.torch_forward)(_ssd)
+
+
+def is_fla(model: nn.Module) -> bool:
+    """Whether a model's class is one of fla's.
+
+    Example:
+        >>> is_fla(nn.Linear(1, 1))
+        False
+    """
+    return type(model).__module__.startswith("fla.")
+
+
+def wrote(settings: dict[str, Any]) -> bool:
+    """Whether a model's configuration is one of fla's: all of them have a setting that is fla's alone.
+
+    Example:
+        >>> wrote({"model_type": "mamba2", "fuse_cross_entropy": True}), wrote({"model_type": "mamba2"})
+        (True, False)
+    """
+    return "fuse_cross_entropy" in settings
+
+
+def knows(model_type: str) -> bool:
+    """Whether fla is installed and has a model of this type; then it is imported, and transformers' Auto classes know it too.
+
+    Example:
+        >>> knows("no such model")
+        False
+    """
+    if find_spec("fla") is None:
+        return False
+    _import_fla()
+    if find_spec(f"fla.models.{model_type}") is None:
+        return False
+    importlib.import_module(f"fla.models.{model_type}")
+    return True
+
+
+def _import_fla() -> None:
+    with warnings.catch_warnings():
+        # That there is no GPU is said in the log, by `load_model`; flash-attn is for softmax layers.
+        warnings.simplefilter("ignore", ImportWarning)
+        warnings.filterwarnings("ignore", message="Triton is not supported", category=UserWarning)
+        importlib.import_module("fla")
+
+
+# ---------------------------------------------------------------- dispatch
+
+
+def _dispatch(bound: Callable[..., Any], plain_version: Callable[..., Any], *, plain: bool) -> Callable[..., Any]:
+    bound = getattr(bound, "staterank_bound", bound)
+
+    @functools.wraps(bound)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        first = next(x for x in itertools.chain(args, kwargs.values()) if isinstance(x, Tensor))
+        return (plain_version if plain or first.device.type == "cpu" else bound)(*args, **kwargs)
+
+    vars(dispatch)["staterank_bound"] = bound
+    return dispatch
+
+
+def _plain_versions() -> list[tuple[str, str, Callable[..., Any]]]:
+    """(module, name in it, plain version) of everything that the supported models call and a CPU cannot run."""
+    mixed = importlib.import_module("fla.ops.rwkv7.fused_addcmul").torch_addcmul_rwkv7
+    norm, activations = "fla.modules.norm", "fla.modules.activations.ops"
+    return [
+        ("fla.layers.gated_deltanet", "chunk_gated_delta_rule", _gated_delta_rule),
+        ("fla.layers.gated_deltanet", "fused_recurrent_gated_delta_rule", _gated_delta_rule),
+        ("fla.layers.gated_deltanet", "causal_conv1d", _causal_conv1d),
+        ("fla.layers.delta_net", "chunk_delta_rule", _delta_rule),
+        ("fla.layers.delta_net", "fused_recurrent_delta_rule", _delta_rule),
+        ("fla.layers.kda", "chunk_kda", _kda),
+        ("fla.layers.kda", "fused_recurrent_kda", _kda),
+        ("fla.layers.gla", "chunk_gla", _gla),
+        ("fla.layers.gla", "fused_recurrent_gla", _gla),
+        ("fla.layers.multiscale_retention", "chunk_retention", _retention),
+        ("fla.layers.multiscale_retention", "fused_chunk_retention", _retention),
+        ("fla.layers.multiscale_retention", "fused_recurrent_retention", _retention),
+        ("fla.layers.linear_attn", "chunk_linear_attn", _linear_attention),
+        ("fla.layers.linear_attn", "fused_chunk_linear_attn", _linear_attention),
+        ("fla.layers.linear_attn", "fused_recurrent_linear_attn", _linear_attention),
+        ("fla.layers.simple_gla", "chunk_simple_gla", _simple_gla),
+        ("fla.layers.simple_gla", "fused_recurrent_simple_gla", _simple_gla),
+        ("fla.layers.hgrn2", "chunk_gla", _gla),
+        ("fla.layers.hgrn2", "fused_recurrent_gla", _gla),
+        ("fla.layers.rwkv7", "chunk_rwkv7", _rwkv7),
+        ("fla.layers.rwkv7", "fused_mul_recurrent_rwkv7", _rwkv7_of_kk),
+        ("fla.layers.rwkv7", "fused_addcmul_rwkv7", mixed),
+        ("fla.layers.rwkv7", "fused_k_rwkv7", lambda k, a, k_a: k.addcmul(k * (a - 1), k_a)),
+        ("fla.layers.rwkv7", "gate_output_correction", _gate_output_correction),
+        ("fla.layers.rwkv7", "l2_norm", _l2_norm),
+        ("fla.layers.rwkv7", "token_shift", _token_shift),
+        ("fla.models.rwkv7.modeling_rwkv7", "token_shift", _token_shift),
+        ("fla.modules.causal_conv1d.ops", "causal_conv1d", _causal_conv1d),
+        ("fla.modules.causal_conv1d.ops", "causal_conv1d_update", _causal_conv1d_update),
+        ("fla.modules.rotary.ops", "rotary_embedding", _rotary_embedding),
+        ("fla.modules.mlp", "swiglu", lambda x, y: F.silu(x) * y),
+        ("fla.modules.mlp", "swiglu_linear", lambda x, y, weight, bias: F.linear(F.silu(x) * y, weight, bias)),
+        (activations, "swish_fwd", lambda x, *_: F.silu(x)),
+        (activations, "sigmoid_fwd", lambda x, *_: x.sigmoid()),
+        (f"{norm}.layernorm", "rms_norm", functools.partial(_norm, is_rms_norm=True)),
+        (f"{norm}.layernorm", "layer_norm", _norm),
+        (f"{norm}.layernorm", "group_norm", _norm),
+        (f"{norm}.fused_norm_gate", "rms_norm_gated", _rms_norm_gated),
+        (f"{norm}.layernorm_gated", "rmsnorm_fn", _rms_norm_then_gate),
+    ]
+
+
+# ---------------------------------------------------------------- recurrences
+
+
+def _naive(ops: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"fla.ops.{ops}.naive"), name)
+
+
+def _scan(
+    recurrence: Recurrence,
+    tokens: dict[str, Tensor],
+    *,
+    initial_state: Tensor | None,
+    output_final_state: bool | None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run a recurrence over (batch, token, head, ...), or over the sequences that stand one behind the other in a batch of one.
+
+    Args:
+        recurrence: (tokens, state) -> (outputs, state), states (batch, head, d_k, d_v).
+        state_v_first: states come and go as (batch, head, d_v, d_k).
+        cu_seqlens: where each sequence begins, and the end.
+    """
+    state = initial_state.transpose(-1, -2) if initial_state is not None and state_v_first else initial_state
+    if cu_seqlens is None:
+        out, last = recurrence(tokens, state)
+    else:
+        outs, states = [], []
+        for i, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            piece = {name: x[:, start:stop] for name, x in tokens.items()}
+            o, s = recurrence(piece, None if state is None else state[i : i + 1])
+            outs.append(o)
+            states.append(s)
+        out, last = torch.cat(outs, 1), torch.cat(states)
+    last = last.transpose(-1, -2).contiguous() if state_v_first else last
+    return out.to(tokens["v"].dtype), last if output_final_state else None
+
+
+def _l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    wide = x.float()
+    return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def _strength(beta: Tensor, *, is_logit: bool, up_to_two: bool) -> Tensor:
+    if not is_logit:
+        return beta.float()
+    return beta.float().sigmoid() * (2 if up_to_two else 1)
+
+
+def _gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    *,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    rule = _naive("gated_delta_rule", "naive_recurrent_gated_delta_rule")
+    gate = importlib.import_module("fla.ops.gated_delta_rule.gate").naive_gdn_gate
+    q, k = (_l2_norm(x.float()) if use_qk_l2norm_in_kernel else x for x in (q, k))
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+    tokens = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": gate(g, A_log, dt_bias) if use_gate_in_kernel else g,
+        "beta": _strength(beta, is_logit=use_beta_sigmoid_in_kernel, up_to_two=allow_neg_eigval),
+    }
+    return _scan(
+        lambda piece, state: rule(**piece, scale=scale, initial_state=state, output_final_state=True), tokens, **options
+    )
+
+
+def _delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, use_qk_l2norm_in_kernel: bool = False, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    rule = _naive("delta_rule", "delta_rule_recurrence")
+    q, k = (_l2_norm(x.float()) if use_qk_l2norm_in_kernel else x for x in (q, k))
+
+    def recurrence(piece: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, last = rule(**{name: x.transpose(1, 2) for name, x in piece.items()}, initial_state=state)
+        return out.transpose(1, 2), last
+
+    return _scan(recurrence, {"q": q, "k": k, "v": v, "beta": beta}, **options)
+
+
+def _kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    *,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    rule = _naive("kda", "naive_recurrent_kda")
+    gates = importlib.import_module("fla.ops.kda.gate")
+    if use_gate_in_kernel and lower_bound is not None:
+        g = gates.naive_kda_lowerbound_gate(g, A_log, dt_bias, lower_bound)
+    elif use_gate_in_kernel:
+        g = gates.naive_kda_gate(g, A_log, dt_bias)
+    q, k = (_l2_norm(x.float()) if use_qk_l2norm_in_kernel else x for x in (q, k))
+    beta = _strength(beta, is_logit=use_beta_sigmoid_in_kernel, up_to_two=allow_neg_eigval)
+    return _scan(
+        lambda piece, state: rule(**piece, scale=scale, initial_state=state, output_final_state=True),
+        {"q": q, "k": k, "v": v, "g": g, "beta": beta},
+        **options,
+    )
+
+
+def _gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, gk: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    # The decay of each channel of a key is `g` in chunk_gla and `gk` in fused_recurrent_gla.
+    rule = _naive("gla", "naive_recurrent_gla")
+    decay = g if gk is None else gk
+    assert decay is not None
+    return _scan(
+        lambda piece, state: rule(**piece, initial_state=state, output_final_state=True),
+        {"q": q, "k": k, "v": v, "gk": decay},
+        **options,
+    )
+
+
+def _simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    rule = _naive("simple_gla", "naive_recurrent_simple_gla")
+    return _scan(
+        lambda piece, state: rule(**piece, scale=scale, initial_state=state),
+        {"q": q, "k": k, "v": v, "g": g},
+        **options,
+    )
+
+
+def retention_decay(n_heads: int) -> Tensor:
+    """RetNet's natural logarithm of the decay a token, fixed by the head's index: log(1 - 2^(-5 - head)).
+
+    Example:
+        >>> retention_decay(1).exp().item()
+        0.96875
+    """
+    return (1 - 2.0 ** (-5.0 - torch.arange(n_heads, dtype=torch.float))).log()
+
+
+def _retention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    return _simple_gla(q, k, v, retention_decay(q.shape[2]).to(q.device).expand(q.shape[:3]), **options)
+
+
+def _linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, normalize: bool = True, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    out, state = _simple_gla(q, k, v, q.new_zeros(q.shape[:3], dtype=torch.float32), scale, **options)
+    if normalize:
+        raise ValueError("linear attention divided by its sum of keys keeps that sum nowhere: it cannot be continued")
+    return out, state
+
+
+def _rwkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    rule = _naive("generalized_delta_rule.dplr", "dplr_recurrence")
+    for name in ("safe_gate", "lower_bound", "chunk_size"):
+        options.pop(name, None)  # hints to the kernel, which change no result
+
+    def recurrence(piece: dict[str, Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, last = rule(**{name: x.transpose(1, 2) for name, x in piece.items()}, initial_state=state)
+        return out.transpose(1, 2), last
+
+    # The naive operator divides queries by sqrt(d_k).
+    q = r.float() * (scale * r.shape[-1] ** 0.5)
+    return _scan(recurrence, {"q": q, "k": k, "v": v, "alpha": a, "beta": b, "gk": w}, **options)
+
+
+def _gate_output_correction(o: Tensor, r: Tensor, k: Tensor, r_k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return (o + ((r * k * r_k).sum(-1, keepdim=True) * v).view_as(o)) * g
+
+
+def _rwkv7_of_kk(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, scale: float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    return _rwkv7(r, w, k, v, -kk, kk * a, scale, **options)
+
+
+def _ssd(
+    self: nn.Module,
+    input_states: Tensor,
+    last_state: dict[str, Any] | None = None,
+    use_cache: bool | None = False,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Mamba-2's layer, from any state over any number of tokens, on any device.
+
+    fla's own (`Mamba2.torch_forward`) refuses several tokens after a state, and in a prompt deals B and C of several groups
+    out to the heads in another order than when decoding, so that prompt and decoding contradict each other.
+    """
+    n_tokens = input_states.shape[1]
+    n_group = self.n_groups * self.ssm_state_size
+    mask = None if attention_mask is None else attention_mask[:, -n_tokens:, None].to(input_states.dtype)
+    gate, mixed, dt = self.in_proj(input_states).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
+    mixed = mixed if mask is None else mixed * mask
+    mixed, conv_state = _causal_conv1d(
+        mixed,
+        self.conv1d.weight.squeeze(1),
+        self.conv1d.bias,
+        initial_state=None if last_state is None else last_state["conv_state"],
+        output_final_state=True,
+    )
+    mixed = self.act(mixed)
+    mixed = mixed if mask is None else mixed * mask
+    x, key, query = mixed.split([self.intermediate_size, n_group, n_group], -1)
+    x = x.unflatten(-1, (self.num_heads, self.head_dim))
+    key, query = (
+        y.unflatten(-1, (self.n_groups, -1)).repeat_interleave(self.num_heads // self.n_groups, 2) for y in (key, query)
+    )
+    step = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.dt_limit)
+    rule = importlib.import_module("fla.layers.simple_gla").fused_recurrent_simple_gla
+    out, state = rule(
+        q=query.float(),
+        k=key.float(),
+        v=x.float() * step[..., None],
+        g=step * -self.A_log.float().exp(),
+        scale=1.0,
+        initial_state=None if last_state is None else last_state["recurrent_state"],
+        output_final_state=True,
+        state_v_first=True,
+    )
+    out = out + x.float() * self._get_D(expand_to_head_dim=True).float()
+    out = out.flatten(2)
+    out = self.norm(out, gate) if self.rmsnorm else out * self.act(gate)
+    return self.out_proj(out.to(input_states.dtype)), conv_state if use_cache else None, state
+
+
+def _one_token_or_prompt(bound: Callable[..., Any]) -> Callable[..., Any]:
+    """Mamba2.cuda_kernels_forward for what it can do, and `_ssd` for several tokens after a state."""
+
+    @functools.wraps(bound)
+    def forward(
+        self: nn.Module, hidden_states: Tensor, last_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        chosen = bound if last_state is None or hidden_states.shape[1] == 1 else _ssd
+        return chosen(self, hidden_states, last_state, *args, **kwargs)
+
+    vars(forward)["staterank_bound"] = bound
+    return forward
+
+
+# ---------------------------------------------------------------- modules
+
+
+def _causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool | None = False,
+    activation: str | None = None,
+    backend: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Over (batch, token, channel); the state is the last inputs, (batch, channel, width)."""
+    width = weight.shape[-1]
+
+    def of_sequence(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        n_batch, n_tokens, n_channels = x.shape
+        state = x.new_zeros(n_batch, n_channels, width) if state is None else state
+        inputs = torch.cat((state.to(x), x.transpose(1, 2)), -1)
+        if not n_tokens:
+            return x, inputs
+        out = F.conv1d(
+            inputs[..., 1:].float(), weight[:, None].float(), None if bias is None else bias.float(), groups=n_channels
+        )
+        out = out if activation is None else F.silu(out)
+        return out.transpose(1, 2).to(x.dtype), inputs[..., -width:].contiguous()
+
+    if cu_seqlens is None:
+        out, last = of_sequence(x, initial_state)
+    else:
+        parts = [
+            of_sequence(x[:, start:stop], None if initial_state is None else initial_state[i : i + 1])
+            for i, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist()))
+        ]
+        out, last = torch.cat([part for part, _ in parts], 1), torch.cat([state for _, state in parts])
+    out = out if residual is None else out + residual
+    return out, last if output_final_state else None
+
+
+def _causal_conv1d_update(
+    x: Tensor,
+    cache: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    assert weight is not None
+    last: Any
+    out, last = _causal_conv1d(x.reshape(len(cache), 1, -1), weight, bias, None, cache, True, activation)
+    cache.copy_(last)
+    out = out.view(x.shape)
+    return out if residual is None else out + residual, cache
+
+
+def _token_shift(
+    x: Tensor,
+    cu_seqlens: Tensor | None = None,
+    cache: Tensor | None = None,
+    output_cache: bool = False,
+    chunk_indices: Tensor | None = None,
+) -> Any:
+    """For each token, the one before it less itself; the cache is the last token."""
+    if cu_seqlens is not None:
+        raise NotImplementedError("several sequences in one row are not supported on a CPU: give each its own row")
+    before = torch.zeros_like(x[:, :1]) if cache is None else cache.view(len(x), 1, -1).to(x)
+    out = torch.cat((before, x[:, :-1]), 1) - x
+    return (out, x[:, -1:].clone()) if output_cache else out
+
+
+def _rotary_embedding(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+) -> Tensor:
+    rotary: ModuleType = importlib.import_module("fla.modules.rotary.ops")
+    n_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    offsets = torch.as_tensor(seqlen_offsets, device=x.device).expand(n_sequences)
+    if cu_seqlens is None:
+        places = offsets[:, None] + torch.arange(x.shape[1], device=x.device)
+    else:
+        bounds = list(itertools.pairwise(cu_seqlens.tolist()))
+        places = torch.cat(
+            [
+                offset + torch.arange(stop - start, device=x.device)
+                for offset, (start, stop) in zip(offsets, bounds, strict=True)
+            ]
+        )[None]
+    return rotary.rotary_embedding_ref(x.float(), cos[places].float(), sin[places].float(), interleaved).to(x.dtype)
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    num_groups: int = 1,
+) -> Any:
+    wide = x.float() if residual is None else x.float() + residual.float()
+    out = wide.unflatten(-1, (num_groups, -1))
+    out = out if is_rms_norm else out - out.mean(-1, keepdim=True)
+    out = (out * (out.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2)
+    out = out if weight is None else out * weight.float()
+    out = (out if bias is None else out + bias.float()).to(x.dtype)
+    if not prenorm:
+        return out
+    kept = torch.float32 if residual_in_fp32 else x.dtype
+    return out, wide.to(kept if residual is None else residual.dtype)
+
+
+def _rms_norm_gated(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "swish",
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
+    if residual is not None or prenorm:
+        raise NotImplementedError("a gated norm with a residual is not supported on a CPU")
+    gate = g.float().sigmoid() if activation == "sigmoid" else F.silu(g.float())
+    return (_norm(x.float(), weight, bias, eps=eps, is_rms_norm=True) * gate).to(x.dtype)
+
+
+def _rms_norm_then_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    reference = importlib.import_module("fla.modules.norm.layernorm_gated").rms_norm_ref
+    return reference(x, weight, bias, z, eps, group_size, norm_before_gate)

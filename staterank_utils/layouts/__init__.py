@@ -1,0 +1,29 @@
+"""What a linear-attention head is in each architecture, one entry a layer class.
+
+An architecture is added here and nowhere else: say which modules are linear-attention layers, how many heads they have,
+how large a head's state is, and how decay and write strength follow from the layer's projections. `core` says what an entry
+holds, the modules beside it hold the entries of one family each, and `lookup` finds them in a model.
+"""
+
+from staterank_utils.layouts.core import Blocks, Layout, modeling_module, recurrent_state
+from staterank_utils.layouts.lookup import (
+    LAYOUTS,
+    WRONG_IN_SEGMENTS,
+    find_layers,
+    head_names,
+    key_names,
+    linear_layers,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "WRONG_IN_SEGMENTS",
+    "Blocks",
+    "Layout",
+    "find_layers",
+    "head_names",
+    "key_names",
+    "linear_layers",
+    "modeling_module",
+    "recurrent_state",
+]

@@ -1,0 +1,108 @@
+"""Which layers of a model keep a state, and what their heads are called."""
+
+from torch import nn
+
+from staterank_utils.layouts import delta, fla_models, kda, ssd
+from staterank_utils.layouts.core import Layout
+
+FAMILIES = (delta, kda, ssd, fla_models)
+LAYOUTS = {layout.layer_class: layout for family in FAMILIES for layout in family.LAYOUTS}
+
+# Architectures whose state is there but comes out wrong, without an error, when a prompt is read in segments.
+WRONG_IN_SEGMENTS = {
+    "mamba": "a continuation of several tokens ignores the state it is given",
+    "falcon_mamba": "a continuation of several tokens ignores the state it is given",
+    "jamba": "a continuation of several tokens ignores the state it is given",
+    "zamba": "a continuation of several tokens ignores the state it is given",
+    "recurrent_gemma": "a continuation of several tokens ignores the state, and the state is a vector",
+    "xlstm": "its cache keeps a matrix divided by a running maximum, in the model's dtype, and its layers do not know their index",
+}
+
+
+def find_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
+    """As `linear_layers`, for any module, with nothing refused.
+
+    Example:
+        >>> find_layers(nn.Linear(2, 2))
+        []
+    """
+    found = [
+        (_index(name, module), module, LAYOUTS[type(module).__name__])
+        for name, module in model.named_modules()
+        if type(module).__name__ in LAYOUTS
+    ]
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _index(name: str, module: nn.Module) -> int:
+    """Of a module's decoder layer: what it says itself, else the last number in its name."""
+    index = getattr(module, "layer_idx", None)
+    return int(next(part for part in reversed(name.split(".")) if part.isdigit()) if index is None else index)
+
+
+def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
+    """The linear-attention layers of a model, in order.
+
+    Args:
+        model: any model of transformers.
+
+    Returns:
+        (index of the decoder layer, module, its layout) for each.
+
+    Raises:
+        ValueError: the architecture is silently wrong in segments, has no linear-attention layer, or has none that a
+            layout describes; the message says which.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> [index for index, _, _ in linear_layers(load_model("hybrid"))]
+        [0, 1, 2, 4, 5, 6]
+    """
+    model_type = getattr(model.config, "model_type", "?")
+    if model_type in WRONG_IN_SEGMENTS:
+        raise ValueError(
+            f"{model_type} cannot be traced: {WRONG_IN_SEGMENTS[model_type]} (transformers 5.17 to 5.23), so its states would be wrong"
+        )
+    found = find_layers(model)
+    if not found:
+        classes = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
+        raise ValueError(
+            f"{model_type} has no linear-attention layer that is supported: its layers are {', '.join(classes) or 'unknown'}, "
+            f"and layouts exist for {', '.join(LAYOUTS)}. Add one to staterank_utils/layouts if it keeps a matrix-valued state."
+        )
+    for index, layer, layout in found:
+        if reason := layout.refusal and layout.refusal(layer):
+            raise ValueError(f"layer {index} ({layout.layer_class}) cannot be traced: {reason}")
+    return found
+
+
+def head_names(layer: nn.Module, layout: Layout) -> list[int]:
+    """The heads of a layer by the indices they had before any was removed, in order.
+
+    Args:
+        layer, layout: from `linear_layers`.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.pruning import prune_heads
+        >>> _, layer, layout = linear_layers(prune_heads(load_model("hybrid"), {0: [1, 2]}))[0]
+        >>> head_names(layer, layout)
+        [0, 3, 4, 5, 6, 7]
+    """
+    return list(getattr(layer, "staterank_heads", range(layout.n_heads(layer))))
+
+
+def key_names(layer: nn.Module, layout: Layout) -> list[int]:
+    """For each key head that a layer has, which one of the whole model it is.
+
+    Args:
+        layer, layout: from `linear_layers`.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.pruning import prune_heads
+        >>> _, layer, layout = linear_layers(prune_heads(load_model("hybrid"), {0: [1, 2, 3]}))[0]
+        >>> key_names(layer, layout)  # the first serves one head now, so the others are there twice, once a head
+        [0, 2, 2, 3, 3]
+    """
+    return list(getattr(layer, "staterank_keys", range(layout.n_keys(layer))))

@@ -1,0 +1,336 @@
+"""Layouts of layers whose norm runs across heads: Mamba-2 and its relatives, and MiniMax's lightning attention.
+
+Mamba-2 in the words of this package: a state is S(t) = a_t S(t-1) + dt_t B_t x_t^T, with keys B and queries C (d_k numbers,
+shared by the heads of a group), values x (d_v numbers), decay a_t = exp(-exp(A_log) dt_t), and the step dt_t as write
+strength. The cache holds its transpose.
+
+Where a norm runs across heads, what a head puts out is taken before the norm. A removed head still counts in the norm, as
+the zeros that it would be if it were ablated (`NormOfKept`), so any heads can be removed, also unevenly.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts, modeling_module
+from staterank_utils.layouts.delta import idle
+
+# ---------------------------------------------------------------- norms across heads
+
+
+class NormOfKept(nn.Module):
+    """A norm across heads for a layer that lost some: it runs over all of them, with zeros where a head is gone.
+
+    Args:
+        norm: of the whole layer, any class whose one parameter is a weight for each channel; that weight is cut already.
+        heads: that are left, by their indices in the whole layer.
+        n_heads, d_v: of the whole layer.
+
+    Example:
+        >>> norm = nn.RMSNorm(4, eps=0.0).requires_grad_(False)
+        >>> norm.weight = nn.Parameter(torch.ones(2), requires_grad=False)
+        >>> NormOfKept(norm, [1], n_heads=2, d_v=2)(torch.tensor([[[3.0, 4.0]]]))  # norm of (0, 0, 3, 4)
+        tensor([[[1.2000, 1.6000]]])
+    """
+
+    def __init__(self, norm: Any, heads: Sequence[int], *, n_heads: int, d_v: int):
+        super().__init__()
+        self.weight, self.heads, self.n_heads, self.d_v = norm.weight, list(heads), n_heads, d_v
+        # In a tuple, so that its weight is not a second parameter of the model.
+        self.whole = (norm,)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        heads = torch.tensor(self.heads, dtype=torch.long, device=inputs[0].device)
+        channels = (heads[:, None] * self.d_v + torch.arange(self.d_v, device=heads.device)).flatten()
+        weight, *wide = (
+            x.new_zeros(*x.shape[:-1], self.n_heads * self.d_v).index_copy(-1, channels, x)
+            for x in (self.weight, *inputs)
+        )
+        out: Tensor = torch.func.functional_call(self.whole[0], {"weight": weight}, tuple(wide))
+        return out.index_select(-1, channels)
+
+
+def _rescale(layer: nn.Module, before: int, now: int) -> None:
+    """Called when a layer's weights were cut and its heads are named."""
+    norm: Any = layer.norm
+    if isinstance(norm, NormOfKept):
+        norm.heads = list(layer.staterank_heads)
+    elif not isinstance(norm, nn.Identity):
+        layer.norm = NormOfKept(norm, layer.staterank_heads, n_heads=before, d_v=layer.head_dim)
+
+
+# ---------------------------------------------------------------- Mamba-2
+
+
+def _step(layer: nn.Module, raw: Tensor) -> Tensor:
+    """dt of what in_proj puts out for it; a raw dt of -inf is no step at all, also where steps have a lower bound."""
+    dt = F.softplus(raw).clamp(*layer.time_step_limit)
+    return dt.masked_fill(raw == float("-inf"), 0.0)
+
+
+def _gates(layer: nn.Module, projected: Float[Tensor, "batch token row"]) -> Gates:
+    raw = projected[..., -layer.num_heads :]
+    if hasattr(layer, "mup_vector"):
+        raw = raw * layer.mup_vector[..., -1]
+    dt = _step(layer, raw.float() + layer.dt_bias.float())
+    return -layer.A_log.float().exp() * dt, dt
+
+
+def _without_writes(layer: nn.Module, projected: Float[Tensor, "batch token row"], heads: list[int]) -> Tensor:
+    # softplus(-inf) is exactly 0: no decay and no write.
+    columns = projected.shape[-1] - layer.num_heads + torch.tensor(heads, device=projected.device)
+    return projected.index_fill(-1, columns, float("-inf"))
+
+
+def _resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
+    if not hasattr(layer, "staterank_whole"):
+        layer.staterank_whole = (layer.n_groups, layer.num_heads, layer.ssm_state_size)
+    layer.n_groups, layer.num_heads, layer.ssm_state_size = n_keys, n_heads, d_k
+    layer.intermediate_size = n_heads * layer.head_dim
+    layer.conv_dim = layer.intermediate_size + 2 * n_keys * d_k
+    if hasattr(layer, "groups_time_state_size"):
+        layer.groups_time_state_size = n_keys * d_k
+
+
+def _forward(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a Mamba-2 layer with three corrections, none of which changes what a whole layer computes of a prompt.
+
+    - transformers bounds dt in the kernel for many tokens and forgets to in the kernel for one; where there is a bound,
+      both now get the dt that the first would compute.
+    - transformers 5.17 drops the token axis in FalconH1's norm where there is one token, and then mixes up the batch.
+    - in a pruned layer, FalconH1's multipliers are those of the rows that are left, and the kernel for training is not
+      used, which has a norm of its own.
+    """
+
+    @functools.wraps(run)
+    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            if tuple(self.time_step_limit) != (0.0, float("inf")):
+                stack.enter_context(_bounded_steps(self))
+            if hasattr(self, "staterank_whole"):
+                stack.enter_context(_pruned(self))
+            if hidden_states.shape[1] == 1:
+                stack.enter_context(_tokenwise_norm(self))
+            return run(self, hidden_states, *args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def _bounded_steps(layer: nn.Module) -> Iterator[None]:
+    module = modeling_module(layer)
+    kernels = {name: getattr(module, name) for name in ("mamba2_chunk_scan", "mamba2_selective_state_update")}
+
+    def bounded(kernel: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def call(*args: Any, dt_bias: Tensor, dt_softplus: bool, dt_limit: Any = None, **options: Any) -> Any:
+            dt = _step(layer, args[place].float() + dt_bias.float())
+            return kernel(*args[:place], dt, *args[place + 1 :], **options)
+
+        return call
+
+    module.mamba2_chunk_scan = bounded(kernels["mamba2_chunk_scan"], 1)  # type: ignore[attr-defined]
+    module.mamba2_selective_state_update = bounded(kernels["mamba2_selective_state_update"], 2)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+@contextmanager
+def _tokenwise_norm(layer: nn.Module) -> Iterator[None]:
+    """One token of each of n prompts goes through FalconH1's norm as n tokens of one prompt."""
+    norm: Any = layer.norm.whole[0] if isinstance(layer.norm, NormOfKept) else layer.norm
+    if not hasattr(norm, "norm_before_gate"):
+        yield
+        return
+    stock = norm.forward
+    norm.forward = lambda *inputs: stock(*(x.transpose(0, 1) for x in inputs)).reshape(inputs[0].shape)
+    try:
+        yield
+    finally:
+        del norm.forward
+
+
+@contextmanager
+def _pruned(layer: nn.Module) -> Iterator[None]:
+    training, layer.training = layer.training, False
+    multipliers = layer._buffers.get("mup_vector")
+    if multipliers is not None:
+        # One number for each part of in_proj; transformers makes (and on loading, remakes) the vector of the whole layer.
+        (keys, heads, d_k), d_v = layer.staterank_whole, layer.head_dim
+        parts = multipliers.split([heads * d_v, heads * d_v, keys * d_k, keys * d_k, heads], -1)
+        widths = [layer.intermediate_size] * 2 + [layer.n_groups * layer.ssm_state_size] * 2 + [layer.num_heads]
+        layer._buffers["mup_vector"] = torch.cat(
+            [part[..., :1].expand(1, 1, width) for part, width in zip(parts, widths, strict=True)], -1
+        )
+    try:
+        yield
+    finally:
+        layer.training = training
+        if multipliers is not None:
+            layer._buffers["mup_vector"] = multipliers
+
+
+def _idle(layer: nn.Module, hidden_states: Float[Tensor, "batch token d_model"], *rest: Any, **more: Any) -> Tensor:
+    idle(layer, hidden_states, *rest, **more)
+    # (a bias stays)
+    out: Tensor = layer.out_proj(hidden_states.new_zeros(*hidden_states.shape[:2], 0))
+    return out
+
+
+# [z | x | B | C | dt], of which the convolution sees x, B and C.
+IN: Parts = (("value", "d_v"), ("value", "d_v"), ("key", "d_k"), ("key", "d_k"), ("value", 1))
+
+
+def _mamba2(layer_class: str, module: str, logits: Callable[[Any, Tensor], Tensor] | None = None) -> Layout:
+    return Layout(
+        layer_class=layer_class,
+        module=f"transformers.models.{module}.modeling_{module}",
+        n_heads=lambda layer: layer.num_heads,
+        n_keys=lambda layer: layer.n_groups,
+        d_k=lambda layer: layer.ssm_state_size,
+        d_v=lambda layer: layer.head_dim,
+        output=lambda layer: "out_proj" if isinstance(layer.norm, nn.Identity) else "norm",
+        gate_modules=("in_proj",),
+        gates=_gates,
+        write_module="in_proj",
+        without_writes=_without_writes,
+        state=lambda cache, index: cache.layers[index].recurrent_states[0].transpose(-1, -2),
+        kernels=(
+            "causal_conv1d_fn",
+            "causal_conv1d_update",
+            "mamba2_split_conv1d_scan_combined",
+            "mamba2_selective_state_update",
+            "mamba2_chunk_scan",
+        ),
+        weights=(
+            Blocks("in_proj.weight", IN),
+            Blocks("in_proj.bias", IN, optional=True),
+            Blocks("conv1d.weight", IN[1:4]),
+            Blocks("conv1d.bias", IN[1:4], optional=True),
+            Blocks("A_log", IN[4:]),
+            Blocks("D", IN[4:]),
+            Blocks("dt_bias", IN[4:]),
+            Blocks("norm.weight", IN[:1], optional=True),
+            Blocks("out_proj.weight", IN[:1], axis=1),
+        ),
+        resize=_resize,
+        rescale=_rescale,
+        idle=_idle,
+        forward=_forward,
+        logits=logits,
+    )
+
+
+def _mamba2_logits(model: Any, hidden: Tensor) -> Tensor:
+    # (the residual stream may be float32 in a model of bfloat16)
+    logits: Tensor = model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()
+    return logits
+
+
+def _falcon_logits(model: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = model.lm_head(hidden) * model.model.lm_head_multiplier
+    return logits
+
+
+def _granite_logits(model: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = model.lm_head(hidden) / model.config.logits_scaling
+    return logits
+
+
+# ---------------------------------------------------------------- MiniMax
+
+
+def _lightning_gates(layer: nn.Module, qkv: Float[Tensor, "batch token row"]) -> Gates:
+    # A decay for each head, the same at every token, and no write strength.
+    log_decay = -layer.slope_rate.float().flatten().expand(*qkv.shape[:2], -1)
+    return log_decay, torch.ones_like(log_decay)
+
+
+def _lightning_without_writes(layer: nn.Module, qkv: Float[Tensor, "batch token row"], heads: list[int]) -> Tensor:
+    # SiLU keeps a zero, so values of 0 write nothing.
+    d = layer.head_dim
+    columns = [head * 3 * d + 2 * d + i for head in heads for i in range(d)]
+    return qkv.index_fill(-1, torch.tensor(columns, device=qkv.device), 0.0)
+
+
+def _lightning_resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
+    if not hasattr(layer, "staterank_whole"):
+        layer.staterank_whole = layer.num_attention_heads
+        layer.get_slope_rate = functools.partial(_slopes_of_kept, layer)
+    layer.num_attention_heads = n_heads
+
+
+def _slopes_of_kept(layer: nn.Module) -> Float[Tensor, "head 1 1"]:
+    """What transformers computes from the number of heads, for those that are left of the whole layer."""
+    now, layer.num_attention_heads = layer.num_attention_heads, layer.staterank_whole
+    try:
+        rate: Tensor = type(layer).get_slope_rate(layer)
+    finally:
+        layer.num_attention_heads = now
+    return rate[layer.staterank_heads]
+
+
+@functools.cache
+def _lightning_cache_class() -> type[Any]:
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    class CountingMiniMaxCache(MiniMaxCache):
+        """The model's cache, which counts its tokens in layer 0 only: here, in whichever layer has softmax attention."""
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return max((layer.get_seq_length() for layer in self.layers), default=0)
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            return self.get_seq_length() + query_length, 0
+
+    return CountingMiniMaxCache
+
+
+EACH: Parts = (("value", 1),)
+CHANNELS: Parts = (("value", "d_v"),)
+
+LAYOUTS = (
+    _mamba2("Mamba2Mixer", "mamba2", _mamba2_logits),
+    _mamba2("FalconH1Mixer", "falcon_h1", _falcon_logits),
+    _mamba2("NemotronHMamba2Mixer", "nemotron_h"),
+    _mamba2("GraniteMoeHybridMambaLayer", "granitemoehybrid", _granite_logits),
+    _mamba2("Zamba2MambaMixer", "zamba2"),
+    _mamba2("BambaMixer", "bamba"),
+    Layout(
+        layer_class="MiniMaxLightningAttention",
+        module="transformers.models.minimax.modeling_minimax",
+        n_heads=lambda layer: layer.num_attention_heads,
+        n_keys=lambda layer: layer.num_attention_heads,
+        d_k=lambda layer: layer.head_dim,
+        d_v=lambda layer: layer.head_dim,
+        output=lambda layer: "norm",
+        gate_modules=("qkv_proj",),
+        gates=_lightning_gates,
+        write_module="qkv_proj",
+        without_writes=_lightning_without_writes,
+        state=lambda cache, index: cache.linear_cache[index],
+        weights=(
+            Blocks("qkv_proj.weight", (("key", "d_k"), ("key", "d_k"), ("value", "d_v")), by_key=True),
+            Blocks("output_gate.weight", CHANNELS),
+            # The decay follows from a head's index in the whole layer, so it goes with the head.
+            Blocks("slope_rate", EACH),
+            Blocks("query_decay", EACH),
+            Blocks("key_decay", EACH),
+            Blocks("diagonal_decay", EACH, axis=1),
+            Blocks("norm.weight", CHANNELS),
+            Blocks("out_proj.weight", CHANNELS, axis=1),
+        ),
+        resize=_lightning_resize,
+        rescale=_rescale,
+        idle=lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs),
+        cache=lambda model: _lightning_cache_class()(),
+    ),
+)
