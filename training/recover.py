@@ -59,7 +59,8 @@ def arms(study: Ablation) -> dict[str, list[Head]]:
         name: [(layer, head) for layer, heads in select_heads(order).items() for head in heads]
         for name, order in orders.items()
     }
-    return {"whole": [], **chosen, "random": random_heads(study.heads, study.count(PAPER_SHARE), seed=0)}
+    drawn = random_heads(study.heads, study.count(PAPER_SHARE), seed=0)
+    return {"whole": [], "joint": chosen.pop("joint"), "random": drawn, **chosen}
 
 
 def fine_tune(model: PreTrainedModel, fast: FastForward, mixture: Mixture, steps: int, workers: int) -> None:
@@ -90,7 +91,6 @@ def recover(
     *,
     tasks: Mapping[str, Task] = TASKS,
     device: str = "cuda",
-    compiled: bool = True,
     workers: int = 7,
 ) -> None:
     """Measure every arm before and after, and write `file` after each."""
@@ -104,7 +104,8 @@ def recover(
         if any(row["arm"] == name for row in rows):
             continue
         pruned = (study.pruned(heads) if heads else copy.deepcopy(model)).requires_grad_()
-        fast = FastForward(pruned, recurrence, dtype=torch.bfloat16 if device == "cuda" else torch.float32, compiled=compiled)  # fmt: skip
+        # Not compiled: layers that lost different numbers of heads would each be compiled anew.
+        fast = FastForward(pruned, recurrence, dtype=torch.bfloat16 if device == "cuda" else torch.float32, compiled=False)  # fmt: skip
 
         def measure(model: PreTrainedModel = pruned, fast: FastForward = fast) -> dict[str, Any]:
             choose_kernels(model)
