@@ -196,11 +196,13 @@ class Ablation:
         broken = [n for n in self.counts if min(self.score(task, self.arm(e, n)).mean() for e in (LOW, HIGH)) < half]
         return min(broken, default=self.counts[-1])
 
+    def drawn(self, n: int, draw: int, *, per_layer: bool = False) -> list[Head]:
+        """The `n` random heads of a draw."""
+        return random_heads(self.heads, n, seed=1000 * self.seed + draw, per_layer=per_layer)
+
     def draws(self, task: str, n: int, n_draws: int, *, per_layer: bool = False) -> NDArray[np.float64]:
         """Scores without `n` random heads, (draw, prompt)."""
-        chosen = [
-            random_heads(self.heads, n, seed=1000 * self.seed + draw, per_layer=per_layer) for draw in range(n_draws)
-        ]
+        chosen = [self.drawn(n, draw, per_layer=per_layer) for draw in range(n_draws)]
         bar = tqdm(chosen, desc=f"random heads, {task}", leave=False)
         return np.stack([self.score(task, heads) for heads in bar])
 
@@ -232,7 +234,10 @@ class Ablation:
         return bootstrap(lambda *drawn: float(_ratios(drawn)[0]), *tables)
 
     def against_draws(self, heads: Iterable[Head], n_draws: int, *, kind: str = "zero") -> dict[str, Estimate]:
-        """`retained`, and how far it lies over the best and over the mean of draws of as many random heads (C5)."""
+        """`retained`, and how far it lies over the best and over the mean of draws of as many random heads (C5).
+
+        The intervals of the last two are over prompts and draws.
+        """
         chosen = list(heads)
         scores = [
             np.stack(
@@ -243,10 +248,11 @@ class Ablation:
 
         def over(rival: Callable[[NDArray[np.float64]], Any]) -> Estimate:
             def difference(*drawn: NDArray[np.float64]) -> float:
-                own, *draws = _ratios(drawn)
-                return float(own - rival(np.array(draws)))
+                *tables, picked = drawn
+                own, *draws = _ratios(tables)
+                return float(own - rival(np.array(draws)[picked.astype(int)]))
 
-            return bootstrap(difference, *scores)
+            return bootstrap(difference, *scores, np.arange(n_draws, dtype=np.float64))
 
         return {
             "score / intact": self.retained(chosen, kind=kind),
@@ -336,6 +342,23 @@ class Ablation:
         with ablate_heads(self.model, heads) if heads else nullcontext():
             texts = [self.prompts(domain, self.n_graded, n_tokens, seed=2) for domain in domains]
             return [float(np.exp(text_nats(self.model, text).mean())) for text in texts]
+
+
+def over_draws(draws: NDArray[np.float64], scores: NDArray[np.float64]) -> Estimate:
+    """Mean over random draws minus another arm's scores, with its interval over prompts and draws.
+
+    Args:
+        draws: (draw, prompt).
+        scores: of the other arm, on the same prompts.
+
+    Example:
+        >>> over_draws(np.ones((8, 4)), np.zeros(4))
+        Estimate(point=1.0, low=1.0, high=1.0)
+    """
+    table = np.concatenate([scores[None], draws]).T
+    return bootstrap(
+        lambda drawn, picked: float(drawn[:, 1 + picked.astype(int)].mean() - drawn[:, 0].mean()), table, np.arange(len(draws), dtype=np.float64)
+    )  # fmt: skip
 
 
 def _ratios(scores: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

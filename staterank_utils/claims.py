@@ -230,7 +230,7 @@ def judge_asymmetry(
     Args:
         model: what was measured.
         differences: task -> score(high removed) - score(low removed), paired over prompts, for every task that counts.
-        below_random: for the same tasks, mean score(random removed) - score(low removed).
+        below_random: for the same tasks, mean score(random removed) - score(low removed); both stand in the row.
         note: shown behind the verdict.
 
     Returns:
@@ -261,6 +261,7 @@ def judge_asymmetry(
     else:
         judgement = f"{FAILS}: no asymmetry"
     numbers = [{"label": task, **_rounded(e)} for task, e in differences.items()]
+    numbers += [{"label": f"random - low, {task}", **_rounded(e)} for task, e in below_random.items()]
     return {"claim": "C4", "model": model, "criteria": numbers, "verdict": judgement, "note": note}
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from staterank_utils.claims import verdict_table
+from staterank_utils.claims import markdown_table, verdict_table
 from staterank_utils.models import CHECKPOINTS, EMBEDDED
+from staterank_utils.strata import Estimate
 
 STORED = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "transformers", "flash-linear-attention", "numpy", "scipy", "diptest")
@@ -196,8 +197,60 @@ def embedded_folders(models: Sequence[str]) -> list[Path]:
     return [folder for folder in candidates if folder.is_dir()]
 
 
+def stored_recovery(name: str) -> list[tuple[str, ...]]:
+    """Rows of a table of what fine-tuning brought back to a pruned embedded model (training/recover.py).
+
+    Args:
+        name: of the model.
+
+    Returns:
+        (model, arm, heads removed, score over intact before and after, bits a byte before and after) for each stored arm; nothing
+        where nothing is stored.
+
+    Raises:
+        ValueError: the stored numbers are of other weights.
+
+    Example:
+        >>> stored_recovery("no such model")
+        []
+    """
+    path = STORED / "recovery" / f"{name}.json"
+    if not path.exists():
+        return []
+
+    def numbers(row: Mapping[str, Any]) -> Iterator[str]:
+        for when in ("before", "after"):
+            yield str(Estimate(**row[when]["score / intact"]))
+        for when in ("before", "after"):
+            yield f"{row[when]['bits a byte']:.3f}"
+
+    rows = read_result(path, parameters={"name": name}, checkpoints=[CHECKPOINTS / name])["rows"]
+    return [(name, row["arm"], str(row["heads"]), *numbers(row)) for row in rows]
+
+
+class Tables(dict[str, str]):
+    """Tables of a notebook as Markdown, by title: shown where they are made, stored with the result, shown again beside it.
+
+    Example:
+        >>> tables = Tables()
+        >>> print(tables.keep("Heads by layer", ("layer", "heads"), [("0", "8")]))
+        | layer | heads |
+        | --- | --- |
+        | 0 | 8 |
+        >>> list(tables)
+        ['Heads by layer']
+    """
+
+    def keep(self, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+        """Make a table, keep it under its title, and return it."""
+        self[title] = markdown_table(head, rows)
+        return self[title]
+
+
 def stored_beside(notebook: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> str:
     """The verdicts of the stored full-profile run as Markdown, or a sentence that says why they are not shown.
+
+    Behind the verdicts stand what we read in that run, where NOTEBOOK.md lies beside the stored result, and the run's tables.
 
     Args:
         notebook: name of the page, such as "01_stratification".
@@ -216,10 +269,17 @@ def stored_beside(notebook: str, *, parameters: Mapping[str, Any], checkpoints: 
     except ValueError as error:
         return f"*The stored full-profile run is not shown: {error}.*"
     made = data["provenance"]
-    return (
-        f"Beside it, the stored run of the full profile ({made['parameters']['n_prompts']} prompts a domain, {made['device']}, "
-        f"{made['seconds']:.0f} s, {made['date'][:10]}, commit {made['commit'][:10]}):\n\n{verdict_table(data['rows'])}"
-    )
+    parts = [
+        f"Beside it, the stored run of the full profile ({made['parameters']['n_prompts']} prompts each, {made['device']}, "
+        f"{made['seconds']:.0f} s, {made['date'][:10]}, commit {made['commit'][:10]}):",
+        verdict_table(data["rows"]),
+    ]
+    if path.with_suffix(".md").exists():
+        parts.append(path.with_suffix(".md").read_text(encoding="utf-8").strip())
+    if tables := data.get("tables"):
+        inside = "\n\n".join(f"*{title}*\n\n{table}" for title, table in tables.items())
+        parts.append(f"::::{{dropdown}} The tables of that run\n{inside}\n::::")
+    return "\n\n".join(parts)
 
 
 def check_parameters(namespace: dict[str, Any], *, known: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.layouts import linear_layers
 from staterank_utils.spectra import Spectrum, singular_values
 from staterank_utils.surgery import Head, all_heads
 from staterank_utils.tracing import trace_states
@@ -108,7 +109,39 @@ def saturation_scores(
     }
 
 
-def select_heads(scores: Measure, *, share: float = PAPER_SHARE, per_layer: bool = False) -> dict[int, list[int]]:
+def measure_saturation(
+    model: PreTrainedModel,
+    prompts: Int[Tensor, "prompt token"],
+    *,
+    alpha: float = 0.5,
+    maximum: Literal["model", "layer"] = "model",
+) -> Measure:
+    """`saturation_scores` of a model, measured on calibration prompts.
+
+    Args:
+        model: from `load_model`.
+        prompts: calibration prompts of equal length.
+        alpha, maximum: as in `saturation_scores`.
+
+    Raises:
+        ValueError: as in `measure_heads` and `saturation_scores`.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> scores = measure_saturation(load_model("hybrid"), torch.arange(64).reshape(1, 64))
+        >>> len(scores), 0 <= min(scores.values()) <= max(scores.values()) <= 1
+        (48, True)
+    """
+    measures = measure_heads(model, prompts)
+    _, layer, layout = linear_layers(model)[0]
+    d = min(layout.d_k(layer), layout.d_v(layer))
+    return saturation_scores(measures["effective rank"], measures["nuclear norm"], d=d, alpha=alpha, maximum=maximum)
+
+
+def select_heads(
+    scores: Measure, *, share: float = PAPER_SHARE, per_layer: bool = False, model: PreTrainedModel | None = None
+) -> dict[int, list[int]]:
     """The heads with the highest scores, for `prune_heads`: Joint Rank-Norm Pruning where the scores are `saturation_scores`.
 
     All states of a model have the same size, so a share of heads is the same share of the recurrent state's bytes.
@@ -119,12 +152,13 @@ def select_heads(scores: Measure, *, share: float = PAPER_SHARE, per_layer: bool
         scores: head -> number; to take out the lowest, negate them.
         share: of all heads, or with `per_layer` of the heads of each layer, rounded to whole heads.
         per_layer: the same share in every layer.
+        model: that is to be pruned, to make sure that the scores are of its heads.
 
     Returns:
         decoder layer -> heads, layers and heads in order; layers that lose none are left out.
 
     Raises:
-        ValueError: no scores, one that is not finite, or a share outside [0, 1).
+        ValueError: no scores, one that is not finite, scores of other heads than the model has, or a share outside [0, 1).
 
     Example:
         >>> select_heads({(0, 0): 0.9, (0, 1): 0.1, (2, 0): 0.8, (2, 1): 0.2}, share=0.5)
@@ -132,6 +166,11 @@ def select_heads(scores: Measure, *, share: float = PAPER_SHARE, per_layer: bool
     """
     if not scores or not all(map(math.isfinite, scores.values())):
         raise ValueError(f"expected a finite score for every head, got {dict(list(scores.items())[:8])}")
+    if model is not None and set(scores) != (own := set(all_heads(model))):
+        raise ValueError(
+            f"these are scores of another model: of {len(scores)} heads, {len(own & set(scores))} of them among the {len(own)} that this "
+            "model has; measure this one (measure_saturation)"
+        )
     if not 0 <= share < 1:
         raise ValueError(f"the share of heads to remove lies in [0, 1), got {share}")
     layers = dict.fromkeys(layer for layer, _ in scores)

@@ -67,7 +67,7 @@ def test_the_registered_rule_of_asymmetry(differences, below_random, expected: s
     tasks = [f"task {i}" for i in range(len(differences))]
     row = claims.judge_asymmetry("m", *(dict(zip(tasks, e, strict=True)) for e in (differences, below_random)))
     assert row["verdict"] == expected
-    assert [number["label"] for number in row["criteria"]] == tasks
+    assert [number["label"] for number in row["criteria"]] == [*tasks, *(f"random - low, {task}" for task in tasks)]
 
 
 def test_asymmetry_needs_the_same_tasks() -> None:

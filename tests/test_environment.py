@@ -63,7 +63,7 @@ def test_every_import_of_the_package_is_declared() -> None:
         "datasets",
         "staterank_utils",
     }
-    for file in (ROOT / "staterank_utils").glob("*.py"):
+    for file in (ROOT / "staterank_utils").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = (
                 [a.name for a in node.names]

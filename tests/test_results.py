@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,10 @@ def test_a_result_of_other_weights_is_refused(tmp_path: Path) -> None:
         read_result(tmp_path / "a.json", parameters={}, checkpoints=[results.CHECKPOINTS / "hybrid"])
 
 
-@pytest.mark.parametrize("notebook", ["01_stratification", "02_input_invariance"])
+STORED_RUNS = sorted(file.stem for file in (results.STORED / "full").glob("*.json"))
+
+
+@pytest.mark.parametrize("notebook", STORED_RUNS)
 def test_the_stored_full_run_is_of_the_weights_that_are_embedded(notebook: str) -> None:
     folders = [results.CHECKPOINTS / name for name in results.EMBEDDED]
     data = read_result(
@@ -73,6 +77,45 @@ def test_the_stored_full_run_is_of_the_weights_that_are_embedded(notebook: str) 
     )
     assert not data["provenance"]["commit"].endswith("+changes")
     assert data["rows"]
+
+
+@pytest.mark.parametrize("reading", sorted((results.STORED / "full").glob("*.md")), ids=lambda file: file.stem)
+def test_every_decimal_in_a_reading_stands_in_the_run_that_it_reads(reading: Path) -> None:
+    data = json.loads(reading.with_suffix(".json").read_text())
+    estimates = [
+        f"{x:.3f}"
+        for row in data["rows"]
+        for number in row["criteria"]
+        for x in number.values()
+        if isinstance(x, float)
+    ]
+    known = " ".join([*estimates, *data["tables"].values()]).replace("-", "\u2212")
+    decimals = re.findall(r"\u2212?\d[\d,]*\.\d+", reading.read_text().replace("α = 0.5", "").replace("38.9 %", ""))
+    assert len(decimals) > 3
+    assert not [number for number in decimals if number not in known]
+
+
+def test_a_reading_and_the_tables_stand_beside_a_stored_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "STORED", tmp_path)
+    tables = results.Tables()
+    assert tables.keep("Heads", ("layer",), [("7",)]) == tables["Heads"]
+    made = provenance(parameters={"n_prompts": 1})
+    write_json(tmp_path / "full" / "01_x.json", {"provenance": made, "rows": [], "tables": tables})
+    (tmp_path / "full" / "01_x.md").write_text("Read it so.\n")
+    shown = stored_beside("01_x", parameters={})
+    assert "Read it so." in shown
+    assert "*Heads*\n\n| layer |\n| --- |\n| 7 |" in shown
+
+
+def test_recovery_of_other_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [first, *_] = results.stored_recovery("hybrid")
+    assert first[:3] == ("hybrid", "whole", "0")
+    data = json.loads((results.STORED / "recovery" / "hybrid.json").read_text())
+    data["provenance"]["checkpoints"]["hybrid"] = "0" * 64
+    write_json(tmp_path / "recovery" / "hybrid.json", data)
+    monkeypatch.setattr(results, "STORED", tmp_path)
+    with pytest.raises(ValueError, match="other weights of hybrid"):
+        results.stored_recovery("hybrid")
 
 
 def test_a_stored_run_of_other_parameters_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

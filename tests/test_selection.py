@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from staterank_utils.selection import extreme_heads, head_counts, measure_heads, random_heads
+from staterank_utils.selection import extreme_heads, head_counts, measure_heads, random_heads, select_heads
 from staterank_utils.spectra import effective_rank
 from staterank_utils.surgery import all_heads
 from staterank_utils.tracing import trace_states
@@ -38,6 +38,16 @@ def test_draws_follow_from_their_seed_and_differ() -> None:
     assert all(len(set(draw)) == 5 for draw in draws)
     layers = [layer for layer, _ in random_heads(heads, 3, seed=0, per_layer=True)]
     assert [layers.count(layer) for layer in range(4)] == [3] * 4
+
+
+def test_scores_of_another_model_are_refused(hybrid) -> None:
+    own = dict.fromkeys(all_heads(hybrid), 0.5)
+    assert sum(map(len, select_heads(own, model=hybrid).values())) == 19
+    pure = dict.fromkeys([(layer, head) for layer in range(8) for head in range(8)], 0.5)
+    with pytest.raises(ValueError, match="scores of another model: of 64 heads, 48 of them among the 48"):
+        select_heads(pure, model=hybrid)
+    with pytest.raises(ValueError, match="scores of another model: of 4 heads"):
+        select_heads(MEASURE, model=hybrid)
 
 
 @pytest.mark.parametrize(

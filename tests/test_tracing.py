@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from staterank_utils import tracing
-from staterank_utils.layouts import linear_layers, modeling_module
+from staterank_utils.layouts import WRONG_IN_SEGMENTS, linear_layers, modeling_module
 from staterank_utils.models import make_cache
 from staterank_utils.reference import gated_delta_rule
 from staterank_utils.spectra import effective_rank
@@ -214,15 +214,9 @@ def test_models_without_linear_attention_are_refused(prompts: torch.Tensor) -> N
         trace_states(LlamaForCausalLM(config), prompts, positions=[1])
 
 
-@pytest.mark.parametrize(
-    ("config", "model", "words"),
-    [
-        (MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1), MambaForCausalLM, "mamba cannot be traced: .*ignores the state"),
-    ],
-    ids=["mamba"],
-)  # fmt: skip
-def test_architectures_that_are_silently_wrong_in_segments_are_refused(
-    config, model, words: str, prompts: torch.Tensor
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        trace_states(model(config), prompts, positions=[1])
+@pytest.mark.parametrize("model_type", WRONG_IN_SEGMENTS)
+def test_architectures_that_are_wrong_in_segments_are_refused_by_name(model_type: str, prompts: torch.Tensor) -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1))
+    model.config.model_type = model_type
+    with pytest.raises(ValueError, match=f"{model_type} cannot be traced: "):
+        trace_states(model, prompts, positions=[1])
