@@ -10,7 +10,7 @@ MINUTES ?= 25
 RUN := _build/training
 TRAIN = $(BIN)/python -m training.train --corpus $(RUN)/corpus --tokenizer checkpoints/hybrid --bounded --minutes $(MINUTES)
 
-.PHONY: help book test test-gpu check notebooks bench full figure train clean
+.PHONY: help book test test-gpu conformance check notebooks bench full figure train clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,9 @@ test: .venv/installed ## run the tests that need no GPU, two at a time
 
 test-gpu: .venv/installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+conformance: .venv/installed ## check every architecture and store the table of differences
+	$(BIN)/python -m pytest --store-conformance tests/test_layouts_*.py
 
 check: .venv/installed ## lint, format, types, notebook pairs
 	$(BIN)/ruff check .

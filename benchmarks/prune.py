@@ -6,7 +6,8 @@
 timed for all variants in turn, in one process; ratios of times are medians of the ratios within a round, so under 1 is
 faster. The floor is what decoding could come down to if memory traffic were all: bytes of weights, read once a step, and of states
 and convolution inputs, read and written once a step for each prompt, and of keys and values, read; over those of the whole model.
-`--store` keeps the table for the book.
+On a GPU every Triton kernel keeps one configuration: each number of heads would be tuned anew, for minutes. `--store` keeps the table
+for the book.
 """
 
 import argparse
@@ -17,14 +18,14 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.timing import over_first, rounds, store
-from staterank_utils import domain_prompts, load_model, load_tokenizer, prune_heads, saturation_scores, select_heads
+from staterank_utils import domain_prompts, load_model, load_tokenizer, prune_heads, select_heads
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
-from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache
 from staterank_utils.pruning import cache_bytes
-from staterank_utils.selection import PAPER_SHARE, measure_heads
+from staterank_utils.selection import PAPER_SHARE, measure_saturation
+from training.fast_forward import limit_autotuning
 
 READ_TOKENS = 256
 PROMPT_TOKENS = 16
@@ -52,14 +53,10 @@ def step_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:
 
 
 def variants(model: PreTrainedModel, prompts: torch.Tensor) -> dict[str, PreTrainedModel]:
-    measures = measure_heads(model, prompts)
-    _, layer, layout = linear_layers(model)[0]
-    scores = saturation_scores(
-        measures["effective rank"], measures["nuclear norm"], d=min(layout.d_k(layer), layout.d_v(layer))
-    )
+    scores = measure_saturation(model, prompts)
     return {
         "whole": model,
-        "heads": prune_heads(model, select_heads(scores)),
+        "heads": prune_heads(model, select_heads(scores, model=model)),
         "channels": keep_channels(model, order_channels(model, prompts), share=PAPER_SHARE),
     }
 
@@ -70,6 +67,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--store", action="store_true")
     arguments = parser.parse_args()
+    if torch.cuda.is_available():
+        limit_autotuning()
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     smaller = variants(model, domain_prompts("code", tokenizer, n_prompts=4, n_tokens=512, seed=1000))
     batches = (1, 8, 64, 512) if model.device.type == "cuda" else (1, 8, 64)

@@ -117,6 +117,17 @@ def stored_benchmark(name: str) -> str:
     return "\n\n".join(tables)
 
 
+def conformance_table() -> str:
+    """What the checks of every architecture measured."""
+    data = json.loads((STORED / "conformance.json").read_text(encoding="utf-8"))
+    made, properties = data["provenance"], [name for name in data["rows"][0] if name != "model"]
+    rows = [
+        (row["model"], *(f"{row[name]:.0e}" if name in row else "–" for name in properties)) for row in data["rows"]
+    ]
+    where = f"{made['device']}, {made['date'][:10]}, torch {made['packages']['torch']}, transformers {made['packages']['transformers']}, flash-linear-attention {made['packages']['flash-linear-attention']}"
+    return f"{claims.markdown_table(('architecture', *properties), rows)}\n\nMeasured on {where}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=Path, default=ROOT / "_build" / "stage")
@@ -140,6 +151,7 @@ def main() -> None:
         "preamble": claims.PREAMBLE,
         "controls": claims.CONTROLS,
         "status": status_tables(runs),
+        "conformance": conformance_table(),
         **{f"benchmark_{name}": stored_benchmark(name) for name in BENCHMARKS},
         **{f"card_{name}": model_card(name) for name in EMBEDDED},
     }

@@ -79,8 +79,7 @@ results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
 LOW, HIGH, RANK = ablation.LOW, ablation.HIGH, ablation.RANK
 QUICK = {"quick": True, "full": False}[profile]
-N_PROMPTS = n_prompts or (6 if QUICK else 500)
-N_DRAWS = n_draws or (8 if QUICK else 32)
+N_PROMPTS, N_DRAWS = n_prompts or (6 if QUICK else 500), n_draws or (8 if QUICK else 32)
 SIZES = {
     "n_prompts": N_PROMPTS,
     "n_graded": 2 if QUICK else 16,
@@ -98,6 +97,7 @@ DEPTHS = (0.0, 0.5, 1.0) if QUICK else (0.0, 0.25, 0.5, 0.75, 1.0)
 GAPS = (16, 64, 256) if QUICK else (16, 32, 64, 128, 256, 512, 1024)
 STEPS = (1, 2, 4) if QUICK else (1, 2, 3, 4, 5, 6)
 RANKS, EVERY = (0, 1, 4, 16, 32), 64
+COUNTS, MEASURES = ((1,), (RANK,)) if QUICK else ((1, 2), ablation.MEASURES)
 PARAMETERS = {
     "model": model,
     "revision": revision,
@@ -132,7 +132,7 @@ Markdown(claims.markdown_table(("task", "what is asked"), rows))
 # over heads with the effective rank:
 
 # %% tags=["hide-input"]
-others = ("nuclear norm", "log-decay", "write strength")
+others = ablation.MEASURES[1:]
 rows = [
     (name, *(f"{spearman(study.values(RANK), study.values(other)):.2f}" for other in others))
     for name, study in studies.items()
@@ -237,7 +237,7 @@ for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
 # %%
 def by_steps(name, heads):
     tasks = [arithmetic_task(steps, steps) for steps in STEPS]
-    return studies[name].means(heads, tasks, n_prompts=4 if QUICK else 100)
+    return studies[name].scores_on(tasks, heads, n_prompts=4 if QUICK else 100)
 
 
 rows = []
@@ -251,7 +251,7 @@ for name in (name for name in MODELS if (name, "arithmetic") in judged):
         },
     }
     rows += [
-        (name, label, *(f"{x:.0%}" for x in by_steps(name, heads)))
+        (name, label, *map(str, map(score_interval, by_steps(name, heads))))
         for label, heads in removed.items()
     ]
 Markdown(tables.keep("Steps", ("model", "heads removed", *(f"{n} steps" for n in STEPS)), rows))
@@ -275,30 +275,35 @@ for (name, study), (label, end) in product(studies.items(), ENDS.items()):
 Markdown(tables.keep("Which layers the arms take from", ("model", "arm", "heads"), rows))
 
 # %% [markdown]
-# So in a second design the arms are matched within layers as well: one head leaves every layer. An asymmetry of layers, early ones
+# So in a second design the arms are matched within layers as well: as many heads leave every layer. An asymmetry of layers, early ones
 # against late ones, cannot show here; one of rank should, unless both arms lie on the floor: a difference of 0 between two scores
 # near 0 says that nothing is left to lose.
 
 
 # %%
-def one_a_layer(study, task):
-    low, high = (study.score(task, study.arm(end, 1, per_layer=True)) for end in (LOW, HIGH))
-    random = study.draws(task, 1, 2 if QUICK else N_DRAWS, per_layer=True)
-    return *(f"{scores.mean():.2f}" for scores in (low, high, random)), str(
-        paired_difference(high, low)
-    )
+def a_layer(study, task, n, measure):
+    arms = [study.arm(end, n, measure=measure, per_layer=True) for end in (LOW, HIGH)]
+    low, high = (study.score(task, heads) for heads in arms)
+    random = study.draws(task, n, 2 if QUICK else 8, per_layer=True)
+    means = [f"{scores.mean():.2f}" for scores in (low, high, random)]
+    return *means, str(paired_difference(high, low))
 
 
-rows = [(name, task, *one_a_layer(studies[name], task)) for name, task in judged]
+rows = [
+    (name, task, f"{n}", measure, *a_layer(studies[name], task, n, measure))
+    for (name, task), n, measure in product(judged, COUNTS, MEASURES)
+]
 HEAD = (
     "model",
     "task",
-    "lowest of every layer removed",
+    "heads a layer",
+    "measure",
+    "lowest removed",
     "highest",
     "random, mean of draws",
     "highest - lowest",
 )
-Markdown(tables.keep("One head from every layer", HEAD, rows))
+Markdown(tables.keep("The same number from every layer", HEAD, rows))
 
 # %% [markdown]
 # Perplexity needs no mastery, so every domain can be compared. At 12.5 % of the heads, arms over all heads, on 256 tokens of each:

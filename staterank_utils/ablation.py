@@ -39,6 +39,7 @@ from staterank_utils.tasks import domain_prompts
 
 CALIBRATION_DOMAINS = ("code", "arithmetic")  # evaluation prompts are technical prose and other stories
 RANK = "effective rank"
+MEASURES = (RANK, "nuclear norm", "log-decay", "write strength")  # of `measure_heads`
 LOW, HIGH = False, True  # ends of a measure, for `arm`
 
 
@@ -265,16 +266,16 @@ class Ablation:
     ) -> NDArray[np.float64]:
         """Share of single needles found, (depth, length of the prompt)."""
         tasks = [needle_task(1, n, depth) for depth in depths for n in lengths]
-        return self.means(heads, tasks, n_prompts=n_prompts).reshape(len(depths), len(lengths))
+        return self.scores_on(tasks, heads, n_prompts=n_prompts).mean(1).reshape(len(depths), len(lengths))
 
-    def means(self, heads: Iterable[Head], tasks: Sequence[Task], *, n_prompts: int) -> NDArray[np.float64]:
-        """Mean score on each of other tasks, such as one of different lengths, without some heads."""
+    def scores_on(self, tasks: Sequence[Task], heads: Iterable[Head], *, n_prompts: int) -> NDArray[np.float64]:
+        """Scores (task, prompt) on other tasks, such as one of different lengths, without some heads."""
         with ablate_heads(self.model, list(heads)):
             scores = [
                 evaluate(task, self.model, self.tokenizer, n_instances=n_prompts, seed=self.seed, batch_size=self.batch_size)
                 for task in tasks
             ]  # fmt: skip
-        return np.array([each.mean() for each in scores])
+        return np.stack(scores)
 
     # ---------------------------------------------------------------- losses
 

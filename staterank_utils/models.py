@@ -66,7 +66,9 @@ def load_model(
 
     Raises:
         FileNotFoundError: an embedded name without the repository's checkpoints, or a folder without weights.
-        ValueError: an unknown name, a hub id without a revision, or weights that fail `verify_weights`.
+        ValueError: an unknown name, a hub id without a revision, weights that fail `verify_weights`, or that are not those of
+            the configuration.
+        OSError: a hub id that could not be fetched, for want of a network, of access, or of that revision.
 
     Example:
         >>> model = load_model("hybrid")
@@ -78,14 +80,12 @@ def load_model(
     chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     if Path(source).is_dir():
         verify_weights(Path(source))
-    config = _config(source, options)
+    config = _fetched(_config, source, options)
     if weights == "initial":
         model = initial_model(config, seed=seed)
         model = model.to(device=device, dtype=None if chosen == "auto" else chosen)
     elif weights in ("trained", "shuffled"):
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=chosen, use_safetensors=True, **options
-        ).to(device)
+        model = _fetched(_with_weights, source, options, config=config, dtype=chosen).to(device)
         if weights == "shuffled":
             shuffle_weights(model, seed=seed)
     else:
@@ -147,6 +147,41 @@ def _source(
             f"there is no folder {name_or_path!r}; if it is a hub id, pass revision=..., a commit or tag, so that the result names what it measured"
         )
     return name_or_path, {"revision": revision, "trust_remote_code": trust_remote_code}
+
+
+def _fetched(load: Callable[..., Any], source: str, options: dict[str, Any], **more: Any) -> Any:
+    """What `load` makes of a source; where a hub id fails, say what to do."""
+    try:
+        return load(source, options, **more)
+    except OSError as error:
+        if "revision" not in options:
+            raise
+        raise OSError(
+            f"{source} at revision {options['revision']!r} could not be fetched ({str(error).strip().splitlines()[0]}). Without a network, "
+            f"download it elsewhere (hf download {source} --revision {options['revision']} --local-dir FOLDER) and pass FOLDER; a gated "
+            "model needs `hf auth login` with an account that was let in; revisions are listed on the model's page"
+        ) from error
+
+
+def _with_weights(source: str, options: dict[str, Any], **more: Any) -> PreTrainedModel:
+    """A model whose weights are all there, and of the configuration's shapes."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **more, **options
+    )
+    wrong = {
+        "missing": sorted(found["missing_keys"]),
+        "of another shape": sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"]),
+        "of layers that the configuration does not have": sorted(
+            key for key in found["unexpected_keys"] if ".layers." in key
+        ),
+    }
+    if any(wrong.values()):
+        said = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in wrong.items() if keys)
+        raise ValueError(
+            f"the weights in {source} are not those of its configuration: {said}. Compare config.json with the files"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _config(source: str, options: dict[str, Any]) -> PreTrainedConfig:

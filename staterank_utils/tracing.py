@@ -92,6 +92,7 @@ def trace_states(
         TypeError: ids that are not a tensor, or not of an integer dtype that a model reads.
         ValueError: no tokens, an id outside the vocabulary, positions that are out of order or beyond the prompt, a batch
             size under 1, a model that `linear_layers` refuses, or one whose layers were pruned to different numbers of heads.
+        torch.OutOfMemoryError: with what to lower.
 
     Example:
         >>> from staterank_utils import effective_rank, load_model
@@ -115,10 +116,16 @@ def trace_states(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     batches = input_ids[:, : positions[-1]].split(batch_size)
-    parts = [
-        _trace_batch(model, layers, batch, positions, reduce, logits)
-        for batch in tqdm(batches, desc="prompts", leave=False, disable=len(batches) == 1)
-    ]
+    try:
+        parts = [
+            _trace_batch(model, layers, batch, positions, reduce, logits)
+            for batch in tqdm(batches, desc="prompts", leave=False, disable=len(batches) == 1)
+        ]
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"not enough memory for {positions[-1]:,} tokens of {batch_size} prompts and {len(positions)} positions ({error}): lower batch_size, "
+            "reduce states at once (reduce=...), or take fewer positions"
+        ) from error
     values, gates, outputs = zip(*parts, strict=True)
     _, layer, layout = layers[0]
     log_decay, write_strength = torch.cat(gates, 2).unbind(1)

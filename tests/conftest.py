@@ -2,11 +2,23 @@
 
 from collections.abc import Callable
 
+import conformance
 import pytest
 import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from staterank_utils.models import choose_kernels, load_model, load_tokenizer
+from staterank_utils.results import STORED, provenance, write_json
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--store-conformance", action="store_true", help="write results/conformance.json")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if session.config.getoption("store_conformance") and exitstatus == 0:
+        made = {"provenance": provenance(parameters={}), "rows": conformance.table()}
+        write_json(STORED / "conformance.json", made)
 
 
 def tiny_qwen3_next(

@@ -3,14 +3,20 @@
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 from functools import cached_property
 from types import ModuleType
 from typing import Any
 
+import conformance
 import pytest
+import tiny_delta
+import tiny_fla
+import tiny_ssd
 
 import staterank_utils
+from staterank_utils.results import STORED
 
 MODULES = [
     importlib.import_module(module.name)
@@ -78,3 +84,10 @@ def test_every_public_method_says_what_it_does(module: ModuleType) -> None:
         if not inspect.getdoc(getattr(thing, key))
     ]
     assert not silent
+
+
+def test_the_stored_table_of_architectures_has_every_tiny_model() -> None:
+    rows = json.loads((STORED / "conformance.json").read_text())["rows"]
+    known = {*tiny_delta.MODELS, *tiny_ssd.MODELS, *(f"fla {name}" for name in tiny_fla.TINY)}
+    assert {row["model"] for row in rows} == known
+    assert set(rows[0]) == {"model", *conformance.PROPERTIES}

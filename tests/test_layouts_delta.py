@@ -1,6 +1,6 @@
 """What holds for every architecture with a delta rule, each on a tiny random model of the real class.
 
-Every check prints the largest difference that it measured.
+What they measure is kept for the table in the book.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import conformance
 import pytest
 import torch
 from tiny_delta import MODELS, tiny
@@ -27,6 +28,12 @@ CUTS = {"32+64": [32], "5+91": [5], "one by one": list(range(1, 96))}
 TOLERANCE = 5e-5  # float32 sums in another order; logits have a standard deviation of about 0.8
 PRUNING_TOLERANCE = 1e-4
 BFLOAT16_TOLERANCE = 0.25
+MEASURED = {
+    "segments ": conformance.SEGMENTS,
+    "states of": conformance.STATES,
+    "removed =": conformance.REMOVED,
+    "padded =": conformance.PADDING,
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -58,7 +65,8 @@ def pairs(removal: dict[int, list[int]]) -> list[tuple[int, int]]:
 
 def check(name: str, what: str, difference: torch.Tensor, tolerance: float) -> None:
     largest = difference.double().abs().max().item()
-    print(f"{name:32} {what:40} {largest:.1e}")
+    if measured := next((value for start, value in MEASURED.items() if what.startswith(start)), None):
+        conformance.keep(measured, largest, MODELS)
     assert largest <= tolerance, f"{name}, {what}: {largest}"
 
 
@@ -110,7 +118,7 @@ def test_states_equal_the_float64_recurrence(name: str, model, ids) -> None:
         query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
         _, states = gated_delta_rule(query, key, value, log_decay, beta)
         expected = states[:, [t - 1 for t in POSITIONS]]
-        check(name, f"states of linear layer {row}", trace.values[row] - expected, TOLERANCE)
+        check(name, f"states of linear layer {row}", (trace.values[row] - expected) / expected.abs().max(), TOLERANCE)
         check(name, f"states of linear layer {row}, batch 1", alone.values[row] - expected[:1], TOLERANCE)
         gates = log_decay.mean(-1) if log_decay.ndim == 4 else log_decay
         torch.testing.assert_close(trace.log_decay[row], gates.mean(1), rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("fla")
 
+import conformance
 from tiny_fla import TINY, tiny_fla
 from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
@@ -47,9 +48,8 @@ def ids() -> Tensor:
     return torch.randint(1, 64, (3, 96), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def say(request: pytest.FixtureRequest, difference: float) -> float:
-    print(f"\n{request.node.name}: {difference:.1e}")
-    return difference
+def keep(measured: str, difference: float) -> float:
+    return conformance.keep(measured, difference, TINY, library="fla ")
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -71,9 +71,9 @@ CUTS = {"32+64": [32], "5+91": [5], "token by token": [*range(1, 96)]}
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=list(CUTS))
 @pytest.mark.parametrize("n_batch", [1, 3])
-def test_segments_are_one_pass(model, ids, cuts, n_batch, request) -> None:
+def test_segments_are_one_pass(model, ids, cuts, n_batch) -> None:
     full = model(ids[:n_batch]).logits
-    assert say(request, apart(in_pieces(model, ids[:n_batch], cuts), full)) < TOLERANCE
+    assert keep(conformance.SEGMENTS, apart(in_pieces(model, ids[:n_batch], cuts), full)) < TOLERANCE
 
 
 def test_generation_goes_on_from_the_cache(model, ids) -> None:
@@ -86,12 +86,12 @@ def test_generation_goes_on_from_the_cache(model, ids) -> None:
     assert torch.equal(made, expected)
 
 
-def test_left_padding_changes_nothing(model, ids, request) -> None:
+def test_left_padding_changes_nothing(model, ids) -> None:
     mask = torch.ones_like(ids)
     mask[0, :9], mask[1, :20] = 0, 0
     padded = model(ids, attention_mask=mask).logits
     alone = [model(ids[row : row + 1, skip:]).logits[0] for row, skip in ((0, 9), (1, 20))]
-    assert say(request, max(apart(padded[0, 9:], alone[0]), apart(padded[1, 20:], alone[1]))) < TOLERANCE
+    assert keep(conformance.PADDING, max(apart(padded[0, 9:], alone[0]), apart(padded[1, 20:], alone[1]))) < TOLERANCE
     pieces = in_pieces(model, ids, [32, 90, *range(91, 96)], mask)
     assert apart(pieces[mask == 1], padded[mask == 1]) < TOLERANCE
 
@@ -102,7 +102,7 @@ def test_bfloat16(model, ids, request) -> None:
     assert full.dtype == torch.bfloat16
     pieces = in_pieces(half, ids, [32])
     std = full.float().std().item()
-    assert say(request, ((pieces.float() - full.float()).square().mean().sqrt() / std).item()) < 0.05
+    assert ((pieces.float() - full.float()).square().mean().sqrt() / std).item() < 0.05
     trace = trace_states(half, ids, positions=POSITIONS)
     exact = trace_states(model, ids, positions=POSITIONS)
     relative = (trace.values[0] - exact.values[0]).norm() / exact.values[0].norm()
@@ -217,7 +217,7 @@ def expected_states(model, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> list
     return found
 
 
-def test_traced_states_are_those_of_the_float64_recurrence(model, ids, monkeypatch, request) -> None:
+def test_traced_states_are_those_of_the_float64_recurrence(model, ids, monkeypatch) -> None:
     if DEVICE != "cpu" and model.config.model_type == "delta_net":
         pytest.skip("fla's chunk_delta_rule refuses float32")
     expected = expected_states(model, ids, monkeypatch)
@@ -227,7 +227,7 @@ def test_traced_states_are_those_of_the_float64_recurrence(model, ids, monkeypat
         (apart(values, states[:, at].cpu()) / states.abs().max().item())
         for values, states in zip(trace.values, expected, strict=True)
     ]
-    assert say(request, max(differences)) < TOLERANCE
+    assert keep(conformance.STATES, max(differences)) < TOLERANCE
     assert apart(trace.logits, model(ids).logits[:, at].cpu()) < TOLERANCE
     assert trace.log_decay.max() <= 0
     assert trace.write_strength.min() >= 0
@@ -295,7 +295,7 @@ def removals(name: str, n_heads: int) -> dict[str, dict[int, list[int]]]:
     }
 
 
-def test_removed_equals_ablated(name, model, ids, request) -> None:
+def test_removed_equals_ablated(name, model, ids) -> None:
     n_heads = linear_layers(model)[0][2].n_heads(linear_layers(model)[0][1])
     if name in NO_REMOVAL:
         with pytest.raises(ValueError, match="cannot be removed exactly"):
@@ -315,7 +315,7 @@ def test_removed_equals_ablated(name, model, ids, request) -> None:
         sizes = [cache_bytes(m(ids, use_cache=True).past_key_values)["recurrent"] for m in (pruned, model)]
         gone = sum(map(len, removal.values()))
         assert sizes[0] == sizes[1] * (2 * n_heads - gone) // (2 * n_heads)
-    assert say(request, worst) < TOLERANCE
+    assert keep(conformance.REMOVED, worst) < TOLERANCE
 
 
 def test_uneven_groups_under_one_norm_are_refused(ids) -> None:

@@ -1,4 +1,6 @@
+import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -167,3 +169,40 @@ def test_fla_kernels_give_the_states_of_the_plain_ones() -> None:
     slow = trace_states(load_model("hybrid", device="cpu"), ids, positions=[64, 65, 300])
     # tf32 products inside the kernels
     assert (fast.values - slow.values).abs().max() < 5e-3 * slow.values.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"intermediate_size": 64}, "9 of another shape, such as model.layers.0.mlp.down_proj.weight"),
+        ({"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}, "of layers that the configuration does not have, such as model.layers.2."),
+        ({"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 4, "mlp_only_layers": [0, 1, 2, 3]}, "missing, such as model.layers.1.linear_attn"),
+    ],
+    ids=["shape", "fewer layers", "more layers"],
+)  # fmt: skip
+def test_weights_of_another_configuration_are_refused(change: dict, message: str, tmp_path: Path) -> None:
+    tiny_qwen3_next(["linear_attention", "full_attention", "linear_attention"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=f"not those of its configuration: .*{re.escape(message)}"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_a_hub_id_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(source: str, options: dict) -> None:
+        raise OSError("We couldn't connect to the hub\nand more")
+
+    monkeypatch.setattr(models, "_config", no_network)
+    with pytest.raises(
+        OSError, match=r"connect to the hub\)\. Without a network.*hf download o/n --revision v1 --local-dir FOLDER"
+    ):
+        load_model("o/n", revision="v1")
+
+
+def test_a_trace_without_memory_says_what_to_lower(hybrid) -> None:
+    def full(states: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(torch.OutOfMemoryError, match="4 tokens of 2 prompts.*lower batch_size"):
+        trace_states(hybrid, ids, positions=[4], reduce=full, batch_size=2)

@@ -167,6 +167,14 @@ def test_fast_forward_is_the_forward_of_a_pruned_model(name: str) -> None:
         assert (fast.logits(ids) - pruned(ids, use_cache=False).logits).abs().max() < 1e-4
 
 
+def test_books_of_a_clone_are_held_out_by_author_and_title(tmp_path: Path) -> None:
+    for name in ("Jane Austen/Pride and Prejudice.md", "Jane Austen/Emma.md", "valid.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert list(read_books(tmp_path, held_out=True)) == ["Jane Austen/Pride and Prejudice.md", "valid.txt"]
+    assert list(read_books(tmp_path, held_out=False)) == ["Jane Austen/Emma.md"]
+
+
 def test_recovery_trains_every_arm_and_goes_on_after_a_kill(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,8 @@
     python -m training.corpus BOOKS --tokenizer checkpoints/hybrid --out PREPARED
 
 writes PREPARED/{books,code,held_out_books}.npy, token ids as uint16, documents ended by the end-of-text token. BOOKS is a
-folder of .txt, .md or .txt.xz files; a file whose name holds "valid" is held out. Books in one file are separated by NUL.
+folder of .txt, .md or .txt.xz files, at any depth; a file whose name holds "valid", or that held_out_books.txt beside this file lists as
+AUTHOR/TITLE, is held out. Books in one file are separated by NUL.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from staterank_utils.tasks import library_sources
 
 PIECE = 50_000  # characters encoded as one; a document's pieces are joined again
 BATCH = 64  # documents encoded side by side
+HELD_OUT = frozenset(Path(__file__).with_name("held_out_books.txt").read_text(encoding="utf-8").splitlines())
 
 
 def read_books(folder: Path, *, held_out: bool) -> Iterator[str]:
     """The books of a folder, one by one."""
-    files = sorted(file for file in folder.iterdir() if file.name.endswith((".txt", ".md", ".txt.xz")))
-    files = [file for file in files if ("valid" in file.name) == held_out]
+    files = sorted(file for file in folder.rglob("*") if file.name.endswith((".txt", ".md", ".txt.xz")))
+    files = [file for file in files if ("valid" in file.name or "/".join(file.parts[-2:]) in HELD_OUT) == held_out]
     if not files:
         raise FileNotFoundError(
             f"{folder} has no {'held-out ' if held_out else ''}text: expected .txt, .md or .txt.xz, 'valid' in the name of what is held out"

@@ -56,7 +56,7 @@ def arms(study: Ablation) -> dict[str, list[Head]]:
         "least damage alone": alone,
     }
     chosen = {
-        name: [(layer, head) for layer, heads in select_heads(order).items() for head in heads]
+        name: [(layer, head) for layer, heads in select_heads(order, model=study.model).items() for head in heads]
         for name, order in orders.items()
     }
     drawn = random_heads(study.heads, study.count(PAPER_SHARE), seed=0)
