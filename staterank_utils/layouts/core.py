@@ -128,7 +128,7 @@ class Layout:
             put out, at the place where a head at zero is a head removed: the output projection where the norm behind a head is
             its own, else the norm across heads.
         gate_modules: names of the submodules whose outputs hold the gates; "" is the layer itself.
-        gates: (layer, *outputs of those submodules) -> (log_decay, write_strength), each (batch, token, head). Of a decay for
+        gates: (layer, outputs of those submodules) -> (log_decay, write_strength), each (batch, token, head). Of a decay for
             each channel, the mean over channels.
         write_module: name of the submodule whose output `without_writes` changes; None where writes cannot be stopped exactly.
         without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.
@@ -141,7 +141,7 @@ class Layout:
         resize: (layer, key heads, value heads, d_k), sets the layer's own numbers to those.
         rescale: (layer, value heads before, value heads now), makes a norm across heads divide by what it divided by when
             the heads that are gone put out 0; called when the heads that are left have been named.
-        idle: (layer, *arguments of its forward) -> what the layer returns when it has no head left; None where it must keep one.
+        idle: (layer, arguments of its forward) -> what the layer returns when it has no head left; None where it must keep one.
         forward: wraps the forward of the class, where that does not do for some path or for a pruned layer.
         cache: (model) -> an empty cache; by default that of transformers for the model's configuration.
         arguments: (model, token ids, positions, cache or None) -> what the model needs to be told besides, by name.
