@@ -474,7 +474,7 @@ Markdown(tables.keep("Needles, in percent", HEAD, rows))
 #
 # Two words of the registered rule needed a reading. It was made after a first look at the doses of the hybrid, and before any verdict:
 # "low below the random arms" means that in most
-# tasks the mean over random draws exceeds the low arm with its whole interval over prompts; and where tasks point both ways without
+# tasks the mean over random draws exceeds the low arm with its whole interval over prompts and draws; and where tasks point both ways without
 # a majority under zero, the verdict is "does not hold: mixed".
 
 # %%

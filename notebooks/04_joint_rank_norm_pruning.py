@@ -485,7 +485,7 @@ Markdown(
 # ## Verdict
 #
 # Registered: the score over that of the intact model is at least 0.95 with its whole interval, and above every random draw; in part if
-# it is at least 0.80 and above the mean of the draws. The lead over the draws has an interval over prompts as well.
+# it is at least 0.80 and above the mean of the draws. The lead over the draws has an interval too, over prompts and draws.
 
 # %%
 verdicts = []
