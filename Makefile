@@ -10,11 +10,11 @@ MINUTES ?= 25
 RUN := _build/training
 TRAIN = $(BIN)/python -m training.train --corpus $(RUN)/corpus --tokenizer checkpoints/hybrid --bounded --minutes $(MINUTES)
 
-.PHONY: help book test test-gpu conformance check notebooks bench full figure train clean
+.PHONY: help book test test-architectures test-gpu conformance check notebooks bench full figure train clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,12 +29,15 @@ book: .venv/installed ## run the notebooks (PROFILE=quick) and build the site in
 	@echo "the book is in _build/html/index.html"
 
 test: .venv/installed ## run the tests that need no GPU, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" --ignore-glob="*/test_layouts_*"
+
+test-architectures: .venv/installed ## run every architecture's checks on its tiny model
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_layouts_*.py
 
 test-gpu: .venv/installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-conformance: .venv/installed ## check every architecture and store the table of differences
+conformance: .venv/installed ## the same, and store the table of differences
 	$(BIN)/python -m pytest --store-conformance tests/test_layouts_*.py
 
 check: .venv/installed ## lint, format, types, notebook pairs
