@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from staterank_utils.fla_cpu import retention_decay
 from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts
-from staterank_utils.layouts.delta import log_decay, silenced
+from staterank_utils.layouts.delta import ONE, K, V, log_decay, silenced
 
 
 def _state(cache: Any, layer_index: int) -> Tensor:
@@ -66,9 +66,6 @@ def _resize_grouped(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> No
     layer.key_dim_per_group, layer.value_dim_per_group = n_keys * layer.head_k_dim, n_keys * layer.head_v_dim
 
 
-K: Parts = (("key", "d_k"),)
-V: Parts = (("value", "d_v"),)
-ONE: Parts = (("value", 1),)
 QUERY: Parts = (("value", "d_k"),)  # where several queries share a key
 VALUE: Parts = (("key", "d_v"),)  # and its value
 COMMON: dict[str, Any] = {

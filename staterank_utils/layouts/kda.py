@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts
-from staterank_utils.layouts.delta import idle, silenced
+from staterank_utils.layouts.delta import ONE, V, idle, silenced
 
 
 def _gates(layer: nn.Module, log_decay: Tensor, b: Tensor) -> Gates:
@@ -17,8 +17,6 @@ def _resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
 
 
 K: Parts = (("value", "d_k"),)
-V: Parts = (("value", "d_v"),)
-ONE: Parts = (("value", 1),)
 
 
 def _layout(layer_class: str, module: str, *, decay: Blocks, low_rank: bool) -> Layout:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts, modeling_module
-from staterank_utils.layouts.delta import idle
+from staterank_utils.layouts.delta import ONE, V, idle
 
 # ---------------------------------------------------------------- norms across heads
 
@@ -294,9 +294,6 @@ def _lightning_cache_class() -> type[Any]:
     return CountingMiniMaxCache
 
 
-EACH: Parts = (("value", 1),)
-CHANNELS: Parts = (("value", "d_v"),)
-
 LAYOUTS = (
     _mamba2("Mamba2Mixer", "mamba2", _mamba2_logits),
     _mamba2("FalconH1Mixer", "falcon_h1", _falcon_logits),
@@ -319,14 +316,14 @@ LAYOUTS = (
         state=lambda cache, index: cache.linear_cache[index],
         weights=(
             Blocks("qkv_proj.weight", (("key", "d_k"), ("key", "d_k"), ("value", "d_v")), by_key=True),
-            Blocks("output_gate.weight", CHANNELS),
+            Blocks("output_gate.weight", V),
             # The decay follows from a head's index in the whole layer, so it goes with the head.
-            Blocks("slope_rate", EACH),
-            Blocks("query_decay", EACH),
-            Blocks("key_decay", EACH),
-            Blocks("diagonal_decay", EACH, axis=1),
-            Blocks("norm.weight", CHANNELS),
-            Blocks("out_proj.weight", CHANNELS, axis=1),
+            Blocks("slope_rate", ONE),
+            Blocks("query_decay", ONE),
+            Blocks("key_decay", ONE),
+            Blocks("diagonal_decay", ONE, axis=1),
+            Blocks("norm.weight", V),
+            Blocks("out_proj.weight", V, axis=1),
         ),
         resize=_lightning_resize,
         rescale=_rescale,
