@@ -140,7 +140,7 @@ def test_a_finished_run_goes_on_from_the_embedded_model(
         monkeypatch.setattr(training, name, value)
     finished = json.loads((CHECKPOINTS.parent / "results" / "training" / "pure.json").read_text())
     minutes = finished["seconds"] / 60 + 0.01
-    settings = Settings("pure", corpus, str(CHECKPOINTS / "hybrid"), tmp_path, minutes=minutes, workers=0, rows=1, n_tokens=32, embedded=True)  # fmt: skip
+    settings = Settings("pure", corpus, str(CHECKPOINTS / "hybrid"), tmp_path, minutes=minutes, workers=0, rows=1, n_tokens=32, embedded=True, layers=(1, 3))  # fmt: skip
     recurrence = plain_recurrence(initial_model(configuration("pure", vocabulary=64, eos=0, pad=1, seed=0)))
     steps: list[int] = []
     original = Mixture.__getitem__
@@ -153,8 +153,15 @@ def test_a_finished_run_goes_on_from_the_embedded_model(
     assert run["log"][: len(finished["log"])] == finished["log"]
     assert list(run["record"]["steps"]) == list(finished["record"]["steps"])
     trained, embedded = (safetensors.torch.load_file(next(folder.glob("*-00001-*"))) for folder in (tmp_path / "model", CHECKPOINTS / "pure"))  # fmt: skip
-    moved = max((trained[key].float() - embedded[key].float()).abs().max() for key in embedded)
-    assert 0 < moved < 0.1
+    moved = {key: (trained[key].float() - embedded[key].float()).abs().max() for key in embedded}
+    assert 0 < max(moved.values()) < 0.1
+    assert {key.split(".")[2] for key, distance in moved.items() if distance > 0} == {"1", "3"}
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
+    model = initial_model(configuration("pure", vocabulary=64, eos=0, pad=1, seed=0))
+    with pytest.raises(SystemExit, match="no layer 8"):
+        training.keep_all_but(model, [3, 8])
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from staterank_utils.tasks import WORDS, Turn, arithmetic, copying, needle, recall
 
-ROWS = {"books": 0.38, "code": 0.09, "tasks": 0.53}
-TASKS = {"needle": 0.24, "arithmetic": 0.12, "recall": 0.14, "copying": 0.50}
+ROWS = {"books": 0.28, "code": 0.09, "tasks": 0.63}
+TASKS = {"needle": 0.18, "arithmetic": 0.09, "recall": 0.11, "copying": 0.62}
 FILLERS = {"books": 0.60, "code": 0.25, "words": 0.15}  # around needles, between a passage and its copy
-PASSAGES = {"books": 0.40, "code": 0.25, "words": 0.10, "repeats": 0.25}  # to be copied
+PASSAGES = {"books": 0.25, "code": 0.40, "words": 0.05, "repeats": 0.30}  # to be copied
 ANSWER_WEIGHT = 4.0  # loss weight of a token that a task asks for, beside 1 for all others
 SHARES = {"rows": ROWS, "tasks": TASKS, "fillers": FILLERS, "passages": PASSAGES, "answer_weight": ANSWER_WEIGHT}
 

@@ -4,7 +4,8 @@
 
 Stops by the clock. RUN/progress.pt holds everything needed to go on: the same command resumes a run that was killed, with
 the batches and the learning rate that it would have had. Where only a finished run is left, `--embedded` goes on from the
-embedded model of that name: its clock, steps and record, but optimizers that start anew. RUN/model is the finished model in Hugging Face format, bfloat16;
+embedded model of that name: its clock, steps and record, but optimizers that start anew; with `--layers 3 7` only those layers are
+trained, and all other weights stay as they are, bit for bit. RUN/model is the finished model in Hugging Face format, bfloat16;
 RUN/training.json the record of heads and losses.
 """
 
@@ -14,6 +15,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,8 @@ def record_heads(model: PreTrainedModel, prompts: dict[str, Tensor]) -> dict[str
 
 
 def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside layers, AdamW for embeddings, convolutions, gates and norms."""
-    parameters = dict(model.named_parameters())
+    """Muon for the matrices inside layers, AdamW for embeddings, convolutions, gates and norms; of what asks for a gradient."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = [p for name, p in parameters.items() if p.ndim == 2 and "layers" in name and "in_proj_ba" not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in parameters.values() if id(p) not in chosen]
@@ -87,6 +89,16 @@ def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
             lr=PEAK["adamw"], betas=(0.9, 0.95),
         ),
     ]  # fmt: skip
+
+
+def keep_all_but(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Let only the parameters of these layers ask for a gradient."""
+    beyond = [layer for layer in layers if not 0 <= layer < len(model.model.layers)]
+    if beyond:
+        raise SystemExit(f"there is no layer {beyond[0]}: the model has layers 0 to {len(model.model.layers) - 1}")
+    model.requires_grad_(False)
+    for layer in layers:
+        model.model.layers[layer].requires_grad_()
 
 
 def rate(step: int, spent: float) -> float:
@@ -120,6 +132,8 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
         domain: domain_prompts(domain, tokenizer, n_prompts=RECORD_PROMPTS, n_tokens=settings.n_tokens, seed=0)
         for domain in RECORD_DOMAINS
     }
+    if settings.layers:
+        keep_all_but(model, settings.layers)
     opts = optimizers(model)
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
 
@@ -205,7 +219,7 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
 
 def stage(settings: "Settings") -> dict[str, Any]:
     """What may change when a finished run is gone on with."""
-    return {"minutes": settings.minutes, "mixture": SHARES}
+    return {"minutes": settings.minutes, "mixture": SHARES, "layers": list(settings.layers) or "all"}
 
 
 @torch.no_grad()
@@ -227,7 +241,8 @@ def held_out_score(fast: FastForward, settings: "Settings", tokenizer: Any, devi
 
 @dataclass(frozen=True)
 class Settings:
-    """What one training run is; rows and n_tokens are the size of a step, minutes those of all stages together."""
+    """What one training run is: rows and n_tokens are the size of a step, minutes those of all stages together, layers those
+    that are trained (none named: everything)."""
 
     name: str
     corpus: Path
@@ -239,6 +254,7 @@ class Settings:
     rows: int = 32
     n_tokens: int = 2048
     embedded: bool = False
+    layers: tuple[int, ...] = ()
 
 
 def main() -> None:
@@ -252,7 +268,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=Settings.workers, help="processes that make batches")
     parser.add_argument("--embedded", action="store_true", help="go on from the embedded model of this name")
     parser.add_argument("--bounded", action="store_true", help="hold log-decay above -5 in training: faster kernels")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[], help="numbers of the layers to train; all by default"
+    )
     arguments = vars(parser.parse_args())
+    arguments["layers"] = tuple(arguments["layers"])
     recurrence = fla_recurrence_bounded if arguments.pop("bounded") else fla_recurrence
     settings = Settings(**arguments)
     if not torch.cuda.is_available():
