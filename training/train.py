@@ -136,15 +136,17 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
         keep_all_but(model, settings.layers)
     opts = optimizers(model)
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
+    mixture = Mixture(settings.corpus, tokenizer, rows=settings.rows, n_tokens=settings.n_tokens, seed=settings.seed)
+    now = stage(settings, mixture, device)
 
     progress = settings.out / "progress.pt"
-    step, earlier, log, record, stages = 0, 0.0, [], {}, [{"from_step": 0, **stage(settings)}]
+    step, earlier, log, record, stages = 0, 0.0, [], {}, [{"from_step": 0, **now}]
     if settings.embedded:
         finished = json.loads((STORED / "training" / f"{settings.name}.json").read_text(encoding="utf-8"))
         model.load_state_dict(load_model(settings.name, device="cpu", dtype=torch.float32).state_dict())
         step, earlier, log = finished["steps"], finished["seconds"], finished["log"]
         record = {key: value for key, value in finished["record"]["steps"].items() if key != "end"}
-        stages = [*finished["stages"], {"from_step": step, **stage(settings)}]
+        stages = [*finished["stages"], {"from_step": step, **now}]
     if progress.exists():
         state = torch.load(progress, weights_only=True, map_location=device)
         step, earlier, log, record, stages = (state[key] for key in ("step", "elapsed", "log", "record", "stages"))
@@ -152,7 +154,6 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
 
-    mixture = Mixture(settings.corpus, tokenizer, rows=settings.rows, n_tokens=settings.n_tokens, seed=settings.seed)
     batches = iter(
         DataLoader(
             mixture, batch_size=None, sampler=range(step, 10**7), num_workers=settings.workers,
@@ -204,12 +205,10 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
         settings.out / "training.json",
         {
             "model": settings.name, "seed": settings.seed, "steps": step, "tokens": step * settings.rows * settings.n_tokens, "seconds": round(elapsed, 1),
-            "device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__, "python": platform.python_version(),
+            "torch": torch.__version__, "python": platform.python_version(),
             "transformers": transformers.__version__,
             "settings": {"rows": settings.rows, "n_tokens": settings.n_tokens, "peak_rates": PEAK, "warm_up_steps": WARM_UP, "decay_share": DECAY},
             "stages": stages,
-            "books_tokens": len(mixture.sources.books),
-            "code_tokens": len(mixture.sources.code),
             "recurrence": getattr(recurrence, "__name__", "?"),
             **held_out_score(fast, settings, tokenizer, device),
             "record": {"prompts_a_domain": RECORD_PROMPTS, "n_tokens": settings.n_tokens, "steps": record}, "log": log,
@@ -217,9 +216,16 @@ def train(settings: "Settings", recurrence: Recurrence, *, device: str = "cuda",
     )  # fmt: skip
 
 
-def stage(settings: "Settings") -> dict[str, Any]:
+def stage(settings: "Settings", mixture: Mixture, device: str) -> dict[str, Any]:
     """What may change when a finished run is gone on with."""
-    return {"minutes": settings.minutes, "mixture": SHARES, "layers": list(settings.layers) or "all"}
+    return {
+        "minutes": settings.minutes,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "layers": list(settings.layers) or "all",
+        "books_tokens": len(mixture.sources.books),
+        "code_tokens": len(mixture.sources.code),
+        "mixture": SHARES,
+    }
 
 
 @torch.no_grad()
