@@ -142,23 +142,24 @@ plotting.plot_all_ranks(traces, {name: table.mean(1).numpy() for name, table in 
 # On this run, of the heads at the end: {glue:text}`groups_at_end`.
 #
 # The bound itself (claim C1b, the paper's Theorem 3.1) is a fact of linear algebra: a sum of $t$ matrices of rank 1. What can break
-# it is arithmetic, since rounding writes in directions that no token chose, and it can show only while $t < d$; later the bound is
-# the size of the matrix. Over every head, prompt and position under $d$ we count {glue:text}`bound_violations` violations.
+# it is arithmetic, since rounding writes in directions that no token chose, and it can show only while $t < d$; from $t = d$ on the bound
+# is the size of the matrix. So the same prompts are read once more, and every head is looked at after every token until then:
+# {glue:text}`bound_violations` violations.
 
 
 # %%
 def before_the_bound(name):
-    """Ranks at the positions t < d, and t for each."""
-    early = [i for i, t in enumerate(POSITIONS) if t < traces[name].d]
-    return ranks[name][:, :, early].numpy(), np.array(POSITIONS)[early][:, None]
+    """Ranks (layer, prompt, position, head) at every position t < d, and t for each."""
+    positions = range(1, min(traces[name].d, n_tokens + 1))
+    early = Spectrum(measure(name, positions).values).effective_rank().numpy()
+    return early, np.array(positions)[:, None]
 
 
-violations = {name: int(np.greater(*before_the_bound(name)).sum()) for name in MODELS}
+early = {name: before_the_bound(name) for name in MODELS}
+violations = {name: int(np.greater(*early[name]).sum()) for name in MODELS}
 
 # %% tags=["hide-input"]
-counted = (
-    f"{violations[name]} in {before_the_bound(name)[0].size:,} ({name})" for name in MODELS
-)
+counted = (f"{violations[name]} in {early[name][0].size:,} ({name})" for name in MODELS)
 glue("bound_violations", "; ".join(counted), display=False)
 
 

@@ -52,6 +52,7 @@ from staterank_utils.evaluation import (
     score_interval,
 )
 from staterank_utils.strata import paired_difference, spearman
+from staterank_utils.surgery import ablate_heads
 from staterank_utils.tasks import NATURAL_DOMAINS
 
 plotting.use_style()
@@ -97,6 +98,7 @@ DEPTHS = (0.0, 0.5, 1.0) if QUICK else (0.0, 0.25, 0.5, 0.75, 1.0)
 GAPS = (16, 64, 256) if QUICK else (16, 32, 64, 128, 256, 512, 1024)
 STEPS = (1, 2, 4) if QUICK else (1, 2, 3, 4, 5, 6)
 RANKS, EVERY = (0, 1, 4, 16, 32), 64
+N_COPIES, N_NEEDLES, N_STORIES = (4, 4, 4) if QUICK else (32, 100, 100)
 COUNTS, MEASURES = ((1,), (RANK,)) if QUICK else ((1, 2), ablation.MEASURES)
 PARAMETERS = {
     "model": model,
@@ -140,25 +142,25 @@ rows = [
 Markdown(tables.keep("Spearman of the effective rank with", ("model", *others), rows))
 
 # %% [markdown]
-# A task counts where the intact model masters at least half of it: damage to what a model cannot do cannot be seen. Induction, random
-# tokens said twice with a gap between, is shown beside the tasks; at a gap where the model does not master it, it says nothing, and
-# distance is tested with needles instead.
+# A task counts where the intact model masters at least half of it: damage to what a model cannot do cannot be seen.
 
 
 # %%
-def intact(study):
-    scores = [str(score_interval(study.score(task))) for task in TASKS]
-    shares = [
-        induction(study.model, study.tokenizer, gap=gap, n_instances=4, seed=seed).mean()
-        for gap in GAPS
-    ]
-    return *scores, ", ".join(
-        f"{share:.0%} at {gap:,}" for gap, share in zip(GAPS, shares, strict=True)
-    )
+def said_again(study, heads=()):
+    """Induction by gap without some heads."""
+    with ablate_heads(study.model, list(heads)):
+        shares = [
+            induction(study.model, study.tokenizer, gap=gap, n_instances=N_COPIES, seed=seed)
+            for gap in GAPS
+        ]
+    return [f"{share.mean():.0%}" for share in shares]
 
 
-rows = [(name, *intact(study)) for name, study in studies.items()]
-Markdown(tables.keep("Intact models", ("model", *TASKS, "induction, by gap"), rows))
+rows = [
+    (name, *(str(score_interval(study.score(task))) for task in TASKS))
+    for name, study in studies.items()
+]
+Markdown(tables.keep("Intact models", ("model", *TASKS), rows))
 
 # %% [markdown]
 # ## Dose: how many heads can go?
@@ -189,11 +191,22 @@ for ax, ((name, task), arms) in zip(axes.flat, doses.items(), strict=True):
     ax.set_title(f"{name}: {task}", fontsize="small")
 axes[0, 0].set_ylabel("score")
 plotting.legend_above(figure, axes[0, 0])
+
+# %% tags=["remove-cell"]
+# The numbers behind a figure go with the stored result.
+rows = [
+    (name, task, label, f"{n}", str(score))
+    for (name, task), curves in doses.items()
+    for label, scores in curves.items()
+    for n, score in zip((0, *studies[name].counts), scores, strict=True)
+]
+_ = tables.keep("Doses", ("model", "task", "arm", "heads", "score"), rows)
+
 # %% [markdown]
 # ## The registered comparison, with the controls that were missing
 #
 # The share to judge at is the paper's, 38.9 % of heads. Where neither of the two arms keeps half of the intact score there, two zeros
-# would be compared; then it is the largest registered share at which one of them does, task by task. (The registered text says "no arm",
+# would be compared; then it is the largest registered share at which one of them does, or the smallest where none does, task by task. (The registered text says "no arm",
 # and we read it, after a first look at the doses of the hybrid, as the two arms compared: a random draw that happens to survive
 # would say nothing on their difference. The dose curves show every other share.)
 #
@@ -229,6 +242,15 @@ for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     ax.set_title(f"{name}: {task}\n{judged[name, task]} heads", fontsize="small")
     ax.set_xlabel("score")
 
+# %% tags=["remove-cell"]
+rows = []
+for (name, task), scores in arms.items():
+    means = draws[name, task].mean(1)
+    random = f"{means.mean():.3f} [{means.min():.3f} to {means.max():.3f} by draw]"
+    every = {label: str(score_interval(x)) for label, x in scores.items()} | {"random": random}
+    rows += [(name, task, f"{judged[name, task]}", *item) for item in every.items()]
+_ = tables.keep("Arms", ("model", "task", "heads", "arm", "score"), rows)
+
 # %% [markdown]
 # An arithmetic story is a chain: each step needs the number that the one before gave. Damage that grows with the number of steps is
 # damage to a link; the share of stories answered right, at the judged number of heads:
@@ -237,7 +259,7 @@ for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
 # %%
 def by_steps(name, heads):
     tasks = [arithmetic_task(steps, steps) for steps in STEPS]
-    return studies[name].scores_on(tasks, heads, n_prompts=4 if QUICK else 100)
+    return studies[name].scores_on(tasks, heads, n_prompts=N_STORIES)
 
 
 rows = []
@@ -370,17 +392,28 @@ def worst(name, n=3):
 HEAD = ("model", "heads that hurt most alone", "their share of all added loss")
 Markdown(tables.keep("Single heads", HEAD, [(name, *worst(name)) for name in MODELS]))
 
+# %% tags=["remove-cell"]
+rows = [
+    (name, f"{layer}", f"{head}", f"{rank:.1f}", f"{decay:.3g}", f"{loss:.4f}")
+    for name, study in studies.items()
+    for (layer, head), rank, decay, loss in zip(
+        study.heads, study.values(RANK), study.values("log-decay"), damage[name], strict=True
+    )
+]
+HEAD = ("model", "layer", "head", "effective rank", "log-decay", "added loss, nats")
+_ = tables.keep("Every head alone", HEAD, rows)
+
 # %% [markdown]
 # ## Why? Three tests
 #
 # ### Does it depend on distance?
 #
 # A head that forgets slowly could be one that carries a thing far. One needle, at a depth and in a prompt of a length of our
-# choosing: its distance to the question is (1 - depth) times the length. The arms have the smallest registered number of heads
-# at which one of the two loses half of the task "needle".
+# choosing: its distance to the question is (1 - depth) times the length; {glue:text}`n_needles` prompts a cell. The arms have the smallest
+# registered number of heads at which one of the two loses half of the task "needle".
 
 # %%
-depths = {}
+depths, again = {}, {}
 for name, study in studies.items():
     n = study.breaking_count("needle")
     removed = {
@@ -388,9 +421,8 @@ for name, study in studies.items():
         **{f"{n} of {label}": study.arm(end, n) for label, end in ENDS.items()},
     }
     for label, heads in removed.items():
-        depths[name, label] = study.depth_table(
-            heads, DEPTHS, LENGTHS, n_prompts=4 if QUICK else 50
-        )
+        depths[name, label] = study.depth_table(heads, DEPTHS, LENGTHS, n_prompts=N_NEEDLES)
+        again[name, label] = said_again(study, heads)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of needles found, by depth in the prompt (0 % is its start, farthest from the question) and length of the prompt in tokens; left all heads, then the two arms. A fault of memory shows at the top right, where the distance is longest; a fault everywhere is none of distance.", "name": "fig-depths"}, "image": {"alt": "Three heat maps a model of needle retrieval by depth and length."}}
 figure, axes = plt.subplots(
@@ -406,6 +438,16 @@ for ax, ((name, label), table) in zip(axes.flat, depths.items(), strict=True):
     ax.set_xlabel("tokens", fontsize="small")
 for ax in axes[:, 0]:
     ax.set_ylabel("depth", fontsize="small")
+glue("n_needles", f"{N_NEEDLES}", display=False)
+
+# %% [markdown]
+# Distance without words: random tokens said twice, and the share of the second copy that the model says itself, by the gap between the
+# two. At a gap where the intact model fails, the arms say nothing.
+
+# %% tags=["hide-input"]
+rows = [(*key, *shares) for key, shares in again.items()]
+HEAD = ("model", "heads removed", *(f"gap {gap:,}" for gap in GAPS))
+Markdown(tables.keep("Induction", HEAD, rows))
 
 # %% [markdown]
 # ### Which layers carry it?
@@ -422,6 +464,15 @@ for name, ax in plotting.model_panels(MODELS).items():
         dict(zip(studies[name].heads, damage[name], strict=True)) | parts[name]["softmax heads"]
     )
     plotting.plot_parts(ax, parts[name]["linear"], parts[name]["softmax"], single)
+
+# %% tags=["remove-cell"]
+rows = [
+    (name, kind, f"{part}", f"{loss:.4f}")
+    for name, kinds in parts.items()
+    for kind, losses in kinds.items()
+    for part, loss in losses.items()
+]
+_ = tables.keep("Layers and softmax heads", ("model", "kind", "part", "added loss, nats"), rows)
 
 # %% [markdown]
 # ### Is the rank used, or only there?
@@ -442,6 +493,15 @@ used = {
 glue("every", f"{EVERY}", display=False)
 for name, ax in plotting.model_panels(MODELS).items():
     plotting.plot_rank_used(ax, used[name])
+
+# %% tags=["remove-cell"]
+rows = [
+    (name, group, edit, f"{loss:.4f}")
+    for name, groups in used.items()
+    for group, losses in groups.items()
+    for edit, loss in losses.items()
+]
+_ = tables.keep("Rank used", ("model", "heads", "edit", "added loss, nats"), rows)
 
 # %% [markdown]
 # ## The paper's table beside ours

@@ -379,6 +379,16 @@ for name, ax in plotting.model_panels(list(curves) or MODELS).items():
     ax.set(title=name, ylabel="score / intact score", ylim=(-0.05, 1.1))
 plotting.legend_above(ax.figure, ax)
 
+# %% tags=["remove-cell"]
+# The numbers behind a figure go with the stored result.
+rows = [
+    (name, method, *map(str, estimates))
+    for name, methods in curves.items()
+    for method, estimates in methods.items()
+]
+HEAD = ("model", "method", *(f"{share:.1%} removed" for share in SHARES))
+_ = tables.keep("Score over intact, by share removed", HEAD, rows)
+
 # %% [markdown]
 # Scores are coarse: a task is right or wrong. Perplexity changes by degrees, and needs no mastery. It is taken over held-out
 # prose, code and arithmetic stories together, the same number of tokens each.
@@ -416,6 +426,14 @@ for name, ax in plotting.model_panels(MODELS).items():
     plotting.plot_methods(ax, SHARES, drawn | {"random, mean": random})
     ax.set(title=name, ylabel="perplexity / intact perplexity", yscale="log")
 plotting.legend_above(ax.figure, ax)
+
+# %% tags=["remove-cell"]
+rows = [
+    (name, method, *(f"{estimate.point:,.3g}" for estimate in estimates))
+    for name, methods in perplexities.items()
+    for method, estimates in methods.items()
+]
+_ = tables.keep("Perplexity over intact, by share removed", HEAD, rows)
 
 # %% [markdown]
 # What the paper's share costs, method by method, scores and perplexity side by side; "freed" is read off the cache, since whole heads and
