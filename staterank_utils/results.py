@@ -161,6 +161,71 @@ def read_result(path: Path | str, *, parameters: Mapping[str, Any], checkpoints:
     return data
 
 
+def gather(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Results of one notebook on different models as one result, as if one run had measured them all, one after the other.
+
+    Args:
+        parts: each with entries `provenance`, `rows` and, where the notebook keeps them, `tables`; of one commit, the same packages and
+            the same parameters but for the model. They may come from different machines.
+
+    Returns:
+        The same entries: rows and the rows of each table, one part after the other, without repetitions; seconds added up.
+
+    Raises:
+        ValueError: no parts; or two of them differ in more than the model, measured the same one, or have tables with other heads.
+
+    Example:
+        >>> parts = [
+        ...     {"provenance": provenance(parameters={"model": name, "seed": 0}), "rows": [{"model": name}], "tables": {}}
+        ...     for name in ("a", "b")
+        ... ]
+        >>> both = gather(parts)
+        >>> both["provenance"]["parameters"], both["rows"]
+        ({'model': 'a, b', 'seed': 0}, [{'model': 'a'}, {'model': 'b'}])
+    """
+    if not parts:
+        raise ValueError("expected at least one result to gather, got none")
+    made = [part["provenance"] for part in parts]
+    models = [name.strip() for each in made for name in each["parameters"]["model"].split(",")]
+    if len(set(models)) < len(models):
+        raise ValueError(f"each model can be gathered once, got results of {', '.join(models)}")
+    for each in made:
+        for what in ("commit", "packages"):
+            if each[what] != made[0][what]:
+                raise ValueError(
+                    f"results to gather must have one {what}, got {made[0][what]} and {each[what]}: run them again"
+                )
+        theirs, ours = ({**one["parameters"], "model": ""} for one in (each, made[0]))
+        if theirs != ours:
+            raise ValueError(f"results to gather may differ in the model alone, got parameters {ours} and {theirs}")
+    parameters = {**made[0]["parameters"], "model": ", ".join(models)}
+    return {
+        "provenance": {
+            **made[0],
+            "date": max(each["date"] for each in made),
+            "seconds": round(sum(each["seconds"] for each in made), 1),
+            "device": ", ".join(dict.fromkeys(each["device"] for each in made)),
+            "checkpoints": {name: value for each in made for name, value in each["checkpoints"].items()},
+            "parameters": parameters,
+        },
+        "rows": [row for part in parts for row in part["rows"]],
+        "tables": _joined([part.get("tables", {}) for part in parts]),
+    }
+
+
+def _joined(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Markdown tables under the same title as one, each different row once."""
+    joined = {}
+    for title in dict.fromkeys(title for part in parts for title in part):
+        tables = [part[title].split("\n") for part in parts if title in part]
+        heads = {"\n".join(lines[:2]) for lines in tables}
+        if len(heads) > 1:
+            raise ValueError(f"tables {title!r} have different heads: {sorted(heads)}")
+        rows = dict.fromkeys(line for lines in tables for line in lines[2:])
+        joined[title] = "\n".join([*heads, *rows])
+    return joined
+
+
 def _versions() -> Iterator[tuple[str, str]]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

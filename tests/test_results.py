@@ -141,3 +141,45 @@ def test_the_cell_of_parameters_can_be_run_again_and_profiles_are_checked() -> N
     check_parameters(namespace, known=["seed", "profile"])
     with pytest.raises(ValueError, match="there is no profile 'ful': choose from quick, full"):
         check_parameters({**namespace, "profile": "ful"}, known=["seed", "profile"])
+
+
+def part_of(model: str, *, seed: int = 0, title: str = "Heads", head: str = "model") -> dict[str, object]:
+    tables = results.Tables()
+    tables.keep(title, (head, "heads"), [("paper", "32"), (model, "48")])
+    made = provenance(parameters={"model": model, "seed": seed})
+    return {
+        "provenance": {**made, "seconds": 2.0, "checkpoints": {model: "0"}},
+        "rows": [{"model": model}],
+        "tables": tables,
+    }
+
+
+def test_results_of_single_models_are_gathered_as_one() -> None:
+    both = results.gather([part_of("a"), part_of("b")])
+    assert both["provenance"]["parameters"] == {"model": "a, b", "seed": 0}
+    assert both["provenance"]["seconds"] == 4.0
+    assert both["provenance"]["checkpoints"] == {"a": "0", "b": "0"}
+    assert both["tables"]["Heads"].split("\n")[2:] == ["| paper | 32 |", "| a | 48 |", "| b | 48 |"]
+    assert results.gather([part_of("a")])["rows"] == [{"model": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (part_of("a"), "each model can be gathered once"),
+        (part_of("b", seed=1), "may differ in the model alone"),
+        (part_of("b", head="net"), "different heads"),
+    ],
+)
+def test_results_that_do_not_belong_together_are_refused(other: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        results.gather([part_of("a"), other])
+
+
+def test_results_of_two_commits_are_refused() -> None:
+    other = part_of("b")
+    other["provenance"] = {**other["provenance"], "commit": "another"}
+    with pytest.raises(ValueError, match="must have one commit"):
+        results.gather([part_of("a"), other])
+    with pytest.raises(ValueError, match="got none"):
+        results.gather([])
