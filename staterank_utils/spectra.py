@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from staterank_utils import inertia
+
 
 def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead d"]:
     """Singular values of states, largest first.
@@ -35,13 +37,8 @@ def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*le
         >>> singular_values(torch.diag(torch.tensor([1.0, 3.0])))
         tensor([3., 1.], dtype=torch.float64)
     """
-    if state.ndim < 2:
-        raise ValueError(f"a state is a matrix: expected (..., d_k, d_v), got shape {tuple(state.shape)}")
-    if not state.dtype.is_floating_point:
-        raise ValueError(f"expected a real floating dtype, got {state.dtype}")
+    _check(state)
     wide = state.detach().to(device="cpu", dtype=torch.float64)
-    if not torch.isfinite(wide).all():
-        raise ValueError(f"state of shape {tuple(state.shape)} holds a NaN or an infinity")
     if state.dtype == torch.float64:
         return torch.linalg.svdvals(wide)
     if wide.shape[-2] < wide.shape[-1]:
@@ -50,6 +47,15 @@ def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*le
     scale = wide.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     wide = wide / scale
     return _eigenvalues(wide.mT @ wide).flip(-1).clamp_min(0).sqrt() * scale[..., 0]
+
+
+def _check(state: Tensor) -> None:
+    if state.ndim < 2:
+        raise ValueError(f"a state is a matrix: expected (..., d_k, d_v), got shape {tuple(state.shape)}")
+    if not state.dtype.is_floating_point:
+        raise ValueError(f"expected a real floating dtype, got {state.dtype}")
+    if not torch.isfinite(state).all():
+        raise ValueError(f"state of shape {tuple(state.shape)} holds a NaN or an infinity")
 
 
 def decompose(
@@ -133,6 +139,9 @@ class Spectrum:
 def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e-4) -> Int[Tensor, "*lead"]:
     """Count the singular values larger than `rel_tol` times the largest one.
 
+    On the CPU they are computed and counted. On a GPU they are counted without being computed (`staterank_utils.inertia`), some
+    hundred times faster than by a decomposition there; `effective_rank_bounds` tells where that could matter.
+
     Source: Eq. 6 of arXiv:2602.02195, as reported by an independent reader. There: S_t is `state`, epsilon is `rel_tol`.
 
     Args:
@@ -150,16 +159,77 @@ def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e
         >>> effective_rank(torch.diag(torch.tensor([1.0, 1e-2, 1e-6]))).item()
         2
     """
+    _check_tolerance(state, rel_tol)
+    if _by_inertia(state, rel_tol):
+        return inertia.in_chunks(inertia.ranks, state, rel_tol=rel_tol)[..., 0]
+    return Spectrum(singular_values(state)).effective_rank(rel_tol=rel_tol)
+
+
+def effective_rank_bounds(
+    state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e-4, within: float = 1e-3
+) -> tuple[Int[Tensor, "*lead"], Int[Tensor, "*lead"]]:
+    """`effective_rank` at thresholds a little over and a little under the one asked for: where they differ, a value is on the edge.
+
+    Args:
+        state, rel_tol: as in `effective_rank`.
+        within: relative distance from the threshold, in (0, 1).
+
+    Returns:
+        Smallest and largest rank, int64 per leading index.
+
+    Raises:
+        ValueError: `within` is outside (0, 1), or as in `effective_rank`.
+
+    Example:
+        >>> low, high = effective_rank_bounds(torch.diag(torch.tensor([1.0, 1.0005e-4, 1e-6])))
+        >>> low.item(), high.item()
+        (1, 2)
+    """
+    if not 0 < within < 1:
+        raise ValueError(f"within must be in (0, 1), got {within}")
+    _check_tolerance(state, rel_tol)
+    if _by_inertia(state, rel_tol):
+        counts = inertia.in_chunks(inertia.ranks, state, rel_tol=rel_tol, factors=(1 + within, 1 - within))
+        return counts[..., 0], counts[..., 1]
+    spectrum = Spectrum(singular_values(state))
+    return spectrum.effective_rank(rel_tol=(1 + within) * rel_tol), spectrum.effective_rank(
+        rel_tol=(1 - within) * rel_tol
+    )
+
+
+def rank_and_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead 2"]:
+    """`effective_rank` and `nuclear_norm` side by side, for one pass of `trace_states`.
+
+    Example:
+        >>> rank_and_norm(torch.diag(torch.tensor([3.0, 1.0]))).tolist()
+        [2.0, 4.0]
+    """
+    if state.is_cuda:
+        return torch.stack([effective_rank(state).double(), nuclear_norm(state)], -1)
+    spectrum = Spectrum(singular_values(state))
+    return torch.stack([spectrum.effective_rank().double(), spectrum.nuclear_norm()], -1)
+
+
+def _check_tolerance(state: Tensor, rel_tol: float) -> None:
+    if not 0 < rel_tol < 1:
+        raise ValueError(f"rel_tol must be in (0, 1), got {rel_tol}")
     if state.dtype.is_floating_point and rel_tol < torch.finfo(state.dtype).eps:
         raise ValueError(
             f"rel_tol={rel_tol} is below the resolution of {state.dtype}, {torch.finfo(state.dtype).eps:.1g}: the rank would count rounding; "
             "keep states in float32, or raise rel_tol"
         )
-    return Spectrum(singular_values(state)).effective_rank(rel_tol=rel_tol)
+
+
+def _by_inertia(state: Tensor, rel_tol: float) -> bool:
+    """Whether a rank is counted without a decomposition: on a GPU, and where the square of the threshold is far over rounding."""
+    if not state.is_cuda or rel_tol < 1e-7:
+        return False
+    _check(state)
+    return state.numel() > 0
 
 
 def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
-    """Sum of the singular values, n_h(t) of arXiv:2602.02195.
+    """Sum of the singular values, n_h(t) of arXiv:2602.02195; on a GPU by the polar factor, to 1e-5 of the largest one.
 
     Args:
         state: as in `singular_values`.
@@ -174,6 +244,9 @@ def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"
         >>> nuclear_norm(torch.diag(torch.tensor([3.0, -4.0]))).item()
         7.0
     """
+    if state.is_cuda and state.numel():
+        _check(state)
+        return inertia.in_chunks(inertia.nuclear_norms, state)
     return Spectrum(singular_values(state)).nuclear_norm()
 
 
@@ -195,6 +268,9 @@ def stable_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]
         >>> stable_rank(torch.eye(3)).item()
         3.0
     """
+    if state.is_cuda and state.numel():
+        _check(state)
+        return inertia.in_chunks(inertia.stable_ranks, state)
     return Spectrum(singular_values(state)).stable_rank()
 
 

@@ -1,0 +1,132 @@
+"""Rank and norm without singular values, held to a float64 SVD."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from staterank_utils import domain_prompts, inertia, load_model, load_tokenizer, trace_states
+from staterank_utils.spectra import effective_rank, effective_rank_bounds, nuclear_norm, rank_and_norm, stable_rank
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TOLERANCE = 1e-4
+
+
+def with_values(sigma: Tensor, d_k: int, d_v: int, n: int = 8) -> Tensor:
+    """States (n, d_k, d_v), float32, with given singular values and random singular vectors."""
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(n, d_k, d_k, dtype=torch.float64, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(n, d_v, d_v, dtype=torch.float64, generator=generator))
+    d = min(d_k, d_v)
+    return (left[..., :d] * sigma @ right[:, :d]).float()
+
+
+def planted(d: int, rank: int) -> Tensor:
+    return torch.cat([torch.linspace(1, 0.01, rank), torch.full((d - rank,), 1e-6)]).double()
+
+
+def real_states() -> Tensor:
+    model, tokenizer = load_model("hybrid", device="cpu"), load_tokenizer("hybrid")
+    prompts = domain_prompts("prose", tokenizer, n_prompts=1, n_tokens=100, seed=0)
+    return trace_states(model, prompts, positions=[1, 7, 100]).values.flatten(0, 3)
+
+
+STATES = {
+    "random": torch.randn(8, 32, 32, generator=torch.Generator().manual_seed(0)),
+    "decaying": with_values(torch.logspace(0, -8, 64, dtype=torch.float64), 64, 64),
+    "planted, wide": with_values(planted(16, 5), 16, 40),
+    "planted, high": with_values(planted(48, 47), 100, 48),
+    "planted, 128": with_values(planted(128, 70), 128, 128),
+    "beyond a tile": with_values(planted(160, 140), 160, 256, n=3),
+    "largest repeated": with_values(torch.tensor([1.0] * 9 + [1e-2] * 4 + [0.0] * 3).double(), 16, 16),
+    "rank 1": with_values(torch.tensor([5.0] + [0.0] * 31).double(), 32, 32),
+    "zero": torch.zeros(3, 24, 24),
+    "tiny and huge": torch.cat([1e-18 * torch.eye(16)[None], 1e18 * torch.eye(16)[None]]),
+    "more than a chunk": torch.randn(inertia.CHUNK + 5, 16, 16, generator=torch.Generator().manual_seed(1)),
+    "real": real_states(),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("states", STATES.values(), ids=STATES)
+def test_ranks_are_those_of_an_svd_except_on_the_edge(states: Tensor, device: str) -> None:
+    sigma = torch.linalg.svdvals(states.double())
+    exact = (sigma > TOLERANCE * sigma[:, :1]).sum(-1)
+    factors = (1 + inertia.EDGE, 1.0, 1 - inertia.EDGE)
+    low, rank, high = inertia.in_chunks(inertia.ranks, states.to(device), rel_tol=TOLERANCE, factors=factors).unbind(-1)
+    sure = low == high
+    assert torch.equal(rank[sure], exact[sure])
+    assert (low <= exact).all()
+    assert (exact <= high).all()
+    assert sure.float().mean() > 0.9
+    if device == "cuda":
+        assert torch.equal(effective_rank(states.to(device)), rank)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("states", STATES.values(), ids=STATES)
+def test_norms_and_stable_ranks_are_those_of_an_svd(states: Tensor, device: str) -> None:
+    sigma = torch.linalg.svdvals(states.double())
+    norms = inertia.in_chunks(inertia.nuclear_norms, states.to(device))
+    torch.testing.assert_close(norms, sigma.sum(-1), rtol=1e-5, atol=0)
+    stable = inertia.in_chunks(inertia.stable_ranks, states.to(device))
+    expected = torch.where(sigma[:, 0] > 0, (sigma / sigma[:, :1]).square().sum(-1), 0.0)
+    torch.testing.assert_close(stable, expected, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_public_measures_agree_on_every_device(device: str) -> None:
+    states = STATES["real"][:24].view(2, 3, 4, 64, 64)
+    here = states.to(device)
+    both = rank_and_norm(here)
+    assert torch.equal(both[..., 0].long(), effective_rank(states))
+    torch.testing.assert_close(both[..., 1], nuclear_norm(states), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stable_rank(here), stable_rank(states), rtol=2e-4, atol=0)
+    low, high = effective_rank_bounds(here)
+    assert (low <= both[..., 0]).all()
+    assert (both[..., 0] <= high).all()
+    assert all(result.device.type == "cpu" for result in (both, low, high))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bad_states_and_tolerances_are_refused(device: str) -> None:
+    broken = torch.full((1, 4, 4), torch.nan, device=device)
+    for measure in (effective_rank, nuclear_norm, stable_rank):
+        with pytest.raises(ValueError, match="NaN or an infinity"):
+            measure(broken)
+    with pytest.raises(ValueError, match="rel_tol must be in"):
+        effective_rank(torch.ones(4, 4, device=device), rel_tol=1.0)
+    with pytest.raises(ValueError, match="within must be in"):
+        effective_rank_bounds(torch.ones(4, 4, device=device), within=0.0)
+
+
+def test_the_largest_eigenvalue_is_found_where_nothing_stands_out() -> None:
+    values = torch.cat([torch.linspace(1, 1 + 2e-4, 64), torch.zeros(64)]).double()
+    basis, _ = torch.linalg.qr(torch.randn(128, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    found = inertia.largest_eigenvalue((basis * values @ basis.T)[None]).item()
+    assert -1e-4 < found / (1 + 2e-4) - 1 <= 1e-12
+
+
+IN_INTERPRETER = """
+import torch
+from staterank_utils import inertia
+for d in (3, 16, 20):
+    states = torch.randn(6, d, d + 2, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -6, d)[:, None]
+    matrices, _ = inertia.gram(states)
+    shifted = matrices - 1e-8 * inertia.largest_eigenvalue(matrices)[:, None, None] * torch.eye(d).double()
+    counts = inertia._by_kernel(shifted.contiguous())
+    assert torch.equal(counts, inertia._by_lapack(shifted)), counts
+    assert 0 < counts.min(), counts
+print("agree")
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernel_counts_as_lapack_does() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", IN_INTERPRETER], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "agree", done.stderr
