@@ -13,7 +13,16 @@ Axes are always in the order (layer, batch, position, head, d_k, d_v). A head is
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.pruning import prune_heads
 from staterank_utils.selection import saturation_scores, select_heads
-from staterank_utils.spectra import Spectrum, effective_rank, entropy_rank, nuclear_norm, singular_values, stable_rank
+from staterank_utils.spectra import (
+    Spectrum,
+    effective_rank,
+    effective_rank_bounds,
+    entropy_rank,
+    nuclear_norm,
+    rank_and_norm,
+    singular_values,
+    stable_rank,
+)
 from staterank_utils.tasks import domain_prompts
 from staterank_utils.tracing import StateTrace, trace_states
 
@@ -22,11 +31,13 @@ __all__ = [
     "StateTrace",
     "domain_prompts",
     "effective_rank",
+    "effective_rank_bounds",
     "entropy_rank",
     "load_model",
     "load_tokenizer",
     "nuclear_norm",
     "prune_heads",
+    "rank_and_norm",
     "saturation_scores",
     "select_heads",
     "singular_values",

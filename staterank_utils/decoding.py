@@ -154,7 +154,8 @@ def _decode(
     """Append to each of `made` until its stop token or limit, one token a step for all rows."""
     ids, mask = pad_left(model, rows)
     room = max(limit - len(row) for row, limit in zip(made, limits, strict=True))
-    in_place = model.device.type == "cuda" and model.config.model_type in MASKS_BY_KIND
+    on_one_gpu = model.device.type == "cuda" and len({p.device for p in model.parameters()}) == 1
+    in_place = on_one_gpu and model.config.model_type in MASKS_BY_KIND
     next_tokens = _steps_in_place(model, ids, mask, room) if in_place else _steps(model, ids, mask)
     over = [False] * len(rows)
     for tokens in next_tokens:

@@ -184,9 +184,7 @@ def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
     return (factor * wide).sum((-2, -1)) * scale
 
 
-def in_chunks(
-    measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d_v"], **options: Hashable
-) -> Tensor:
+def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d_v"], **options: Hashable) -> Tensor:
     """`measure(states, **options)` for any number of states, on the CPU; on a GPU from recordings, one for each kind of call.
 
     Chunks of one size let one recording serve any number of states; zero states fill the last one.

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import logging
 from collections.abc import Callable
@@ -56,7 +56,8 @@ def load_model(
         weights: "trained"; "initial", as before training; or "shuffled", the trained values of each tensor in random
             order. The last two are controls.
         seed: of the initial weights where the model's configuration names none, and of the shuffle.
-        device: "cpu", "cuda", ...; by default the GPU if there is one.
+        device: "cpu", "cuda", ...; by default the GPU if there is one; "auto" spreads the layers over all GPUs, and what does not
+            fit there over memory, by accelerate (trained weights only).
         dtype: of the weights; by default float32 on a CPU and the checkpoint's own dtype on a GPU.
         revision: commit or tag on the hub; required for a hub id, so that a result names what it measured.
         trust_remote_code: run Python code that comes with the weights. Off unless asked for.
@@ -67,7 +68,8 @@ def load_model(
     Raises:
         FileNotFoundError: an embedded name without the repository's checkpoints, or a folder without weights.
         ValueError: an unknown name, a hub id without a revision, weights that fail `verify_weights`, or that are not those of
-            the configuration.
+            the configuration; weights that are not trained, to be spread over devices.
+        ModuleNotFoundError: "auto" without accelerate.
         OSError: a hub id that could not be fetched, for want of a network, of access, or of that revision.
 
     Example:
@@ -77,7 +79,10 @@ def load_model(
     """
     source, options = _source(name_or_path, revision, trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    if device == "auto":
+        _check_spread(weights)
+    on_cpu = not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
+    chosen = dtype or (torch.float32 if on_cpu else "auto")
     if Path(source).is_dir():
         verify_weights(Path(source))
     config = _fetched(_config, source, options)
@@ -85,7 +90,10 @@ def load_model(
         model = initial_model(config, seed=seed)
         model = model.to(device=device, dtype=None if chosen == "auto" else chosen)
     elif weights in ("trained", "shuffled"):
-        model = _fetched(_with_weights, source, options, config=config, dtype=chosen).to(device)
+        spread = {"device_map": "auto"} if device == "auto" else {}
+        model = _fetched(_with_weights, source, options, config=config, dtype=chosen, **spread)
+        if not spread:
+            model = model.to(device)
         if weights == "shuffled":
             shuffle_weights(model, seed=seed)
     else:
@@ -147,6 +155,16 @@ def _source(
             f"there is no folder {name_or_path!r}; if it is a hub id, pass revision=..., a commit or tag, so that the result names what it measured"
         )
     return name_or_path, {"revision": revision, "trust_remote_code": trust_remote_code}
+
+
+def _check_spread(weights: str) -> None:
+    """What "auto" needs."""
+    if weights != "trained":
+        raise ValueError(
+            f"device='auto' spreads trained weights as they are read; {weights} ones need one device that holds them all"
+        )
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModuleNotFoundError("device='auto' needs accelerate: pip install 'staterank-utils[large]'")
 
 
 def _fetched(load: Callable[..., Any], source: str, options: dict[str, Any], **more: Any) -> Any:
@@ -397,8 +415,10 @@ def correct_forward(layer: nn.Module, layout: Layout) -> None:
         >>> "forward" in vars(layer)  # nothing to correct in gated delta layers
         False
     """
-    if layout.forward and "forward" not in vars(layer):
-        layer.forward = functools.partial(layout.forward(type(layer).forward), layer)
+    # accelerate, where it spreads layers over devices, keeps the forward that it wraps under another name.
+    slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
+    if layout.forward and not isinstance(vars(layer).get(slot), functools.partial):
+        setattr(layer, slot, functools.partial(layout.forward(type(layer).forward), layer))
 
 
 def _dispatch_by_device(module: ModuleType, name: str, *, plain: bool) -> str:
@@ -556,7 +576,7 @@ def read_tokens(
     if layout and layout.arguments:
         options |= layout.arguments(model, input_ids, positions, cache)
     hidden: Tensor = model.base_model(input_ids=input_ids, **options).last_hidden_state
-    return hidden
+    return hidden.to(input_ids.device)  # layers may be spread over several
 
 
 def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocabulary"]:
@@ -572,7 +592,7 @@ def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "*lead d_model"]
     layout = _layout_of(model)
     own = layout and layout.logits
     logits: Tensor = own(model, hidden) if own else model.get_output_embeddings()(hidden)
-    return logits
+    return logits.to(hidden.device)
 
 
 @functools.cache

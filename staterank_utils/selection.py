@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import linear_layers
-from staterank_utils.spectra import Spectrum, singular_values
+from staterank_utils.spectra import rank_and_norm
 from staterank_utils.surgery import Head, all_heads
 from staterank_utils.tracing import trace_states
 
@@ -44,11 +44,11 @@ def measure_heads(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]) 
         >>> list(measures), len(measures["effective rank"])
         (['effective rank', 'nuclear norm', 'log-decay', 'write strength'], 48)
     """
-    trace = trace_states(model, prompts, positions=[prompts.shape[1]], reduce=singular_values)
-    spectrum = Spectrum(trace.values[:, :, 0])
+    trace = trace_states(model, prompts, positions=[prompts.shape[1]], reduce=rank_and_norm)
+    rank, norm = trace.values[:, :, 0].unbind(-1)
     tables = {
-        "effective rank": spectrum.effective_rank().double(),
-        "nuclear norm": spectrum.nuclear_norm(),
+        "effective rank": rank,
+        "nuclear norm": norm,
         "log-decay": trace.log_decay,
         "write strength": trace.write_strength,
     }

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from staterank_utils import inertia
 
+AT_ONCE = 32  # states that one thread decomposes together
+
 
 def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead d"]:
     """Singular values of states, largest first.
@@ -38,15 +40,20 @@ def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*le
         tensor([3., 1.], dtype=torch.float64)
     """
     _check(state)
-    wide = state.detach().to(device="cpu", dtype=torch.float64)
-    if state.dtype == torch.float64:
-        return torch.linalg.svdvals(wide)
-    if wide.shape[-2] < wide.shape[-1]:
-        wide = wide.mT
-    # Eigenvalues of a matrix scaled to 1 neither overflow nor lose to denormals.
-    scale = wide.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    wide = wide / scale
-    return _eigenvalues(wide.mT @ wide).flip(-1).clamp_min(0).sqrt() * scale[..., 0]
+    here = state.detach().cpu()
+    decomposed = torch.linalg.svdvals if state.dtype == torch.float64 else _from_gram
+    values = torch.cat(list(_threads().map(decomposed, _shares(here))))
+    return values.view(*here.shape[:-2], values.shape[-1])
+
+
+def _from_gram(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, "n d"]:
+    """Singular values from the eigenvalues of Gram matrices, a few states at a time, which stay in the cache."""
+    values = states.new_empty(len(states), min(states.shape[1:]), dtype=torch.float64)
+    for part, room in zip(states.split(AT_ONCE), values.split(AT_ONCE), strict=True):
+        # Eigenvalues of a matrix scaled to 1 neither overflow nor lose to denormals.
+        matrices, scale = inertia.gram(part)
+        torch.mul(torch.linalg.eigvalsh(matrices).flip(-1).clamp_min_(0).sqrt_(), scale[:, None], out=room)
+    return values
 
 
 def _check(state: Tensor) -> None:
@@ -80,11 +87,6 @@ def decompose(
     return u, sigma, vh
 
 
-def _eigenvalues(matrices: Float[Tensor, "*lead d d"]) -> Float[Tensor, "*lead d"]:
-    """Of symmetric matrices, smallest first."""
-    return torch.cat(list(_threads().map(torch.linalg.eigvalsh, _shares(matrices)))).view(matrices.shape[:-1])
-
-
 def _shares(matrices: Float[Tensor, "*lead n m"]) -> tuple[Tensor, ...]:
     """One share of the matrices for each thread, since LAPACK takes them one after the other."""
     return matrices.reshape(-1, *matrices.shape[-2:]).tensor_split(torch.get_num_threads())
@@ -92,7 +94,8 @@ def _shares(matrices: Float[Tensor, "*lead n m"]) -> tuple[Tensor, ...]:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="staterank")
+    # Each thread keeps to itself: a matrix of 128 x 128 that LAPACK spreads over threads of its own takes four times longer.
+    return ThreadPoolExecutor(thread_name_prefix="staterank", initializer=torch.set_num_threads, initargs=(1,))
 
 
 @dataclass(frozen=True)

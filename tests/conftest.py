@@ -9,10 +9,16 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from staterank_utils.models import choose_kernels, load_model, load_tokenizer
 from staterank_utils.results import STORED, provenance, write_json
+from training.fast_forward import limit_autotuning
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--store-conformance", action="store_true", help="write results/conformance.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.is_available():
+        limit_autotuning()  # else every shape of every kernel is tuned, for minutes
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

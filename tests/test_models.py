@@ -12,6 +12,8 @@ from conftest import tiny_qwen3_next, unchecked
 from transformers import AutoModelForCausalLM
 
 from staterank_utils import models
+from staterank_utils.decoding import generate_greedily
+from staterank_utils.evaluation import answer_nats
 from staterank_utils.models import (
     CHECKPOINTS,
     EMBEDDED,
@@ -20,6 +22,7 @@ from staterank_utils.models import (
     load_tokenizer,
     parameters_hash,
 )
+from staterank_utils.surgery import ablate_heads
 from staterank_utils.tracing import trace_states
 
 
@@ -169,6 +172,35 @@ def test_fla_kernels_give_the_states_of_the_plain_ones() -> None:
     slow = trace_states(load_model("hybrid", device="cpu"), ids, positions=[64, 65, 300])
     # tf32 products inside the kernels
     assert (fast.values - slow.values).abs().max() < 5e-3 * slow.values.abs().max()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_model_spread_over_devices_gives_the_same_states(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ids = torch.arange(100)[None]
+    spread, whole = (load_model("hybrid", device=where, dtype=torch.float32) for where in ("auto", device))
+    if device == "cuda":
+        assert len({parameter.device for parameter in spread.parameters()}) > 1
+    traces = [trace_states(model, ids, positions=[3, 100], logits=True) for model in (spread, whole)]
+    torch.testing.assert_close(traces[0].values, traces[1].values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(traces[0].logits, traces[1].logits, rtol=1e-4, atol=1e-4)
+    prompt, tokenizer = ids[0, :40].tolist(), load_tokenizer("hybrid")
+    with ablate_heads(spread, [(0, 1), (6, 2)]), ablate_heads(whole, [(0, 1), (6, 2)]):
+        made = [generate_greedily(model, [prompt], max_new_tokens=[8]) for model in (spread, whole)]
+        losses = [answer_nats("recall", model, tokenizer, n_instances=2) for model in (spread, whole)]
+    assert made[0] == made[1]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_only_trained_weights_are_spread_and_only_by_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="initial ones need one device"):
+        load_model("hybrid", device="auto", weights="initial")
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="large"):
+        load_model("hybrid", device="auto")
 
 
 @pytest.mark.parametrize(
