@@ -51,6 +51,7 @@ notebooks: .venv/installed ## write the .ipynb of every notebooks/*.py
 
 bench: .venv/installed ## time tracing, ablating and pruning against what one would do otherwise
 	$(BIN)/python -m benchmarks.trace
+	$(BIN)/python -m benchmarks.spectra
 	$(BIN)/python -m benchmarks.ablate
 	$(BIN)/python -m benchmarks.prune
 

@@ -8,11 +8,15 @@ The staging folder then holds all that jupyter-book needs, and the working tree 
 import argparse
 import base64
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,14 +29,17 @@ from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("trace", "ablate", "prune")
+BENCHMARKS = ("trace", "spectra", "ablate", "prune", "large")
 PACKAGES = (
     "torch", "transformers", "flash-linear-attention", "triton", "numpy", "scipy", "diptest", "matplotlib", "seaborn", "papermill", "jupyter-book",
 )  # fmt: skip
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Run a notebook at the root of the repository; return what the status page says of the run."""
+    """Run a notebook at the root of the repository; return what the status page says of the run.
+
+    Its peak memory is the largest of all kernels that this process has run, so give each notebook a process of its own.
+    """
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown:
         raise ValueError(f"{source.name} has no parameter {', '.join(sorted(unknown))}")
@@ -40,7 +47,8 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> dict[str,
     papermill.execute_notebook(
         str(source), str(target), parameters=parameters, cwd=str(ROOT), progress_bar=False, log_output=False
     )
-    return {"notebook": source.stem, "seconds": time.monotonic() - started, **parameters}
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return {"notebook": source.stem, "seconds": time.monotonic() - started, "peak_gib": peak, **parameters}
 
 
 def notebook_pages(stage: Path, profile: str, only: Sequence[str]) -> list[dict[str, Any]]:
@@ -56,13 +64,9 @@ def notebook_pages(stage: Path, profile: str, only: Sequence[str]) -> list[dict[
         )
     sources = [source for source in sources if not only or source.stem in only]
     for source in tqdm(sources, desc="notebooks"):
-        runs.append(
-            execute(
-                source,
-                stage / "notebooks" / source.name,
-                {"profile": profile, "results_folder": folder},
-            )
-        )
+        parameters = {"profile": profile, "results_folder": folder}
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+            runs.append(alone.submit(execute, source, stage / "notebooks" / source.name, parameters).result())
     return runs
 
 
@@ -84,9 +88,12 @@ def status_tables(runs: list[dict[str, Any]]) -> str:
             versions.append((package, metadata.version(package)))
         except metadata.PackageNotFoundError:
             versions.append((package, "not installed"))
-    timings = [(run["notebook"], run["profile"], f"{run['seconds']:.0f}", "ran to the end") for run in runs]
+    timings = [
+        (run["notebook"], run["profile"], f"{run['seconds']:.0f}", f"{run['peak_gib']:.1f}", "ran to the end")
+        for run in runs
+    ]
     return (
-        claims.markdown_table(("notebook", "profile", "seconds", "status"), timings)
+        claims.markdown_table(("notebook", "profile", "seconds", "peak memory, GiB", "status"), timings)
         + "\n\n## Versions\n\n"
         + claims.markdown_table(("", "version"), versions)
     )

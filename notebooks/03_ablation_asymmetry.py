@@ -97,7 +97,6 @@ LENGTHS = (128, 512) if QUICK else (128, 256, 512, 1024, 2048)
 DEPTHS = (0.0, 0.5, 1.0) if QUICK else (0.0, 0.25, 0.5, 0.75, 1.0)
 GAPS = (16, 64, 256) if QUICK else (16, 32, 64, 128, 256, 512, 1024)
 STEPS = (1, 2, 4) if QUICK else (1, 2, 3, 4, 5, 6)
-RANKS, EVERY = (0, 1, 4, 16, 32), 64
 N_COPIES, N_NEEDLES, N_STORIES = (4, 4, 4) if QUICK else (32, 100, 100)
 COUNTS, MEASURES = ((1,), (RANK,)) if QUICK else ((1, 2), ablation.MEASURES)
 PARAMETERS = {
@@ -483,6 +482,7 @@ _ = tables.keep("Layers and softmax heads", ("model", "kind", "part", "added los
 # what counts is which directions, not how many.
 
 # %%
+RANKS, EVERY = (0, 1, 4, 16, 32), 64
 GROUPS = {"high": HIGH, "low": LOW}
 used = {
     name: {g: study.rank_used(label, RANKS, every=EVERY) for g, label in GROUPS.items()}

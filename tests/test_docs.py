@@ -21,6 +21,8 @@ from staterank_utils.results import STORED
 MODULES = [
     importlib.import_module(module.name)
     for module in pkgutil.walk_packages(staterank_utils.__path__, f"{staterank_utils.__name__}.")
+    if module.name
+    != "staterank_utils.inertia_kernel"  # one Triton kernel, called by `inertia`; not every machine has triton
 ]
 
 
