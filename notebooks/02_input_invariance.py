@@ -81,7 +81,7 @@ PARAMETER_NAMES = (
 )
 results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
-N_PROMPTS = n_prompts or {"quick": 5, "full": 16}[profile]
+N_PROMPTS = n_prompts or {"quick": 6, "full": 16}[profile]
 N_SHUFFLES = {"quick": 2, "full": 8}[profile]
 DOMAINS = NATURAL_DOMAINS + ADVERSARIAL_DOMAINS
 EARLY = 128  # the registered early position

@@ -306,8 +306,10 @@ def a_layer(study, task, n, measure):
     arms = [study.arm(end, n, measure=measure, per_layer=True) for end in (LOW, HIGH)]
     low, high = (study.score(task, heads) for heads in arms)
     random = study.draws(task, n, 2 if QUICK else 8, per_layer=True)
-    means = [f"{scores.mean():.2f}" for scores in (low, high, random)]
-    return *means, str(paired_difference(high, low))
+    means = random.mean(1)
+    spread = f"{means.mean():.2f} [{means.min():.2f} to {means.max():.2f}]"
+    ends = [str(score_interval(scores)) for scores in (low, high)]
+    return *ends, spread, str(paired_difference(high, low))
 
 
 rows = [
@@ -321,7 +323,7 @@ HEAD = (
     "measure",
     "lowest removed",
     "highest",
-    "random, mean of draws",
+    "random, mean [range of draws]",
     "highest - lowest",
 )
 Markdown(tables.keep("The same number from every layer", HEAD, rows))

@@ -359,25 +359,37 @@ for ax, (name, study) in zip(axes.flat, studies.items(), strict=True):
 # One share is one point. A curve says whether there is a knee, and whether another order would reach 38.9 % at no loss.
 
 # %%
-curves = {
-    name: {
-        "joint": [kept(name, "joint", share) for share in SHARES],
-        "random, mean": [at_random(name, share, CURVE_DRAWS)[0] for share in SHARES],
-        **{
+curves = {}
+for name, study in studies.items():
+    if study.mastered:
+        curves[name] = {
             method: [kept(name, method, share) for share in SHARES]
-            for method in ("fastest decay", "least damage alone", *OTHERS)
-        },
-    }
-    for name, study in studies.items()
-    if study.mastered
-}
+            for method in (*order[name], *OTHERS)
+        }
+        curves[name]["random, mean"] = [
+            at_random(name, share, CURVE_DRAWS)[0] for share in SHARES
+        ]
+BY_STATE = [m for m in order[MODELS[0]] if m.startswith(("joint", "rank", "norm"))]
+BESIDE = ("joint", "random, mean", "fastest decay", "least damage alone", *OTHERS)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score over that of the intact model against the share of the state that is removed, one curve a method, one panel a model; the band is the 95 % interval of joint rank-norm pruning over prompts. A curve above that of the random draws knows something of which heads can go; a curve that stays at 1 is free.", "name": "fig-curve"}, "image": {"alt": "Falling curves of relative score against the share removed, one curve a method."}}
-for name, ax in plotting.model_panels(list(curves) or MODELS).items():
-    ax.axhline(1, color="black", linewidth=1, linestyle=":")
-    plotting.plot_methods(ax, SHARES, curves.get(name, {}))
-    ax.set(title=name, ylabel="score / intact score", ylim=(-0.05, 1.1))
-plotting.legend_above(ax.figure, ax)
+
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score over that of the intact model against the share of the state that is removed, one curve for each way to order heads by their state, one panel a model; the band is the 95 % interval of joint rank-norm pruning over prompts. Thick grey: the mean of random draws. A curve above it knows something of which heads can go; a curve below it chooses worse than chance.", "name": "fig-curve-state"}, "image": {"alt": "Falling curves of relative score against the share removed, one curve for each rule by state and its reverse, beside a thick grey line of random draws."}}
+def draw_curves(methods):
+    for name, ax in plotting.model_panels(list(curves) or MODELS).items():
+        ax.axhline(1, color="black", linewidth=1, linestyle=":")
+        found = curves.get(name, {})
+        if found:
+            random = [estimate.point for estimate in found["random, mean"]]
+            ax.plot([100 * share for share in SHARES], random, color="0.7", linewidth=4, zorder=0)
+            plotting.plot_methods(ax, SHARES, {method: found[method] for method in methods})
+        ax.set(title=name, ylabel="score / intact score", ylim=(-0.05, 1.1))
+    plotting.legend_above(ax.figure, ax)
+
+
+draw_curves(BY_STATE)
+
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "As the figure before, for what knows more or shrinks the state from the other side. A curve that stays at 1 is free.", "name": "fig-curve"}, "image": {"alt": "Falling curves of relative score against the share removed: joint pruning, random, decay, least damage alone, key channels, both."}}
+draw_curves(BESIDE)
 
 # %% tags=["remove-cell"]
 # The numbers behind a figure go with the stored result.
@@ -449,7 +461,8 @@ for name, study in studies.items():
         score = str(kept(name, method)) if study.mastered and method not in DRAWS else ""
         known = perplexities[name].get(method)
         cost = known[SHARES.index(SHARE)] if known else times_intact(smaller, name)
-        rows.append((name, method, f"{1 - left / whole:.1%}", score, f"{cost.point:,.3g}"))
+        nats = f"{cost.point:,.3g} [{cost.low:,.3g}, {cost.high:,.3g}]"
+        rows.append((name, method, f"{1 - left / whole:.1%}", score, nats))
 HEAD = ("model", "method", "freed", "score / intact", "perplexity / intact")
 Markdown(tables.keep("What 38.9 % costs", HEAD, rows))
 
@@ -556,7 +569,7 @@ states = {"before": reads(mine, 64), "after": reads(again.to(mine.device), 64)}
 # In answer to the three points at the top:
 #
 # - **Freed**: exactly the share of heads that is removed, {glue:text}`freed`.
-# - **Kept**: {glue:text}`answer C5`; {numref}`fig-methods` says beside what, {numref}`fig-curve` at which shares.
+# - **Kept**: {glue:text}`answer C5`; {numref}`fig-methods` says beside what, {numref}`fig-curve-state` and {numref}`fig-curve` at which shares.
 # - **Your own**: the six lines above; what it gives in speed is on {doc}`the page of benchmarks <../book/benchmarks>`.
 #
 # An interval of no width means that all prompts of a small run agree, not that nothing is uncertain.

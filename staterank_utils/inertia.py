@@ -195,7 +195,7 @@ def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d
         options: of the measure.
 
     Returns:
-        (*lead, ...): what the measure gives for each state.
+        ``(*lead, ...)``: what the measure gives for each state.
 
     Example:
         >>> in_chunks(nuclear_norms, torch.eye(2).expand(3, 1, 2, 2)).round(decimals=9).tolist()
