@@ -7,10 +7,13 @@ STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
 MINUTES ?= 25
-RUN := _build/training
-TRAIN = $(BIN)/python -m training.train --corpus $(RUN)/corpus --tokenizer checkpoints/hybrid --bounded --minutes $(MINUTES)
+TRAINED := _build/training
+TRAIN = $(BIN)/python -m training.train --corpus $(TRAINED)/corpus --tokenizer checkpoints/hybrid --bounded --minutes $(MINUTES)
+CONFIG ?= sweep/example.yaml
+RUN ?= _build/sweep
+CORES ?= 2
 
-.PHONY: help book test test-architectures test-gpu conformance check notebooks bench full figure train clean
+.PHONY: help book test test-architectures test-gpu conformance check notebooks bench full figure sweep train clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -62,11 +65,14 @@ full: .venv/installed ## run the notebooks with the full profile (ONLY="NAME ...
 figure: .venv/installed ## store the figure of the README, from a quick run of the first notebook
 	$(BIN)/python -m book.assemble --stage _build/figure --only 01_stratification --figure book/ranks.png
 
+sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/example.yaml RUN=_build/sweep CORES=2), or go on with it
+	$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --cores $(CORES) --rerun-incomplete
+
 train: .venv/installed ## train both embedded models, side by side on one CUDA GPU (BOOKS=folder of texts, MINUTES=25)
 	@test -d "$(BOOKS)" || { echo "say where the texts are: make train BOOKS=folder; got BOOKS=$(BOOKS)"; exit 1; }
-	$(BIN)/python -m training.corpus $(BOOKS) --tokenizer checkpoints/hybrid --out $(RUN)/corpus
-	$(TRAIN) hybrid --out $(RUN)/hybrid & first=$$!; $(TRAIN) pure --out $(RUN)/pure; wait $$first
-	for name in hybrid pure; do $(BIN)/python -m training.card $$name $(RUN)/$$name; done
+	$(BIN)/python -m training.corpus $(BOOKS) --tokenizer checkpoints/hybrid --out $(TRAINED)/corpus
+	$(TRAIN) hybrid --out $(TRAINED)/hybrid & first=$$!; $(TRAIN) pure --out $(TRAINED)/pure; wait $$first
+	for name in hybrid pure; do $(BIN)/python -m training.card $$name $(TRAINED)/$$name; done
 
 clean: ## remove what was built, keep the environment
 	rm -rf _build

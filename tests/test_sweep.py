@@ -1,0 +1,82 @@
+"""A sweep over the embedded and two tiny models: killed in the middle, gone on with, gathered into one table."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+from staterank_utils.claims import CLAIMS
+from staterank_utils.models import CHECKPOINTS
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = "01_stratification"
+
+
+def tiny(folder: Path, n_layers: int) -> Path:
+    """Random weights under the tokenizer of the embedded models."""
+    torch.manual_seed(0)
+    layers = (["linear_attention", "full_attention"] * n_layers)[:n_layers]
+    config = Qwen3NextConfig(
+        vocab_size=8192, hidden_size=32, intermediate_size=48, num_hidden_layers=n_layers, layer_types=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=0, mlp_only_layers=list(range(n_layers)),
+    )  # fmt: skip
+    Qwen3NextForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINTS / "hybrid" / name, folder)
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    models = {name: {"model": name} for name in ("hybrid", "pure")}
+    models |= {f"tiny-{n}": {"model": str(tiny(tmp_path / f"tiny-{n}", n))} for n in (2, 3)}
+    settings = {
+        "models": models,
+        "notebooks": [NOTEBOOK],
+        "parameters": {NOTEBOOK: {"n_prompts": 2, "n_tokens": 128}},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(settings))
+    return [
+        sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "sweep" / "Snakefile"), "--configfile", str(tmp_path / "sweep.yaml"),
+        "--directory", str(tmp_path / "run"), "--cores", "2", "--rerun-incomplete",
+    ]  # fmt: skip
+
+
+def results_in(run: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in run.glob(f"results/*/*/{NOTEBOOK}.json")}
+
+
+def test_a_sweep_that_is_killed_goes_on_and_ends_in_one_table(command: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = tmp_path / "said.log"
+    with said.open("w") as stream:
+        first = subprocess.Popen(command, start_new_session=True, stdout=stream, stderr=stream)
+    deadline = time.monotonic() + 240
+    while "Finished job" not in said.read_text() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = results_in(run)
+    assert 0 < len(before) < 4
+    subprocess.run([*command, "--unlock"], check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = results_in(run)
+    assert len(after) == 4
+    kept = [file for file, changed in before.items() if after[file] == changed]
+    assert kept, "the second run measured again what the first had finished"
+    head, _, *rows = (run / "claims-0.md").read_text().splitlines()
+    assert head.count("|") == 3 + 4 + 1
+    assert "tiny-2" in head
+    assert len(rows) == len(CLAIMS)
+    [bound] = [row for row in rows if row.startswith("| **C1b**")]
+    assert bound.count("**holds**") == 4
