@@ -19,7 +19,7 @@ from staterank_utils import domain_prompts, load_model, load_tokenizer
 from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
 from staterank_utils.models import make_cache
-from staterank_utils.surgery import ablate_heads, all_heads
+from staterank_utils.surgery import ablate_heads, all_heads, softmax_heads
 
 FORWARD_TOKENS = 1024
 PROMPT_TOKENS = 64
@@ -47,6 +47,7 @@ def main() -> None:
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     prompts = domain_prompts("prose", tokenizer, n_prompts=max(BATCHES), n_tokens=FORWARD_TOKENS, seed=0)
     half = all_heads(model)[::2]
+    has_softmax = bool(softmax_heads(model))
 
     @torch.inference_mode()
     def forward() -> None:
@@ -64,7 +65,9 @@ def main() -> None:
 
         @torch.inference_mode()
         def library(ids: torch.Tensor = ids) -> torch.Tensor:
-            made: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, past_key_values=make_cache(model), pad_token_id=0)  # fmt: skip
+            # Of itself it fails on a model without softmax layers, for which it must be given a cache.
+            cache = {} if has_softmax else {"past_key_values": make_cache(model)}
+            made: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, **cache)  # fmt: skip
             return made[:, PROMPT_TOKENS:]
 
         def ours(ids: torch.Tensor = ids, drafts: list[list[int]] | None = None) -> list[list[int]]:

@@ -15,8 +15,8 @@
 # # Which heads does the model need?
 #
 # *Claims C4 and C4a of {doc}`the registered list <../book/claims>`.* The paper removes heads: without its low-rank heads a model
-# retrieves half as many needles, without its high-rank heads it hardly notices. An independent replication on a pure model found the
-# opposite. On this page you see, for models that your own machine has just run:
+# retrieves half as many needles, without its high-rank heads it hardly notices (in one of two models; the other loses a third). An
+# independent replication on a pure model found the opposite. On this page you see, for models that your own machine has just run:
 #
 # - how each task suffers as more heads of the lowest and of the highest rank are taken out;
 # - whether rank is what matters: the same number of random heads, and of heads chosen by decay, norm and write strength;
@@ -112,7 +112,8 @@ PARAMETERS = {
 # ## The heads, the tasks, the rules
 #
 # Heads are ordered by effective rank on calibration prompts, held-out code and arithmetic stories, which share no text with the prompts
-# that scores are taken on. To remove a head is to set what it puts out, after its gated norm, to zero
+# that scores are taken on (windows of code on which perplexity is taken may overlap with them). Losses further down are means over
+# {glue:text}`n_graded` prompts a task. To remove a head is to set what it puts out, after its gated norm, to zero
 # ({func}`staterank_utils.surgery.ablate_heads`); no weight changes. Every task is answered by greedy generation and scored
 # exactly, {glue:text}`n_prompts` prompts each; what a generated token costs is on {doc}`the page of benchmarks <../book/benchmarks>`.
 
@@ -125,6 +126,7 @@ for name in MODELS:
 # %% tags=["hide-input"]
 glue("n_prompts", f"{N_PROMPTS}", display=False)
 glue("n_draws", f"{N_DRAWS}", display=False)
+glue("n_graded", f"{SIZES['n_graded']}", display=False)
 rows = [(f"**{key}**", task.description) for key, task in TASKS.items()]
 Markdown(claims.markdown_table(("task", "what is asked"), rows))
 
@@ -305,7 +307,7 @@ Markdown(tables.keep("Which layers the arms take from", ("model", "arm", "heads"
 def a_layer(study, task, n, measure):
     arms = [study.arm(end, n, measure=measure, per_layer=True) for end in (LOW, HIGH)]
     low, high = (study.score(task, heads) for heads in arms)
-    random = study.draws(task, n, 2 if QUICK else 8, per_layer=True)
+    random = study.draws(task, n, 2 if QUICK else N_DRAWS, per_layer=True)
     means = random.mean(1)
     spread = f"{means.mean():.2f} [{means.min():.2f} to {means.max():.2f}]"
     ends = [str(score_interval(scores)) for scores in (low, high)]
@@ -410,36 +412,45 @@ _ = tables.keep("Every head alone", HEAD, rows)
 # ### Does it depend on distance?
 #
 # A head that forgets slowly could be one that carries a thing far. One needle, at a depth and in a prompt of a length of our
-# choosing: its distance to the question is (1 - depth) times the length; {glue:text}`n_needles` prompts a cell. The arms have the smallest
-# registered number of heads at which one of the two loses half of the task "needle".
+# choosing: its distance to the question is (1 - depth) times the length; {glue:text}`n_needles` prompts a cell. The arms, of rank, of decay and
+# one random draw, have the smallest registered number of heads at which one of the two rank arms loses half of single needles in
+# {glue:text}`breaking_length` tokens.
 
 # %%
 depths, again = {}, {}
 for name, study in studies.items():
-    n = study.breaking_count("needle")
-    removed = {
-        "all heads": [],
-        **{f"{n} of {label}": study.arm(end, n) for label, end in ENDS.items()},
-    }
+    n = study.breaking_count(needle_task(1, LENGTHS[1]), n_prompts=N_NEEDLES)
+    removed = {"all heads": []}
+    removed |= {f"{n} of {label}": study.arm(end, n) for label, end in ENDS.items()}
+    removed[f"{n} of slowest decay"] = study.arm(HIGH, n, measure="log-decay")
+    removed[f"{n} at random"] = study.drawn(n, 0)
     for label, heads in removed.items():
         depths[name, label] = study.depth_table(heads, DEPTHS, LENGTHS, n_prompts=N_NEEDLES)
         again[name, label] = said_again(study, heads)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of needles found, by depth in the prompt (0 % is its start, farthest from the question) and length of the prompt in tokens; left all heads, then the two arms. A fault of memory shows at the top right, where the distance is longest; a fault everywhere is none of distance.", "name": "fig-depths"}, "image": {"alt": "Three heat maps a model of needle retrieval by depth and length."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of needles found, by depth in the prompt (0 % is its start, farthest from the question) and length of the prompt in tokens; left all heads, then heads of the lowest and of the highest rank, of the slowest decay and at random removed. A fault of memory shows at the top right, where the distance is longest; a fault everywhere is none of distance.", "name": "fig-depths"}, "image": {"alt": "Five heat maps a model of needle retrieval by depth and length."}}
 figure, axes = plt.subplots(
     len(MODELS),
-    3,
-    figsize=(9.5, 2.6 * len(MODELS)),
+    5,
+    figsize=(12, 2.4 * len(MODELS)),
     sharey=True,
     squeeze=False,
     layout="constrained",
 )
 for ax, ((name, label), table) in zip(axes.flat, depths.items(), strict=True):
-    plotting.plot_depths(ax, table, DEPTHS, LENGTHS, title=f"{name}: {label}")
+    plotting.plot_depths(ax, table, DEPTHS, LENGTHS, title=f"{name}\n{label}")
     ax.set_xlabel("tokens", fontsize="small")
 for ax in axes[:, 0]:
     ax.set_ylabel("depth", fontsize="small")
 glue("n_needles", f"{N_NEEDLES}", display=False)
+glue("breaking_length", f"{LENGTHS[1]}", display=False)
+rows = [
+    (*key, f"{depth:.0%}", *(f"{share:.2f}" for share in shares))
+    for key, table in depths.items()
+    for depth, shares in zip(DEPTHS, table, strict=True)
+]
+HEAD = ("model", "heads removed", "depth", *(f"{n:,} tokens" for n in LENGTHS))
+_ = tables.keep("Single needles, by depth and length", HEAD, rows)
 
 # %% [markdown]
 # Distance without words: random tokens said twice, and the share of the second copy that the model says itself, by the gap between the
@@ -481,7 +492,8 @@ _ = tables.keep("Layers and softmax heads", ("model", "kind", "part", "added los
 # After every {glue:text}`every` tokens the states of all high heads, or of all low heads, are replaced by their best approximation of a
 # smaller rank; and, as the other extreme, by states with the same singular values and random singular vectors. If a state needs
 # its rank, cutting it costs loss; if only a few directions are read, it does not; and if turning costs much more than cutting,
-# what counts is which directions, not how many.
+# what counts is which directions, not how many. An edit tests only what a state carries for longer than its next half-life or two: the median
+# half-lives of high and low heads are {glue:text}`half_lives` tokens, so a low head has forgotten most edits before it is read.
 
 # %%
 RANKS, EVERY = (0, 1, 4, 16, 32), 64
@@ -493,6 +505,13 @@ used = {
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when the states of all high heads (dots, solid) or all low heads (squares, dashed) are cut to a rank every 64 tokens, and when they are rotated at random. The vertical axis is linear up to 0.01 nats and logarithmic beyond. Where a curve meets zero, the directions beyond that rank are not used. The groups differ in size, so their heights do not compare; a low head has no more than 32 directions to lose, and prompts of up to 64 tokens are never edited.", "name": "fig-used"}, "image": {"alt": "Added loss falling with the rank that is kept, one curve for high heads and one for low heads."}}
 glue("every", f"{EVERY}", display=False)
+medians = []
+for name, study in studies.items():
+    half_life = np.log(2) / -study.values("log-decay")
+    groups = (half_life[study.high == label] for label in (True, False))
+    ends = [f"{np.median(group):.1f}" if group.size else "none" for group in groups]
+    medians.append(f"{' and '.join(ends)} ({name})")
+glue("half_lives", ", ".join(medians), display=False)
 for name, ax in plotting.model_panels(MODELS).items():
     plotting.plot_rank_used(ax, used[name])
 

@@ -191,11 +191,20 @@ class Ablation:
         ]
         return max(enough, default=self.counts[0])
 
-    def breaking_count(self, task: str) -> int:
-        """The smallest registered number of heads at which one of the two ends loses half of the intact score; else the largest."""
-        half = self.score(task).mean() / 2
-        broken = [n for n in self.counts if min(self.score(task, self.arm(e, n)).mean() for e in (LOW, HIGH)) < half]
-        return min(broken, default=self.counts[-1])
+    def breaking_count(self, task: Task, *, n_prompts: int) -> int:
+        """The smallest registered number of heads at which one of the two ends loses half of the intact score; else the largest.
+
+        Args:
+            task: any, not only one of `tasks`.
+            n_prompts: on which that is decided.
+        """
+
+        def mean(heads: Iterable[Head]) -> float:
+            return float(self.scores_on([task], heads, n_prompts=n_prompts).mean())
+
+        half = mean([]) / 2
+        broken = (n for n in self.counts if min(mean(self.arm(end, n)) for end in (LOW, HIGH)) < half)
+        return next(broken, self.counts[-1])
 
     def drawn(self, n: int, draw: int, *, per_layer: bool = False) -> list[Head]:
         """The `n` random heads of a draw."""

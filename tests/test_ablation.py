@@ -60,8 +60,9 @@ def test_the_share_to_judge_at(study: Ablation, monkeypatch, low, high, judged: 
         return np.array([ends[heads == study.arm(HIGH, len(heads))][len(heads)] if heads else scores[0]])
 
     monkeypatch.setattr(study, "score", score)
+    monkeypatch.setattr(study, "scores_on", lambda tasks, heads, n_prompts: score("recall", heads)[None])
     assert study.judged_count("recall") == judged
-    assert study.breaking_count("recall") == breaking
+    assert study.breaking_count(study.tasks["recall"], n_prompts=study.n_prompts) == breaking
 
 
 def test_draws_differ_and_arms_have_every_measure(study: Ablation) -> None:
