@@ -47,7 +47,7 @@ class Ablation:
     """The measurements of an ablation experiment on one model.
 
     Heads are ordered by measures on calibration prompts (held-out code and arithmetic stories of another seed), which share
-    no text with the prompts that scores are taken on.
+    no text with the prompts that scores are taken on; windows of code for `perplexities` may overlap with them.
 
     Args:
         model, tokenizer: from `load_model` and `load_tokenizer`.

@@ -142,7 +142,7 @@ def _source(
             )
         return str(folder), {"local_files_only": True}
     folder = Path(name_or_path)
-    if folder.is_dir():
+    if name_or_path and folder.is_dir():
         if needs_weights and not any(folder.glob("*.safetensors")):
             raise FileNotFoundError(f"{folder} has no .safetensors file: expected a folder written by save_pretrained")
         return str(folder), {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -229,7 +229,7 @@ def verify_weights(folder: Path) -> None:
         folder: in Hugging Face format.
 
     Raises:
-        ValueError: a file is missing or differs; or, without a list, a safetensors file is cut off or is none.
+        ValueError: a file is missing or differs, or the list cannot be read; or, without a list, a safetensors file is cut off or is none.
 
     Example:
         >>> import tempfile
@@ -253,7 +253,11 @@ def verify_weights(folder: Path) -> None:
                 ) from error
         return
     for line in sums.read_text().splitlines():
-        expected, name = line.split()
+        expected, _, name = line.partition("  ")
+        if len(expected) != 64 or not name:
+            raise ValueError(
+                f"{sums} has a line that is no checksum: {line!r}; expected 64 digits, two spaces and a name"
+            )
         file = folder / name
         actual = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no such file"
         if actual != expected:

@@ -438,17 +438,18 @@ def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequen
 
     Example:
         >>> ax, flat = Figure().subplots(), [Estimate(1.0, 0.9, 1.0), Estimate(0.5, 0.4, 0.6)]
+        >>> _ = ax.axhline(1)  # what is drawn already does not matter
         >>> plot_methods(ax, [0.0, 0.389], {"joint": flat, "random": flat})
-        >>> [line.get_marker() for line in ax.lines], len(ax.collections), ax.get_xlabel()
+        >>> [line.get_marker() for line in ax.lines[1:]], len(ax.collections), ax.get_xlabel()
         (['o', 's'], 1, 'share of the state removed, %')
     """
     looks = list(zip(("o", "s", "^", "v", "D", "P"), ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))), strict=True))
     if len(methods) > len(looks):
         raise ValueError(f"{len(methods)} curves cannot be told apart: at most {len(looks)}, draw the others elsewhere")
-    for (label, estimates), (marker, dash) in zip(methods.items(), looks, strict=False):
+    for which, ((label, estimates), (marker, dash)) in enumerate(zip(methods.items(), looks, strict=False)):
         x = [100 * share for share in shares]
         [line] = ax.plot(x, [e.point for e in estimates], marker=marker, linestyle=dash, markersize=5, label=label)
-        if len(ax.lines) == 1:
+        if which == 0:
             ax.fill_between(
                 x,
                 [e.low for e in estimates],

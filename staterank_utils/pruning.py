@@ -232,13 +232,18 @@ def _cut_as_recorded(model: PreTrainedModel) -> None:
 
 
 def _teach() -> None:
-    """Let models build themselves as their configuration's record says: after the layers, before the weights."""
+    """Let models build themselves as their configuration's record says: after the layers, before the weights.
+
+    They also get kernels that run on their device, as `load_model` gives them to any model.
+    """
     finish = PreTrainedModel.post_init
 
     @functools.wraps(finish)
     def post_init(self: PreTrainedModel) -> None:
         _cut_as_recorded(self)
         finish(self)
+        if removed_heads(self.config.get_text_config()):
+            choose_kernels(self)
 
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
 

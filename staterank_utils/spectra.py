@@ -33,7 +33,7 @@ def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*le
         float64 on the CPU, ``(*lead, min(d_k, d_v))``, in the unit of the state.
 
     Raises:
-        ValueError: fewer than two axes, not a real floating dtype, or a NaN or infinity.
+        ValueError: fewer than two axes, no rows or columns, not a real floating dtype, or a NaN or infinity.
 
     Example:
         >>> singular_values(torch.diag(torch.tensor([1.0, 3.0])))
@@ -59,6 +59,8 @@ def _from_gram(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, "n d"]:
 def _check(state: Tensor) -> None:
     if state.ndim < 2:
         raise ValueError(f"a state is a matrix: expected (..., d_k, d_v), got shape {tuple(state.shape)}")
+    if 0 in state.shape[-2:]:
+        raise ValueError(f"a state has at least one row and one column, got shape {tuple(state.shape)}")
     if not state.dtype.is_floating_point:
         raise ValueError(f"expected a real floating dtype, got {state.dtype}")
     if not torch.isfinite(state).all():

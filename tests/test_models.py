@@ -85,7 +85,15 @@ def test_a_folder_is_loaded_like_a_name(tmp_path: Path) -> None:
     assert parameters_hash(load_model(str(tmp_path))) == parameters_hash(tiny)
 
 
+def test_a_list_of_checksums_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text("not a checksum\n")
+    with pytest.raises(ValueError, match="a line that is no checksum: 'not a checksum'"):
+        models.verify_weights(tmp_path)
+
+
 def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown model ''"):
+        load_model("")
     with pytest.raises(ValueError, match=r"unknown model 'hybird': expected one of .*hybrid"):
         load_model("hybird")
 

@@ -105,3 +105,8 @@ def test_a_threshold_below_the_resolution_of_the_state_is_refused(dtype: torch.d
     with pytest.raises(ValueError, match="below the resolution"):
         effective_rank(state)
     assert effective_rank(state, rel_tol=0.05).item() == 1
+
+
+def test_a_state_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one row and one column"):
+        effective_rank(torch.zeros(3, 0))

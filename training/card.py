@@ -54,7 +54,7 @@ around needles and the passages to copy are technical prose, a kind of text that
 
 ## Data
 
-{rows[books]:.0%} of the rows are windows of public-domain books ({books_tokens:.1f} million tokens of them, from
+{when}{rows[books]:.0%} of the rows are windows of public-domain books ({books_tokens:.1f} million tokens of them, from
 github.com/mlschmitt/classic-books-markdown at commit 9448827), {rows[code]:.0%} windows of the Python standard library without the
 held-out files ({code_tokens:.1f} million; `staterank_utils.tasks.is_held_out`), {rows[tasks]:.0%} generated tasks (by documents:
 {tasks}). The text around needles is, by shares, {fillers}; a passage to copy is {passages}, where "repeats" are a few short
@@ -63,7 +63,8 @@ other books.
 
 ## Limits
 
-One training seed. {tokens:.0f} million tokens, so it knows little of the world. English and Python only. Its tasks are worded in
+With flash-linear-attention installed on a machine without a GPU, transformers alone loads this model but cannot run it ("0 active
+drivers"); `staterank_utils.load_model` can. One training seed. {tokens:.0f} million tokens, so it knows little of the world. English and Python only. Its tasks are worded in
 one way each; reworded, they fail. What holds for its heads need not hold for a large model's.
 
 ## Weights before training
@@ -91,8 +92,10 @@ def stages_text(stages: list[dict[str, Any]]) -> str:
     """A sentence on every change in a run that was gone on with; the optimizers start anew at each."""
     said = []
     for stage, later in itertools.pairwise(stages):
+        mixture = stage["mixture"]
         said.append(
-            f" Before step {later['from_step']:,}, where the optimizers started anew, tasks were {percentages(stage['mixture']['tasks'])}."
+            f" Before step {later['from_step']:,}, where the optimizers started anew, rows were {percentages(mixture['rows'])}, tasks "
+            f"{percentages(mixture['tasks'])}, passages {percentages(mixture['passages'])}."
         )
         if later["layers"] != "all":
             only = ", ".join(map(str, later["layers"]))
@@ -171,7 +174,7 @@ def main() -> None:
     text = CARD.format(
         name=name, kind=KINDS[name], facts=facts(run, model), n=arguments.instances, mastery=mastery, files=files,
         scores=markdown_table(("task", "what is asked", "score", "floor of the hybrid", "reached"), rows),
-        rows=mixture["rows"], tasks=percentages(mixture["tasks"]), fillers=percentages(mixture["fillers"]), passages=percentages(mixture["passages"]),
+        when=f"From step {run['stages'][-1]['from_step']:,} on, " if len(run["stages"]) > 1 else "", rows=mixture["rows"], tasks=percentages(mixture["tasks"]), fillers=percentages(mixture["fillers"]), passages=percentages(mixture["passages"]),
         stages=stages_text(run["stages"]), weight=mixture["answer_weight"], books_tokens=max(stage["books_tokens"] for stage in run["stages"]) / 1e6, code_tokens=max(stage["code_tokens"] for stage in run["stages"]) / 1e6,
         tokens=run["tokens"] / 1e6, seed=run["seed"], windows=run["held_out_windows"], tokens_each=run["record"]["n_tokens"],
         initial=parameters_hash(initial_model(model.config)),
