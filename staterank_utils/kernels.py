@@ -14,7 +14,7 @@ everything else to transformers.
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,11 +77,58 @@ def torch_chunk_gated_delta_rule(
         for start in range(0, n_tokens, BLOCK_TOKENS):
             block = slice(start, min(start + BLOCK_TOKENS, n_tokens))
             q, k, v = query[row, block], key[row, block], value[row, block]
-            out_block, state[row] = _block(
+            out[row, block], state[row], _ = _block(
                 q, k, v, g[row, block], beta[row, block], state[row], upper, use_qk_l2norm_in_kernel
             )
-            out[row, block] = out_block
     return out, state if output_final_state else None
+
+
+def gated_delta_rule_states(
+    query: Float[Tensor, "1 token key_head d_k"],
+    key: Float[Tensor, "1 token key_head d_k"],
+    value: Float[Tensor, "1 token head d_v"],
+    g: Float[Tensor, "1 token head"],
+    beta: Float[Tensor, "1 token head"],
+    *,
+    positions: Sequence[int],
+    keep: Callable[[Tensor], None],
+    initial_state: Float[Tensor, "1 head d_k d_v"] | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> tuple[Float[Tensor, "1 token head d_v"], Float[Tensor, "1 head d_k d_v"]]:
+    """As `torch_chunk_gated_delta_rule` for one sequence, and the states at some positions on the way.
+
+    A state inside a chunk is the one before the chunk, decayed, and one product of the keys and of what they wrote until
+    then; so a position costs a product, not a call that ends there.
+
+    Args:
+        positions: numbers of tokens, increasing, in 1..token.
+        keep: is given each of the states (1, head, d_k, d_v), in order.
+
+    Returns:
+        Outputs, and the final state.
+
+    Example:
+        >>> one, zero, seen = torch.ones(1, 3, 1), torch.zeros(1, 3, 1), []
+        >>> key = torch.eye(4)[:3].reshape(1, 3, 1, 4)
+        >>> value = torch.tensor([5.0, 6.0, 7.0]).reshape(1, 3, 1, 1)
+        >>> _ = gated_delta_rule_states(key, key, value, zero, one, positions=[1, 2], keep=seen.append)
+        >>> [state.flatten().tolist() for state in seen]
+        [[5.0, 0.0, 0.0, 0.0], [5.0, 6.0, 0.0, 0.0]]
+    """
+    n_tokens, n_heads, d_v = value.shape[1:]
+    state = value.new_zeros(n_heads, key.shape[-1], d_v) if initial_state is None else initial_state[0]
+    out = torch.empty_like(value)
+    upper = torch.full((CHUNK, CHUNK), float("-inf")).triu(1)
+    for start in range(0, n_tokens, BLOCK_TOKENS):
+        stop = min(start + BLOCK_TOKENS, n_tokens)
+        q, k, v, log_decay, strength = (x[0, start:stop] for x in (query, key, value, g, beta))
+        ends = [position - start for position in positions if start < position <= stop]
+        out[0, start:stop], state, inside = _block(
+            q, k, v, log_decay, strength, state, upper, use_qk_l2norm_in_kernel, ends
+        )
+        for found in inside:
+            keep(found[None])
+    return out, state[None]
 
 
 def _block(
@@ -93,8 +140,9 @@ def _block(
     state: Float[Tensor, "head d_k d_v"],
     upper: Float[Tensor, "chunk chunk"],
     normalize: bool,
-) -> tuple[Float[Tensor, "token head d_v"], Float[Tensor, "head d_k d_v"]]:
-    """A block of one sequence: outputs, and the state behind it."""
+    ends: Sequence[int] = (),
+) -> tuple[Float[Tensor, "token head d_v"], Float[Tensor, "head d_k d_v"], Iterator[Float[Tensor, "head d_k d_v"]]]:
+    """A block of one sequence: outputs, the state behind it, and the states after `ends` tokens, made one by one."""
     size = len(upper)
     n_tokens, n_keys, d_k = k.shape
     n_heads, d_v = v.shape[1:]
@@ -147,7 +195,17 @@ def _block(
     q_start = (q[:, :, None] * from_start[..., None]).view(-1, size, d_k)
     out = torch.bmm(q_start, states[:n].view(-1, d_k, d_v))
     out.baddbmm_(attention.view(-1, size, size), written.view(-1, size, d_v))
-    return out.view(n, n_heads, size, d_v).transpose(1, 2).reshape(n * size, n_heads, d_v)[:n_tokens], states[n]
+
+    def inside() -> Iterator[Tensor]:
+        for end in ends:
+            i, j = divmod(end - 1, size)
+            decays = (c[i, ..., j : j + 1] - c[i, ..., : j + 1]).float().exp_()  # (key, group, token)
+            keys = (k[i, :, None, : j + 1] * decays[..., None]).view(n_heads, j + 1, d_k)
+            start = states[i] * from_start[i, ..., j].reshape(n_heads, 1, 1)
+            yield start.baddbmm_(keys.transpose(-1, -2), written[i, :, : j + 1])
+
+    read = out.view(n, n_heads, size, d_v).transpose(1, 2).reshape(n * size, n_heads, d_v)[:n_tokens]
+    return read, states[n], inside()
 
 
 def _inverse(system: Float[Tensor, "n size size"]) -> Float[Tensor, "n size size"]:
@@ -256,6 +314,9 @@ def causal_conv1d_update(
     if bias is not None:
         out += bias[:, None]
     return out if activation is None else F.silu(out, inplace=True)
+
+
+STATES = {"torch_chunk_gated_delta_rule": gated_delta_rule_states}  # kernels that can also tell the states on the way
 
 
 def serves_kernel(name: str, arguments: dict[str, Any]) -> bool:

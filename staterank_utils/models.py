@@ -445,6 +445,7 @@ def _dispatch_by_device(module: ModuleType, name: str, *, plain: bool) -> str:
         return bound(first, *args, **kwargs)
 
     vars(dispatch)["staterank_bound"] = bound
+    vars(dispatch)["staterank_states"] = None if plain else kernels.STATES.get(name)
     setattr(module, name, dispatch)
     chosen = [cell.cell_contents for cell in getattr(bound, "__closure__", None) or () if callable(cell.cell_contents)]
     return (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from staterank_utils.kernels import serves_kernel
 from staterank_utils.layouts import Layout, linear_layers, modeling_module
 from staterank_utils.models import make_cache, output_logits, read_tokens
 
@@ -69,7 +70,7 @@ def trace_states(
     """Read prompts once, up to the last position, and keep S(t) of every linear-attention head at each position.
 
     A prompt is read once, in segments of 2,048 tokens through the model's cache. Inside a segment only the kernels of the
-    linear-attention layers stop at the positions; each piece continues from the state that the one before it left. That is
+    linear-attention layers stop at the positions, or tell the states on the way where they can. That is
     the same computation as one full pass, up to the order of float32 sums. Where a layout names no such kernel, the segments
     themselves end at the positions.
 
@@ -232,8 +233,8 @@ def scans_through(layer: nn.Module, layout: Layout, call: Callable[..., Any]) ->
 class _StateTap:
     """Keeps what is made of a layer's states at the positions set, as the layer reads a segment through `scan`.
 
-    The layer's kernels are called in pieces that end at the positions; all else in the layer sees the whole segment. States
-    are reduced `n_held` positions at a time: with as many as there are layers, that is the memory of one moment of them all.
+    Kernels that can tell the states on the way are called once a segment, others in pieces that end at the positions; all else in
+    the layer sees the whole segment. States are reduced `n_held` positions at a time: with as many as there are layers, that is the memory of one moment of them all.
     """
 
     def __init__(
@@ -248,6 +249,7 @@ class _StateTap:
         self.index, self.layer, self.layout, self.reduce, self.n_held = index, layer, layout, reduce, n_held
         self.positions: list[int] = []
         self.kept: list[Tensor] = []
+        self._n_held_now = self._n_left = 0
 
     def scan(self, kernel: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """A call of a kernel over (batch, token, head, ...), cut along the tokens."""
@@ -255,7 +257,19 @@ class _StateTap:
         tokens = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
         rest = {name: value for name, value in kwargs.items() if name not in names}
         state, outputs = rest.pop("initial_state", None), []
-        n_tokens = tokens["query"].shape[1]
+        n_batch, n_tokens = tokens["query"].shape[:2]
+        self._n_left = len(self.positions)
+        with_states = getattr(kernel, "staterank_states", None)
+        if with_states and n_batch == 1 and serves_kernel(kernel.__name__, tokens | rest):
+            normalize = rest.get("use_qk_l2norm_in_kernel", False)
+            out, state = with_states(
+                **tokens,
+                positions=self.positions,
+                keep=self._hold,
+                initial_state=state,
+                use_qk_l2norm_in_kernel=normalize,
+            )
+            return out, state
         ends = self.positions if n_tokens in self.positions else [*self.positions, n_tokens]
         for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
             query, key, value, g, beta = (tokens[name][:, start:end] for name in names)
@@ -264,14 +278,19 @@ class _StateTap:
             )
             outputs.append(out)
             if i < len(self.positions):
-                slot = i % self.n_held
-                if slot == 0:
-                    n_left = len(self.positions) - i
-                    held = state.new_empty(len(state), min(self.n_held, n_left), *state.shape[1:])
-                held[:, slot] = state
-                if slot + 1 == held.shape[1]:
-                    self.keep(held)
+                self._hold(state)
         return torch.cat(outputs, 1), state
+
+    def _hold(self, state: Float[Tensor, "batch head d_k d_v"]) -> None:
+        """The state at the next position; kept when as many are at hand as may be, or none is left to come."""
+        if not self._n_held_now:
+            self._held = state.new_empty(len(state), min(self.n_held, self._n_left), *state.shape[1:])
+        self._held[:, self._n_held_now] = state
+        self._n_held_now, self._n_left = self._n_held_now + 1, self._n_left - 1
+        if self._n_held_now == self._held.shape[1]:
+            held, self._n_held_now = self._held, 0
+            del self._held  # once reduced, nothing of it stays
+            self.keep(held)
 
     def keep(self, states: Float[Tensor, "batch position head d_k d_v"]) -> None:
         """States at the next positions."""

@@ -153,3 +153,25 @@ def test_a_state_dict_is_row_by_row_and_tied_weights_stay_tied(hybrid) -> None:
     state = hybrid.state_dict()
     assert all(tensor.is_contiguous() for tensor in state.values())
     assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("n_tokens", [1, 31, 32, 33, 600])
+@pytest.mark.parametrize("n_before", [0, 20])
+@torch.no_grad()
+def test_states_on_the_way_are_those_of_the_recurrence(n_tokens: int, n_before: int) -> None:
+    given, state, seen = inputs((1, n_before + n_tokens, 2, 4, 8, 16)), None, []
+    if n_before:
+        before = (x[:, :n_before] for x in given)
+        _, state = kernels.torch_chunk_gated_delta_rule(*before, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    out, last = kernels.gated_delta_rule_states(
+        *(x[:, n_before:] for x in given),
+        positions=range(1, n_tokens + 1),
+        keep=seen.append,
+        initial_state=state,
+        use_qk_l2norm_in_kernel=True,
+    )
+    expected, states = oracle(*given)
+    assert len(seen) == n_tokens
+    assert (out - expected[:, n_before:]).abs().max() < 1e-5
+    assert (torch.stack(seen, 1) - states[:, n_before:]).abs().max() < 2e-5
+    assert (seen[-1] - last).abs().max() < 1e-6
