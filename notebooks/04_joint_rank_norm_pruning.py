@@ -116,7 +116,7 @@ TASKS = {
 SHARES = (0.05, 0.125, SHARE) if QUICK else (0.05, 0.10, 0.125, 0.25, SHARE, 0.5)
 CURVE_DRAWS = 2 if QUICK else 8
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-N_TEXTS, TEXT_TOKENS = (2, 192) if QUICK else (32, 1024)
+N_TEXTS, TEXT_TOKENS = (2, 128) if QUICK else (32, 1024)
 PARAMETERS = {
     "model": model,
     "revision": revision,
