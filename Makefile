@@ -9,6 +9,7 @@ PROFILE ?= quick
 MINUTES ?= 25
 TRAINED := _build/training
 TRAIN = $(BIN)/python -m training.train --corpus $(TRAINED)/corpus --tokenizer checkpoints/hybrid --bounded --minutes $(MINUTES)
+BEYOND := tests/test_sweep.py tests/test_harness.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
 CORES ?= 2
@@ -32,10 +33,10 @@ book: .venv/installed ## run the notebooks (PROFILE=quick) and build the site in
 	@echo "the book is in _build/html/index.html"
 
 test: .venv/installed ## run the tests that need no GPU, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" --ignore-glob="*/test_layouts_*"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" --ignore-glob="*/test_layouts_*" $(BEYOND:%=--ignore=%)
 
-test-architectures: .venv/installed ## run every architecture's checks on its tiny model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_layouts_*.py
+test-architectures: .venv/installed ## run every architecture's checks on its tiny model, a sweep, and lm-evaluation-harness
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" tests/test_layouts_*.py $(BEYOND)
 
 test-gpu: .venv/installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
