@@ -41,7 +41,7 @@ test-architectures: .venv/installed ## run every architecture's checks on its ti
 test-gpu: .venv/installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-conformance: .venv/installed ## the same, and store the table of differences
+conformance: .venv/installed ## run every architecture's checks and store the table of differences
 	$(BIN)/python -m pytest --store-conformance tests/test_layouts_*.py
 
 check: .venv/installed ## lint, format, types, notebook pairs
@@ -53,7 +53,7 @@ check: .venv/installed ## lint, format, types, notebook pairs
 notebooks: .venv/installed ## write the .ipynb of every notebooks/*.py
 	$(BIN)/python -m book.pairs
 
-bench: .venv/installed ## time tracing, ablating and pruning against what one would do otherwise
+bench: .venv/installed ## time tracing, spectra, ablating and pruning against what one would do otherwise
 	$(BIN)/python -m benchmarks.trace
 	$(BIN)/python -m benchmarks.spectra
 	$(BIN)/python -m benchmarks.ablate

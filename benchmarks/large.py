@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from benchmarks.prune import read
 from benchmarks.timing import store
-from staterank_utils import prune_heads, saturation_scores, select_heads, trace_states
+from staterank_utils import prune_heads, select_heads, trace_states
 from staterank_utils.claims import markdown_table
 from staterank_utils.layouts import linear_layers
-from staterank_utils.models import choose_kernels, make_cache
-from staterank_utils.pruning import cache_bytes
-from staterank_utils.selection import measure_heads
+from staterank_utils.models import choose_kernels
+from staterank_utils.selection import measure_saturation
 from staterank_utils.spectra import rank_and_norm
 from staterank_utils.strata import two_groups
 from training.fast_forward import limit_autotuning
@@ -41,8 +41,8 @@ def on(device: str, config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def weight_bytes(config: PreTrainedConfig) -> int:
-    return sum(parameter.nbytes for parameter in on("meta", config).parameters())
+def weight_bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def cut_to(config: PreTrainedConfig, n_layers: int) -> PreTrainedConfig:
@@ -56,7 +56,7 @@ def cut_to(config: PreTrainedConfig, n_layers: int) -> PreTrainedConfig:
 
 def layers_that_fit(config: PreTrainedConfig, memory: float) -> int:
     """A multiple of PERIOD, at least one and at most all."""
-    one, two = (weight_bytes(cut_to(config, n * PERIOD)) for n in (1, 2))
+    one, two = (weight_bytes(on("meta", cut_to(config, n * PERIOD))) for n in (1, 2))
     n_periods = 1 + int(max(0.0, ROOM * memory - one) // (two - one))
     return min(n_periods * PERIOD, config.num_hidden_layers)
 
@@ -83,9 +83,8 @@ def whole_path(config: PreTrainedConfig, device: str, *, n_tokens: int, position
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(config.vocab_size, (1, n_tokens), generator=generator)
 
-    @torch.inference_mode()
     def forward() -> None:
-        model.base_model(input_ids=prompt.to(device), past_key_values=make_cache(model), use_cache=True)
+        read(model, prompt.to(device))
 
     def trace() -> Any:
         return trace_states(model, prompt, positions=positions, reduce=rank_and_norm)
@@ -96,22 +95,14 @@ def whole_path(config: PreTrainedConfig, device: str, *, n_tokens: int, position
     traced, seconds, memory = timed(device, trace)
     ranks = traced.values[:, 0, -1, :, 0]  # (layer, head)
     found = two_groups(ranks.flatten()[None].numpy() / traced.d)
-    measures = measure_heads(model, prompt[:, : positions[0]])
-    scores = saturation_scores(measures["effective rank"], measures["nuclear norm"], d=traced.d)
+    scores = measure_saturation(model, prompt[:, : positions[0]])
     small, pruning, _ = timed(device, lambda: prune_heads(model, select_heads(scores, model=model)))
-
-    @torch.inference_mode()
-    def state_bytes(network: PreTrainedModel) -> int:
-        cache = make_cache(network)
-        network.base_model(input_ids=prompt[:, : positions[0]].to(device), past_key_values=cache, use_cache=True)
-        return cache_bytes(cache)["recurrent"]
-
-    whole, left = state_bytes(model), state_bytes(small)
+    whole, left = (read(each, prompt[:, : positions[0]].to(device))["recurrent"] for each in (model, small))
     per_thousand = 1000 / n_tokens
     return {
         "layers": f"{len(layers)} linear of {config.num_hidden_layers}",
         "states": f"{len(layers)} x {layers[0][2].n_heads(layers[0][1])} of {traced.d_k} x {traced.d_v}",
-        "weights, GB": f"{sum(p.nbytes for p in model.parameters()) / 1e9:.1f}",
+        "weights, GB": f"{weight_bytes(model) / 1e9:.1f}",
         "forward, s per 1,000 tokens": f"{plain * per_thousand:.3f}",
         "trace, s per 1,000 tokens": f"{seconds * per_thousand:.3f}",
         "memory of the trace, GB": f"{memory:.2f}",
@@ -124,17 +115,15 @@ def whole_path(config: PreTrainedConfig, device: str, *, n_tokens: int, position
 
 def needs(config: PreTrainedConfig) -> dict[str, str]:
     """What the whole model takes, computed."""
-    weights = weight_bytes(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = on("meta", config)
+    weights = weight_bytes(model)
     states = sum(
         4 * layout.n_heads(layer) * layout.d_k(layer) * layout.d_v(layer) for _, layer, layout in linear_layers(model)
     )
-    fits = [name for name, memory in MACHINES.items() if 1.1 * weights < memory]
     return {
         "weights in bfloat16, GB": f"{weights / 1e9:.0f}",
         "states of one prompt, MB": f"{states / 1e6:.1f}",
-        **{name: "yes" if name in fits else "no" for name in MACHINES},
+        **{name: "yes" if 1.1 * weights < memory else "no" for name, memory in MACHINES.items()},
     }
 
 

@@ -355,6 +355,7 @@ Markdown(tables.keep("Perplexity", ("model", "heads removed", *NATURAL_DOMAINS),
 
 # %%
 damage = {name: study.sweep() for name, study in studies.items()}
+half_lives = {name: np.log(2) / -study.values("log-decay") for name, study in studies.items()}
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when one head is removed, against its relative effective rank (left) and against the half-life of its state (right), one row a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep"}, "image": {"alt": "Two scatter plots a model of single-head damage, against rank and against half-life."}}
 figure, axes = plt.subplots(
@@ -366,10 +367,9 @@ figure, axes = plt.subplots(
     layout="constrained",
 )
 for row, (name, study) in zip(axes, studies.items(), strict=True):
-    half_life = np.log(2) / -study.values("log-decay")
     for ax, x, label in zip(
         row,
-        (study.values(RANK) / study.d, half_life),
+        (study.values(RANK) / study.d, half_lives[name]),
         ("r / d", "half-life, tokens"),
         strict=True,
     ):
@@ -507,8 +507,7 @@ used = {
 glue("every", f"{EVERY}", display=False)
 medians = []
 for name, study in studies.items():
-    half_life = np.log(2) / -study.values("log-decay")
-    groups = (half_life[study.high == label] for label in (True, False))
+    groups = (half_lives[name][study.high == label] for label in (True, False))
     ends = [f"{np.median(group):.1f}" if group.size else "none" for group in groups]
     medians.append(f"{' and '.join(ends)} ({name})")
 glue("half_lives", ", ".join(medians), display=False)

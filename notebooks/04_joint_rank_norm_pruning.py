@@ -561,8 +561,8 @@ Markdown(
 # ## Prune your own
 #
 # Six lines, on any model whose heads can be removed ({doc}`the list <../book/limits>`); `prune_heads`, `select_heads`, `load_model`,
-# `load_tokenizer` and `domain_prompts` come from `staterank_utils`, `measure_saturation` from `staterank_utils.selection`. A model that was pruned is of the same class as before; `generate`,
-# `save_pretrained` and everything else work on it, and heads keep the numbers that they had.
+# `load_tokenizer` and `domain_prompts` come from `staterank_utils`, `measure_saturation` from `staterank_utils.selection`. A
+# model that was pruned is of the same class as before; `generate`, `save_pretrained` and everything else work on it, and heads keep the numbers that they had.
 
 # %%
 mine, words = load_model(MODELS[0]), load_tokenizer(MODELS[0])

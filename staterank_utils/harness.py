@@ -111,7 +111,6 @@ def evaluate_in_harness(
         tasks=list(tasks),
         limit=limit,
         task_manager=manager,
-        metadata=dict(metadata or {}),
         log_samples=False,
     )
     return {

@@ -84,13 +84,18 @@ def gram(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n d d"], Fl
         >>> matrices.tolist(), scale.tolist()
         ([[[1.0]]], [4.0])
     """
+    wide, scale = _scaled(states)
+    return wide.mT @ wide, scale
+
+
+def _scaled(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n rows d"], Float[Tensor, " n"]]:
+    """States in float64 with no more columns than rows and a largest entry of 1, and what they were divided by."""
     wide = states.double()
     if wide.shape[-2] < wide.shape[-1]:
         wide = wide.mT
     largest = wide.abs().amax((-2, -1))
     scale = torch.where(largest > 0, largest, 1.0)
-    wide = wide / scale[:, None, None]
-    return wide.mT @ wide, scale
+    return wide / scale[:, None, None], scale
 
 
 def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> Float[Tensor, " n"]:
@@ -171,12 +176,8 @@ def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
         >>> nuclear_norms(torch.diag(torch.tensor([3.0, -4.0]))[None]).round(decimals=9).tolist()
         [7.0]
     """
-    wide = states.double()
-    if wide.shape[-2] < wide.shape[-1]:
-        wide = wide.mT
-    matrices, scale = gram(states)
-    largest = largest_eigenvalue(matrices).sqrt()
-    wide = wide / scale[:, None, None]
+    wide, scale = _scaled(states)
+    largest = largest_eigenvalue(wide.mT @ wide).sqrt()
     factor = wide / ((1 + EDGE) * largest).clamp_min(TINY)[:, None, None]
     for a, b, c in (*[GROWTH] * N_GROWTH, *[POLISH] * N_POLISH):
         square = factor.mT @ factor

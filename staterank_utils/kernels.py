@@ -68,18 +68,12 @@ def torch_chunk_gated_delta_rule(
         >>> out.flatten().tolist(), state.flatten().tolist()  # queries are scaled by 1 / sqrt(d_k)
         ([5.0, 6.0, 7.0], [5.0, 6.0, 7.0, 0.0])
     """
-    n_batch, n_tokens, n_heads, d_v = value.shape
-    d_k = key.shape[-1]
-    state = value.new_zeros(n_batch, n_heads, d_k, d_v) if initial_state is None else initial_state.clone()
-    out = value.new_empty(n_batch, n_tokens, n_heads, d_v)
-    upper = torch.full((chunk_size, chunk_size), float("-inf"), device=value.device).triu(1)
+    n_batch, _, n_heads, d_v = value.shape
+    state = value.new_zeros(n_batch, n_heads, key.shape[-1], d_v) if initial_state is None else initial_state.clone()
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
     for row in range(n_batch):
-        for start in range(0, n_tokens, BLOCK_TOKENS):
-            block = slice(start, min(start + BLOCK_TOKENS, n_tokens))
-            q, k, v = query[row, block], key[row, block], value[row, block]
-            out[row, block], state[row], _ = _block(
-                q, k, v, g[row, block], beta[row, block], state[row], upper, use_qk_l2norm_in_kernel
-            )
+        tokens = tuple(x[row] for x in (query, key, value, g, beta))
+        state[row] = _sequence(tokens, state[row], out[row], chunk_size, use_qk_l2norm_in_kernel)
     return out, state if output_final_state else None
 
 
@@ -115,20 +109,35 @@ def gated_delta_rule_states(
         >>> [state.flatten().tolist() for state in seen]
         [[5.0, 0.0, 0.0, 0.0], [5.0, 6.0, 0.0, 0.0]]
     """
-    n_tokens, n_heads, d_v = value.shape[1:]
-    state = value.new_zeros(n_heads, key.shape[-1], d_v) if initial_state is None else initial_state[0]
-    out = torch.empty_like(value)
-    upper = torch.full((CHUNK, CHUNK), float("-inf")).triu(1)
+    state = (
+        value.new_zeros(value.shape[2], key.shape[-1], value.shape[3]) if initial_state is None else initial_state[0]
+    )
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    tokens = tuple(x[0] for x in (query, key, value, g, beta))
+    last = _sequence(tokens, state, out[0], CHUNK, use_qk_l2norm_in_kernel, positions, lambda state: keep(state[None]))
+    return out, last[None]
+
+
+def _sequence(
+    tokens: tuple[Tensor, ...],
+    state: Float[Tensor, "head d_k d_v"],
+    out: Float[Tensor, "token head d_v"],
+    chunk_size: int,
+    normalize: bool,
+    positions: Sequence[int] = (),
+    keep: Callable[[Tensor], None] = lambda _: None,
+) -> Float[Tensor, "head d_k d_v"]:
+    """One sequence, block by block: fill `out`, give `keep` the states at the positions, return the last."""
+    n_tokens = len(out)
+    upper = torch.full((chunk_size, chunk_size), float("-inf"), device=out.device).triu(1)
     for start in range(0, n_tokens, BLOCK_TOKENS):
         stop = min(start + BLOCK_TOKENS, n_tokens)
-        q, k, v, log_decay, strength = (x[0, start:stop] for x in (query, key, value, g, beta))
         ends = [position - start for position in positions if start < position <= stop]
-        out[0, start:stop], state, inside = _block(
-            q, k, v, log_decay, strength, state, upper, use_qk_l2norm_in_kernel, ends
-        )
+        q, k, v, log_decay, strength = (x[start:stop] for x in tokens)
+        out[start:stop], state, inside = _block(q, k, v, log_decay, strength, state, upper, normalize, ends)
         for found in inside:
-            keep(found[None])
-    return out, state[None]
+            keep(found)
+    return state
 
 
 def _block(
@@ -140,7 +149,7 @@ def _block(
     state: Float[Tensor, "head d_k d_v"],
     upper: Float[Tensor, "chunk chunk"],
     normalize: bool,
-    ends: Sequence[int] = (),
+    ends: Sequence[int],
 ) -> tuple[Float[Tensor, "token head d_v"], Float[Tensor, "head d_k d_v"], Iterator[Float[Tensor, "head d_k d_v"]]]:
     """A block of one sequence: outputs, the state behind it, and the states after `ends` tokens, made one by one."""
     size = len(upper)

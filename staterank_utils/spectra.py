@@ -117,8 +117,7 @@ class Spectrum:
 
     def effective_rank(self, *, rel_tol: float = 1e-4) -> Int[Tensor, "*lead"]:
         """See `effective_rank`."""
-        if not 0 < rel_tol < 1:
-            raise ValueError(f"rel_tol must be in (0, 1), got {rel_tol}")
+        _check_range(rel_tol)
         return (self.sigma > rel_tol * self.sigma[..., :1]).sum(-1)
 
     def nuclear_norm(self) -> Float[Tensor, "*lead"]:
@@ -164,10 +163,7 @@ def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e
         >>> effective_rank(torch.diag(torch.tensor([1.0, 1e-2, 1e-6]))).item()
         2
     """
-    _check_tolerance(state, rel_tol)
-    if _by_inertia(state, rel_tol):
-        return inertia.in_chunks(inertia.ranks, state, rel_tol=rel_tol)[..., 0]
-    return Spectrum(singular_values(state)).effective_rank(rel_tol=rel_tol)
+    return _ranks_over(state, rel_tol, (1.0,))[..., 0]
 
 
 def effective_rank_bounds(
@@ -192,14 +188,8 @@ def effective_rank_bounds(
     """
     if not 0 < within < 1:
         raise ValueError(f"within must be in (0, 1), got {within}")
-    _check_tolerance(state, rel_tol)
-    if _by_inertia(state, rel_tol):
-        counts = inertia.in_chunks(inertia.ranks, state, rel_tol=rel_tol, factors=(1 + within, 1 - within))
-        return counts[..., 0], counts[..., 1]
-    spectrum = Spectrum(singular_values(state))
-    return spectrum.effective_rank(rel_tol=(1 + within) * rel_tol), spectrum.effective_rank(
-        rel_tol=(1 - within) * rel_tol
-    )
+    low, high = _ranks_over(state, rel_tol, (1 + within, 1 - within)).unbind(-1)
+    return low, high
 
 
 def rank_and_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead 2"]:
@@ -215,22 +205,25 @@ def rank_and_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead
     return torch.stack([spectrum.effective_rank().double(), spectrum.nuclear_norm()], -1)
 
 
-def _check_tolerance(state: Tensor, rel_tol: float) -> None:
+def _check_range(rel_tol: float) -> None:
     if not 0 < rel_tol < 1:
         raise ValueError(f"rel_tol must be in (0, 1), got {rel_tol}")
+
+
+def _ranks_over(state: Tensor, rel_tol: float, factors: tuple[float, ...]) -> Int[Tensor, "*lead factor"]:
+    """Ranks at multiples of a threshold."""
+    _check_range(rel_tol)
     if state.dtype.is_floating_point and rel_tol < torch.finfo(state.dtype).eps:
         raise ValueError(
             f"rel_tol={rel_tol} is below the resolution of {state.dtype}, {torch.finfo(state.dtype).eps:.1g}: the rank would count rounding; "
             "keep states in float32, or raise rel_tol"
         )
-
-
-def _by_inertia(state: Tensor, rel_tol: float) -> bool:
-    """Whether a rank is counted without a decomposition: on a GPU, and where the square of the threshold is far over rounding."""
-    if not state.is_cuda or rel_tol < 1e-7:
-        return False
-    _check(state)
-    return state.numel() > 0
+    # Counted without a decomposition where the square of the threshold is far over rounding.
+    if state.is_cuda and state.numel() and rel_tol >= 1e-7:
+        _check(state)
+        return inertia.in_chunks(inertia.ranks, state, rel_tol=rel_tol, factors=factors)
+    spectrum = Spectrum(singular_values(state))
+    return torch.stack([spectrum.effective_rank(rel_tol=factor * rel_tol) for factor in factors], -1)
 
 
 def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:

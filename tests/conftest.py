@@ -28,12 +28,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def tiny_qwen3_next(
-    layer_types: list[str], *, n_k: int = 2, n_v: int = 4, d_k: int = 8, d_v: int = 8
+    layer_types: list[str], *, n_k: int = 2, n_v: int = 4, d_k: int = 8, d_v: int = 8, vocab_size: int = 64
 ) -> Qwen3NextForCausalLM:
     """A random model of a few thousand weights with grouped value heads."""
     torch.manual_seed(0)
     config = Qwen3NextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=len(layer_types), layer_types=layer_types,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=len(layer_types), layer_types=layer_types,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, linear_num_key_heads=n_k, linear_num_value_heads=n_v,
         linear_key_head_dim=d_k, linear_value_head_dim=d_v, num_experts=0, mlp_only_layers=list(range(len(layer_types))),
         tie_word_embeddings=True, use_cache="full_attention" in layer_types,

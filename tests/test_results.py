@@ -143,9 +143,9 @@ def test_the_cell_of_parameters_can_be_run_again_and_profiles_are_checked() -> N
         check_parameters({**namespace, "profile": "ful"}, known=["seed", "profile"])
 
 
-def part_of(model: str, *, seed: int = 0, title: str = "Heads", head: str = "model") -> dict[str, object]:
+def part_of(model: str, *, seed: int = 0, head: str = "model") -> dict[str, object]:
     tables = results.Tables()
-    tables.keep(title, (head, "heads"), [("paper", "32"), (model, "48")])
+    tables.keep("Heads", (head, "heads"), [("paper", "32"), (model, "48")])
     made = provenance(parameters={"model": model, "seed": seed})
     return {
         "provenance": {**made, "seconds": 2.0, "checkpoints": {model: "0"}},

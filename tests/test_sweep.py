@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from conftest import tiny_qwen3_next
 
 from staterank_utils.claims import CLAIMS
 from staterank_utils.models import CHECKPOINTS
@@ -22,14 +21,8 @@ NOTEBOOK = "01_stratification"
 
 def tiny(folder: Path, n_layers: int) -> Path:
     """Random weights under the tokenizer of the embedded models."""
-    torch.manual_seed(0)
     layers = (["linear_attention", "full_attention"] * n_layers)[:n_layers]
-    config = Qwen3NextConfig(
-        vocab_size=8192, hidden_size=32, intermediate_size=48, num_hidden_layers=n_layers, layer_types=layers,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
-        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=0, mlp_only_layers=list(range(n_layers)),
-    )  # fmt: skip
-    Qwen3NextForCausalLM(config).save_pretrained(folder)
+    tiny_qwen3_next(layers, vocab_size=8192).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CHECKPOINTS / "hybrid" / name, folder)
     return folder
