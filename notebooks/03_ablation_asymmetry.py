@@ -51,7 +51,7 @@ from staterank_utils.evaluation import (
     recall_task,
     score_interval,
 )
-from staterank_utils.strata import paired_difference, spearman
+from staterank_utils.strata import paired_difference, spearman, spread
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tasks import NATURAL_DOMAINS
 
@@ -99,6 +99,7 @@ GAPS = (16, 64, 256) if QUICK else (16, 32, 64, 128, 256, 512, 1024)
 STEPS = (1, 2, 4) if QUICK else (1, 2, 3, 4, 5, 6)
 N_COPIES, N_NEEDLES, N_STORIES = (4, 4, 4) if QUICK else (32, 100, 100)
 COUNTS, MEASURES = ((1,), (RANK,)) if QUICK else ((1, 2), ablation.MEASURES)
+DOSE_DRAWS = 0 if QUICK else 8
 PARAMETERS = {
     "model": model,
     "revision": revision,
@@ -113,7 +114,7 @@ PARAMETERS = {
 #
 # Heads are ordered by effective rank on calibration prompts, held-out code and arithmetic stories, which share no text with the prompts
 # that scores are taken on (windows of code on which perplexity is taken may overlap with them). Losses further down are means over
-# {glue:text}`n_graded` prompts a task. To remove a head is to set what it puts out, after its gated norm, to zero
+# {glue:text}`n_graded` prompts a task, each set against itself with all heads. All intervals are 95 %, over prompts. To remove a head is to set what it puts out, after its gated norm, to zero
 # ({func}`staterank_utils.surgery.ablate_heads`); no weight changes. Every task is answered by greedy generation and scored
 # exactly, {glue:text}`n_prompts` prompts each; what a generated token costs is on {doc}`the page of benchmarks <../book/benchmarks>`.
 
@@ -127,6 +128,12 @@ for name in MODELS:
 glue("n_prompts", f"{N_PROMPTS}", display=False)
 glue("n_draws", f"{N_DRAWS}", display=False)
 glue("n_graded", f"{SIZES['n_graded']}", display=False)
+
+
+def heads_in_words(n):
+    return f"{n} head" if n == 1 else f"{n} heads"
+
+
 rows = [(f"**{key}**", task.description) for key, task in TASKS.items()]
 Markdown(claims.markdown_table(("task", "what is asked"), rows))
 
@@ -154,7 +161,7 @@ def said_again(study, heads=()):
             induction(study.model, study.tokenizer, gap=gap, n_instances=N_COPIES, seed=seed)
             for gap in GAPS
         ]
-    return [f"{share.mean():.0%}" for share in shares]
+    return [f"{score_interval(share):.0%}" for share in shares]
 
 
 rows = [
@@ -167,18 +174,32 @@ Markdown(tables.keep("Intact models", ("model", *TASKS), rows))
 # ## Dose: how many heads can go?
 #
 # From no head to half of them, at the registered shares. A score at a small dose compares the arms; where both curves lie on the
-# floor, nothing can be told apart any more.
+# floor, nothing can be told apart any more. The full profile also draws random heads at every dose, and its table has the arms by the
+# other measures.
 
 # %%
 ENDS = {"lowest rank removed": LOW, "highest rank removed": HIGH}
-doses = {
-    (name, task): {
-        label: [score_interval(x) for x in study.doses(task, end)] for label, end in ENDS.items()
+
+
+def dose_curves(study, task):
+    curves = {
+        label.replace("rank", measure): map(
+            score_interval, study.doses(task, end, measure=measure)
+        )
+        for measure, (label, end) in product(MEASURES, ENDS.items())
     }
+    if DOSE_DRAWS:
+        draws = [study.draws(task, n, DOSE_DRAWS).mean(1) for n in (0, *study.counts)]
+        curves["random, mean and range of draws"] = map(spread, draws)
+    return {label: list(scores) for label, scores in curves.items()}
+
+
+doses = {
+    (name, task): dose_curves(study, task)
     for (name, study), task in product(studies.items(), TASKS)
 }
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank. The lower curve shows which heads the task needs more.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank; dotted grey, in the full profile: random heads, with the range over draws. The lower curve shows which heads the task needs more.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}}
 figure, axes = plt.subplots(
     len(MODELS),
     len(TASKS),
@@ -188,7 +209,8 @@ figure, axes = plt.subplots(
     layout="constrained",
 )
 for ax, ((name, task), arms) in zip(axes.flat, doses.items(), strict=True):
-    plotting.plot_doses(ax, (0, *studies[name].counts), arms)
+    shown = {label: x for label, x in arms.items() if RANK in label or "random" in label}
+    plotting.plot_doses(ax, (0, *studies[name].counts), shown)
     ax.set_title(f"{name}: {task}", fontsize="small")
 axes[0, 0].set_ylabel("score")
 plotting.legend_above(figure, axes[0, 0])
@@ -240,15 +262,14 @@ for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     plotting.plot_arms(
         ax, estimates, draws=draws[name, task].mean(1), intact=studies[name].score(task).mean()
     )
-    ax.set_title(f"{name}: {task}\n{judged[name, task]} heads", fontsize="small")
+    ax.set_title(f"{name}: {task}\n{heads_in_words(judged[name, task])}", fontsize="small")
     ax.set_xlabel("score")
 
 # %% tags=["remove-cell"]
 rows = []
 for (name, task), scores in arms.items():
-    means = draws[name, task].mean(1)
-    random = f"{means.mean():.3f} [{means.min():.3f} to {means.max():.3f} by draw]"
-    every = {label: str(score_interval(x)) for label, x in scores.items()} | {"random": random}
+    every = {label: str(score_interval(x)) for label, x in scores.items()}
+    every["random, mean and range of draws"] = str(spread(draws[name, task].mean(1)))
     rows += [(name, task, f"{judged[name, task]}", *item) for item in every.items()]
 _ = tables.keep("Arms", ("model", "task", "heads", "arm", "score"), rows)
 
@@ -308,10 +329,8 @@ def a_layer(study, task, n, measure):
     arms = [study.arm(end, n, measure=measure, per_layer=True) for end in (LOW, HIGH)]
     low, high = (study.score(task, heads) for heads in arms)
     random = study.draws(task, n, 2 if QUICK else N_DRAWS, per_layer=True)
-    means = random.mean(1)
-    spread = f"{means.mean():.2f} [{means.min():.2f} to {means.max():.2f}]"
     ends = [str(score_interval(scores)) for scores in (low, high)]
-    return *ends, spread, str(paired_difference(high, low))
+    return *ends, str(spread(random.mean(1))), str(paired_difference(high, low))
 
 
 rows = [
@@ -325,7 +344,7 @@ HEAD = (
     "measure",
     "lowest removed",
     "highest",
-    "random, mean [range of draws]",
+    "random, mean and range of draws",
     "highest - lowest",
 )
 Markdown(tables.keep("The same number from every layer", HEAD, rows))
@@ -343,7 +362,7 @@ for name, study in studies.items():
     }
     for label, heads in removed.items():
         numbers = study.perplexities(heads, NATURAL_DOMAINS, n_tokens=256)
-        rows.append((name, label, *(f"{x:,.3g}" if x < 1000 else f"{x:,.0f}" for x in numbers)))
+        rows.append((name, label, *(f"{x:,.{0 if x.point > 1000 else 2}f}" for x in numbers)))
 Markdown(tables.keep("Perplexity", ("model", "heads removed", *NATURAL_DOMAINS), rows))
 
 # %% [markdown]
@@ -355,9 +374,16 @@ Markdown(tables.keep("Perplexity", ("model", "heads removed", *NATURAL_DOMAINS),
 
 # %%
 damage = {name: study.sweep() for name, study in studies.items()}
+
+
+def points(name):
+    """The added losses without their intervals."""
+    return np.array([added.point for added in damage[name].values()])
+
+
 half_lives = {name: np.log(2) / -study.values("log-decay") for name, study in studies.items()}
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when one head is removed, against its relative effective rank (left) and against the half-life of its state (right), one row a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep"}, "image": {"alt": "Two scatter plots a model of single-head damage, against rank and against half-life."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when one head is removed, against its relative effective rank (left) and against the half-life of its state (right), one row a model. Dots are high heads, squares low ones, with their intervals in grey; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep"}, "image": {"alt": "Two scatter plots a model of single-head damage, against rank and against half-life."}}
 figure, axes = plt.subplots(
     len(MODELS),
     2,
@@ -367,6 +393,7 @@ figure, axes = plt.subplots(
     layout="constrained",
 )
 for row, (name, study) in zip(axes, studies.items(), strict=True):
+    added = list(damage[name].values())
     for ax, x, label in zip(
         row,
         (study.values(RANK) / study.d, half_lives[name]),
@@ -374,10 +401,10 @@ for row, (name, study) in zip(axes, studies.items(), strict=True):
         strict=True,
     ):
         plotting.plot_head_pairs(
-            ax, x, damage[name], study.high, xlabel=label, ylabel="added loss, nats"
+            ax, x, added, study.high, xlabel=label, ylabel="added loss, nats"
         )
         ax.set_yscale("symlog", linthresh=0.01)
-        rho = f"Spearman {spearman(x, damage[name]):.2f}" if study.mastered else "no task counts"
+        rho = f"Spearman {spearman(x, points(name)):.2f}" if study.mastered else "no task counts"
         ax.set_title(f"{name}: {rho}", fontsize="small")
     row[1].set_xscale("log")
 
@@ -385,7 +412,7 @@ for row, (name, study) in zip(axes, studies.items(), strict=True):
 # %% tags=["hide-input"]
 def worst(name, n=3):
     """The heads that hurt most alone, and their share of all the loss that single removals add."""
-    added = np.maximum(damage[name], 0)
+    added = np.maximum(points(name), 0)
     order = np.argsort(-added)[:n]
     heads = [studies[name].heads[i] for i in order]
     share = added[order].sum() / added.sum() if added.any() else 0.0
@@ -399,8 +426,8 @@ Markdown(tables.keep("Single heads", HEAD, [(name, *worst(name)) for name in MOD
 rows = [
     (name, f"{layer}", f"{head}", f"{rank:.1f}", f"{decay:.3g}", f"{loss:.4f}")
     for name, study in studies.items()
-    for (layer, head), rank, decay, loss in zip(
-        study.heads, study.values(RANK), study.values("log-decay"), damage[name], strict=True
+    for ((layer, head), loss), rank, decay in zip(
+        damage[name].items(), study.values(RANK), study.values("log-decay"), strict=True
     )
 ]
 HEAD = ("model", "layer", "head", "effective rank", "log-decay", "added loss, nats")
@@ -414,14 +441,17 @@ _ = tables.keep("Every head alone", HEAD, rows)
 # A head that forgets slowly could be one that carries a thing far. One needle, at a depth and in a prompt of a length of our
 # choosing: its distance to the question is (1 - depth) times the length; {glue:text}`n_needles` prompts a cell. The arms, of rank, of decay and
 # one random draw, have the smallest registered number of heads at which one of the two rank arms loses half of single needles in
-# {glue:text}`breaking_length` tokens.
+# {glue:text}`breaking_length` tokens. An interval of a cell reaches at most {glue:text}`cell_width` to either side (Wilson).
 
 # %%
 depths, again = {}, {}
 for name, study in studies.items():
     n = study.breaking_count(needle_task(1, LENGTHS[1]), n_prompts=N_NEEDLES)
     removed = {"all heads": []}
-    removed |= {f"{n} of {label}": study.arm(end, n) for label, end in ENDS.items()}
+    removed |= {
+        f"{n} of {label.removesuffix(' removed')}": study.arm(end, n)
+        for label, end in ENDS.items()
+    }
     removed[f"{n} of slowest decay"] = study.arm(HIGH, n, measure="log-decay")
     removed[f"{n} at random"] = study.drawn(n, 0)
     for label, heads in removed.items():
@@ -438,17 +468,20 @@ figure, axes = plt.subplots(
     layout="constrained",
 )
 for ax, ((name, label), table) in zip(axes.flat, depths.items(), strict=True):
-    plotting.plot_depths(ax, table, DEPTHS, LENGTHS, title=f"{name}\n{label}")
+    plotting.plot_depths(ax, table.mean(-1), DEPTHS, LENGTHS, title=f"{name}\n{label}")
     ax.set_xlabel("tokens", fontsize="small")
 for ax in axes[:, 0]:
     ax.set_ylabel("depth", fontsize="small")
 glue("n_needles", f"{N_NEEDLES}", display=False)
 glue("breaking_length", f"{LENGTHS[1]}", display=False)
-rows = [
-    (*key, f"{depth:.0%}", *(f"{share:.2f}" for share in shares))
+cells = {
+    (*key, f"{depth:.0%}"): [score_interval(x) for x in found]
     for key, table in depths.items()
-    for depth, shares in zip(DEPTHS, table, strict=True)
-]
+    for depth, found in zip(DEPTHS, table, strict=True)
+}
+widest = max(max(x.point - x.low, x.high - x.point) for row in cells.values() for x in row)
+glue("cell_width", f"{widest:.2f}", display=False)
+rows = [(*key, *(f"{x:.2f}" for x in row)) for key, row in cells.items()]
 HEAD = ("model", "heads removed", "depth", *(f"{n:,} tokens" for n in LENGTHS))
 _ = tables.keep("Single needles, by depth and length", HEAD, rows)
 
@@ -470,11 +503,9 @@ Markdown(tables.keep("Induction", HEAD, rows))
 # %%
 parts = {name: study.by_part() for name, study in studies.items()}
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers by layer: grey bars, the whole layer removed (hatched: a softmax layer); marks, single heads removed. The vertical axis is linear up to 0.01 nats and logarithmic beyond. A tall hatched bar beside low linear ones says that softmax carries the tasks.", "name": "fig-parts"}, "image": {"alt": "Bars of added loss per layer with marks for single heads."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers by layer: grey bars with their intervals, the whole layer removed (hatched: a softmax layer); marks, single heads removed. The vertical axis is linear up to 0.01 nats and logarithmic beyond. A tall hatched bar beside low linear ones says that softmax carries the tasks.", "name": "fig-parts"}, "image": {"alt": "Bars of added loss per layer with marks for single heads."}}
 for name, ax in plotting.model_panels(MODELS).items():
-    single = (
-        dict(zip(studies[name].heads, damage[name], strict=True)) | parts[name]["softmax heads"]
-    )
+    single = damage[name] | parts[name]["softmax heads"]
     plotting.plot_parts(ax, parts[name]["linear"], parts[name]["softmax"], single)
 
 # %% tags=["remove-cell"]
@@ -493,61 +524,63 @@ _ = tables.keep("Layers and softmax heads", ("model", "kind", "part", "added los
 # smaller rank; and, as the other extreme, by states with the same singular values and random singular vectors. If a state needs
 # its rank, cutting it costs loss; if only a few directions are read, it does not; and if turning costs much more than cutting,
 # what counts is which directions, not how many. An edit tests only what a state carries for longer than its next half-life or two: the median
-# half-lives of high and low heads are {glue:text}`half_lives` tokens, so a low head has forgotten most edits before it is read.
+# half-lives of high and low heads are {glue:text}`half_lives` tokens, so a low head has forgotten most edits that lie 64 tokens apart before it is
+# read. The full profile therefore edits every 8 tokens as well.
 
 # %%
-RANKS, EVERY = (0, 1, 4, 16, 32), 64
+RANKS, EVERY = (0, 1, 4, 16, 32), (64,) if QUICK else (64, 8)
 GROUPS = {"high": HIGH, "low": LOW}
 used = {
-    name: {g: study.rank_used(label, RANKS, every=EVERY) for g, label in GROUPS.items()}
-    for name, study in studies.items()
+    (name, every): {g: study.rank_used(label, RANKS, every=every) for g, label in GROUPS.items()}
+    for (name, study), every in product(studies.items(), EVERY)
 }
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when the states of all high heads (dots, solid) or all low heads (squares, dashed) are cut to a rank every 64 tokens, and when they are rotated at random. The vertical axis is linear up to 0.01 nats and logarithmic beyond. Where a curve meets zero, the directions beyond that rank are not used. The groups differ in size, so their heights do not compare; a low head has no more than 32 directions to lose, and prompts of up to 64 tokens are never edited.", "name": "fig-used"}, "image": {"alt": "Added loss falling with the rank that is kept, one curve for high heads and one for low heads."}}
-glue("every", f"{EVERY}", display=False)
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when the states of all high heads (dots, solid) or all low heads (squares, dashed) are cut to a rank, and when they are rotated at random, every so many tokens as each title says; bands are intervals. The vertical axis is linear up to 0.01 nats and logarithmic beyond. Where a curve meets zero, the directions beyond that rank are not used. The groups differ in size, so their heights do not compare; a low head has no more than 32 directions to lose, and prompts no longer than the distance between two edits are never edited.", "name": "fig-used"}, "image": {"alt": "Added loss falling with the rank that is kept, one curve for high heads and one for low heads."}}
+glue("every", " or ".join(map(str, EVERY)), display=False)
 medians = []
 for name, study in studies.items():
     groups = (half_lives[name][study.high == label] for label in (True, False))
     ends = [f"{np.median(group):.1f}" if group.size else "none" for group in groups]
     medians.append(f"{' and '.join(ends)} ({name})")
 glue("half_lives", ", ".join(medians), display=False)
-for name, ax in plotting.model_panels(MODELS).items():
-    plotting.plot_rank_used(ax, used[name])
+titles = {f"{name}: every {every} tokens": groups for (name, every), groups in used.items()}
+for title, ax in plotting.model_panels(list(titles), width=9 / len(titles)).items():
+    plotting.plot_rank_used(ax, titles[title])
 
 # %% tags=["remove-cell"]
 rows = [
-    (name, group, edit, f"{loss:.4f}")
-    for name, groups in used.items()
+    (name, f"{every} tokens", group, edit, f"{loss:.4f}")
+    for (name, every), groups in used.items()
     for group, losses in groups.items()
     for edit, loss in losses.items()
 ]
-_ = tables.keep("Rank used", ("model", "heads", "edit", "added loss, nats"), rows)
+_ = tables.keep("Rank used", ("model", "edited every", "heads", "edit", "added loss, nats"), rows)
 
 # %% [markdown]
 # ## The paper's table beside ours
 #
 # The paper's numbers come from an independent reader's notes (another reading of the same table gives 100.0 for all heads of the
-# Instruct model); how many heads it removed and how they were chosen is not known. Ours are the task "needle", in percent: at the
+# Instruct model); how many heads it removed and how they were chosen is not known. Ours are the task "needle": at the
 # judged share and at the paper's.
 
 
 # %% tags=["hide-input"]
 def needle_row(name, n):
     arms = [[], *(studies[name].arm(end, n) for end in (HIGH, LOW))]
-    found = [100 * studies[name].score("needle", heads).mean() for heads in arms]
-    return name, f"{n} of {len(studies[name].heads)}", *(f"{x:.1f}" for x in found), "this run"
+    found = [score_interval(studies[name].score("needle", heads)) for heads in arms]
+    return name, f"{n} of {len(studies[name].heads)}", *(f"{x:.1%}" for x in found), "this run"
 
 
 reader = "an independent reader"
 rows = [
-    ("Qwen3-Next-80B-A3B-Instruct", "not known", "93.8", "90.6", "46.9", reader),
-    ("Qwen3-Next-80B-A3B-Thinking", "not known", "90.6", "62.5", "43.8", reader),
+    ("Qwen3-Next-80B-A3B-Instruct", "not known", "93.8%", "90.6%", "46.9%", reader),
+    ("Qwen3-Next-80B-A3B-Thinking", "not known", "90.6%", "62.5%", "43.8%", reader),
 ]
 for name, study in studies.items():
     paper = study.count(ablation.PAPER_SHARE)
     rows += [needle_row(name, n) for n in sorted({judged.get((name, "needle"), paper), paper})]
 HEAD = ("model", "heads removed", "all heads", "high rank removed", "low rank removed", "source")
-Markdown(tables.keep("Needles, in percent", HEAD, rows))
+Markdown(tables.keep("Needles", HEAD, rows))
 
 # %% [markdown]
 # ## Verdicts
@@ -563,7 +596,7 @@ for name, study in studies.items():
     difference, below = {}, {}
     for task in study.mastered:
         low, high = (arms[name, task][f"{word} {RANK}"] for word in ("lowest", "highest"))
-        label = f"{task} ({judged[name, task]} heads)"
+        label = f"{task} ({heads_in_words(judged[name, task])})"
         difference[label] = paired_difference(high, low)
         below[label] = ablation.over_draws(draws[name, task], low)
     verdicts.append(claims.judge_asymmetry(name, difference, below))

@@ -23,7 +23,7 @@ from staterank_utils.selection import (
     measure_heads,
     random_heads,
 )
-from staterank_utils.strata import Estimate, bootstrap, is_high
+from staterank_utils.strata import Estimate, bootstrap, exactly, is_high
 from staterank_utils.surgery import (
     Head,
     ablate_heads,
@@ -92,6 +92,7 @@ class Ablation:
         _, layer, layout = linear_layers(model)[0]
         self.d = min(layout.d_k(layer), layout.d_v(layer))
         self._scores: dict[tuple[str, tuple[Head, ...], str], NDArray[np.float64]] = {}
+        self._intact_losses: dict[int, list[NDArray[np.float64]]] = {}
         self._last_pruned: tuple[tuple[Head, ...], PreTrainedModel] | None = None
 
     def prompts(self, domain: str, n_prompts: int, n_tokens: int, *, seed: int = 0) -> Tensor:
@@ -172,9 +173,9 @@ class Ablation:
         """The tasks of which the intact model masters at least half: those that count."""
         return [task for task in self.tasks if self.score(task).mean() >= 0.5]
 
-    def doses(self, task: str, end: bool) -> list[NDArray[np.float64]]:
-        """Scores with 0 heads and each of `counts` removed from one end of the ranks."""
-        return [self.score(task, self.arm(end, n)) for n in (0, *self.counts)]
+    def doses(self, task: str, end: bool, *, measure: str = RANK) -> list[NDArray[np.float64]]:
+        """Scores with 0 heads and each of `counts` removed from one end of a measure."""
+        return [self.score(task, self.arm(end, n, measure=measure)) for n in (0, *self.counts)]
 
     def judged_count(self, task: str) -> int:
         """Number of heads at which the two ends are compared (claim C4).
@@ -273,9 +274,9 @@ class Ablation:
     def depth_table(
         self, heads: Iterable[Head], depths: Sequence[float], lengths: Sequence[int], *, n_prompts: int
     ) -> NDArray[np.float64]:
-        """Share of single needles found, (depth, length of the prompt)."""
+        """Whether single needles are found, 0 or 1, (depth, length of the prompt, prompt)."""
         tasks = [needle_task(1, n, depth) for depth in depths for n in lengths]
-        return self.scores_on(tasks, heads, n_prompts=n_prompts).mean(1).reshape(len(depths), len(lengths))
+        return self.scores_on(tasks, heads, n_prompts=n_prompts).reshape(len(depths), len(lengths), n_prompts)
 
     def scores_on(self, tasks: Sequence[Task], heads: Iterable[Head], *, n_prompts: int) -> NDArray[np.float64]:
         """Scores (task, prompt) on other tasks, such as one of different lengths, without some heads."""
@@ -288,36 +289,43 @@ class Ablation:
 
     # ---------------------------------------------------------------- losses
 
-    def loss(self, read: Callable[[Tensor], Tensor] | None = None, *, seed: int = 1) -> float:
-        """Loss on the tokens of right answers, nats a token, mean over prompts and over the tasks that count."""
-        losses = [
-            answer_nats(self.tasks[task], self.model, self.tokenizer, n_instances=self.n_graded, seed=self.seed + seed, read=read)
+    def losses(self, read: Callable[[Tensor], Tensor] | None = None, *, seed: int = 1) -> list[NDArray[np.float64]]:
+        """Losses on the tokens of right answers, nats a token: for each task that counts, one a prompt.
+
+        Args:
+            read: in the place of the model's own forward, as in `answer_nats`.
+            seed: of the prompts, added to the experiment's own.
+        """
+        return [
+            answer_nats(
+                self.tasks[task], self.model, self.tokenizer,
+                n_instances=self.n_graded, seed=self.seed + seed, batch_size=self.batch_size, read=read,
+            )
             for task in self.mastered
         ]  # fmt: skip
-        return float(np.mean(losses)) if losses else float("nan")
 
-    @cached_property
-    def intact_loss(self) -> float:
-        """`loss` with all heads."""
-        return self.loss()
+    def added_loss(
+        self, within: AbstractContextManager[None], read: Callable[[Tensor], Tensor] | None = None, *, seed: int = 1
+    ) -> Estimate:
+        """What `losses` gain inside a block, such as that of `ablate_heads`: mean over prompts, then over tasks.
 
-    def added_loss(self, within: AbstractContextManager[None]) -> float:
-        """What `loss` gains inside a block, such as that of `ablate_heads`."""
-        intact = self.intact_loss
+        The interval is over prompts, each against itself with all heads. NaN where no task counts.
+        """
+        if seed not in self._intact_losses:
+            self._intact_losses[seed] = self.losses(seed=seed)
         with within:
-            return self.loss() - intact
+            pairs = zip(self.losses(read, seed=seed), self._intact_losses[seed], strict=True)
+        added = [without - intact for without, intact in pairs]
+        return bootstrap(_mean_of_means, *added) if added else exactly(np.nan)
 
-    def sweep(self, *, seed: int = 1) -> NDArray[np.float64]:
-        """Added loss of each head removed alone, over `heads`; with another seed, on other prompts of the same tasks."""
-        intact, added = self.loss(seed=seed), []
-        for head in tqdm(self.heads, desc="single heads", leave=False):
-            with ablate_heads(self.model, [head]):
-                added.append(self.loss(seed=seed) - intact)
-        return np.array(added)
+    def sweep(self, *, seed: int = 1) -> dict[Head, Estimate]:
+        """Added loss of each head removed alone; with another seed, on other prompts of the same tasks."""
+        bar = tqdm(self.heads, desc="single heads", leave=False)
+        return {head: self.added_loss(ablate_heads(self.model, [head]), seed=seed) for head in bar}
 
-    def by_part(self) -> dict[str, dict[Head | int, float]]:
+    def by_part(self) -> dict[str, dict[Head | int, Estimate]]:
         """Added loss of whole layers removed, "linear" and "softmax", and of single softmax heads."""
-        parts: dict[str, dict[Head | int, float]] = {"linear": {}, "softmax": {}, "softmax heads": {}}
+        parts: dict[str, dict[Head | int, Estimate]] = {"linear": {}, "softmax": {}, "softmax heads": {}}
         softmax = softmax_heads(self.model)
         for kind, heads, ablate in (("linear", self.heads, ablate_heads), ("softmax", softmax, ablate_softmax_heads)):
             for layer in sorted({layer for layer, _ in heads}):
@@ -327,7 +335,7 @@ class Ablation:
             parts["softmax heads"][head] = self.added_loss(ablate_softmax_heads(self.model, [head]))
         return parts
 
-    def rank_used(self, wanted: bool, ranks: Sequence[int], *, every: int) -> dict[str, float]:
+    def rank_used(self, wanted: bool, ranks: Sequence[int], *, every: int) -> dict[str, Estimate]:
         """Added loss when the states of all high (or all low) heads are cut to a rank, and when they are rotated.
 
         Args:
@@ -342,16 +350,29 @@ class Ablation:
         edits = {f"rank {rank}": partial(best_rank, rank=rank) for rank in ranks if rank < self.d}
         edits["rotated"] = partial(rotated, seed=self.seed)
         added = {}
-        for label, edit in edits.items():
+        for label, edit in tqdm(edits.items(), desc=f"edits every {every} tokens", leave=False):
             read = partial(forward_with_edits, self.model, heads=heads, edit=edit, every=every)
-            added[label] = self.loss(read) - self.intact_loss
+            added[label] = self.added_loss(nullcontext(), read)
         return added
 
-    def perplexities(self, heads: Sequence[Head], domains: Sequence[str], *, n_tokens: int) -> list[float]:
-        """Perplexity of each domain without some heads."""
+    def perplexities(self, heads: Sequence[Head], domains: Sequence[str], *, n_tokens: int) -> list[Estimate]:
+        """Perplexity of each domain without some heads, with intervals over prompts."""
         with ablate_heads(self.model, heads) if heads else nullcontext():
             texts = [self.prompts(domain, self.n_graded, n_tokens, seed=2) for domain in domains]
-            return [float(np.exp(text_nats(self.model, text).mean())) for text in texts]
+            return [bootstrap(perplexity, text_nats(self.model, text)) for text in texts]
+
+
+def perplexity(nats: NDArray[np.float64]) -> float:
+    """Perplexity of texts of equal length.
+
+    Args:
+        nats: mean loss of each, nats a token, as `text_nats` gives it.
+
+    Example:
+        >>> perplexity(np.log([2.0, 8.0]))
+        4.0
+    """
+    return float(np.exp(nats.mean()))
 
 
 def over_draws(draws: NDArray[np.float64], scores: NDArray[np.float64]) -> Estimate:
@@ -369,6 +390,10 @@ def over_draws(draws: NDArray[np.float64], scores: NDArray[np.float64]) -> Estim
     return bootstrap(
         lambda drawn, picked: float(drawn[:, 1 + picked.astype(int)].mean() - drawn[:, 0].mean()), table, np.arange(len(draws), dtype=np.float64)
     )  # fmt: skip
+
+
+def _mean_of_means(*groups: NDArray[np.float64]) -> float:
+    return float(np.mean([group.mean() for group in groups]))
 
 
 def _ratios(scores: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

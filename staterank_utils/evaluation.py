@@ -17,10 +17,11 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from staterank_utils.decoding import Tokens, generate_greedily, pad_left, read_padded
+from staterank_utils.decoding import Tokens, generate_greedily
 from staterank_utils.models import output_logits, read_tokens
 from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.tasks import Turn, arithmetic, copying, final_answer, needle, recall, technical_prose
@@ -337,9 +338,9 @@ def answer_nats(
     Args:
         task, n_instances, seed: as in `draw_instances`.
         model, tokenizer: what is measured.
-        batch_size: prompts read side by side, padded on the left.
-        read: (token ids (1, token)) -> hidden states, in the place of the model's own forward, such as
-            `surgery.forward_with_edits` with its arguments bound; prompts are then read one by one.
+        batch_size: prompts read side by side, padded on the right, where a causal model never looks.
+        read: (token ids (row, token)) -> hidden states, in the place of the model's own forward, such as
+            `surgery.forward_with_edits` with its arguments bound.
 
     Returns:
         One mean an instance, nats a token; the logarithm of the vocabulary's size is chance.
@@ -353,14 +354,15 @@ def answer_nats(
         True
     """
     instances = draw_instances(task, tokenizer, n_instances=n_instances, seed=seed)
-    size = 1 if read else batch_size
     losses = []
-    for batch in (instances[start : start + size] for start in range(0, n_instances, size)):
-        ids, mask = pad_left(model, [[*prompt, *answer] for prompt, answer in batch])
-        hidden = read(ids) if read else read_padded(model, ids, mask)
-        for row, (_, answer) in enumerate(batch):
-            logits = output_logits(model, hidden[row, -len(answer) - 1 : -1])
-            losses.append(F.cross_entropy(logits.double(), ids[row, -len(answer) :]).item())
+    for batch in (instances[start : start + batch_size] for start in range(0, n_instances, batch_size)):
+        rows = [torch.tensor([*prompt, *answer]) for prompt, answer in batch]
+        ids = pad_sequence(rows, batch_first=True).to(model.device)
+        hidden = read(ids) if read else read_tokens(model, ids)
+        for row, (prompt, answer) in enumerate(batch):
+            end = len(prompt) + len(answer)
+            logits = output_logits(model, hidden[row, len(prompt) - 1 : end - 1])
+            losses.append(F.cross_entropy(logits.double(), ids[row, len(prompt) : end]).item())
     return np.array(losses)
 
 

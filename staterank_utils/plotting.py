@@ -20,6 +20,7 @@ from staterank_utils.tracing import StateTrace
 BLUE, ORANGE, *_ = sns.color_palette("colorblind")
 HIGH = {"color": BLUE, "linestyle": "-", "marker": "o"}
 LOW = {"color": ORANGE, "linestyle": "--", "marker": "s"}
+RANDOM = {"color": "0.6", "linestyle": ":", "marker": ""}
 
 
 def use_style() -> None:
@@ -296,12 +297,20 @@ def plot_turning(ax: Axes, rows: NDArray) -> None:
     ax.legend(frameon=False, fontsize="small", loc="upper right")
 
 
-def plot_head_pairs(ax: Axes, x: NDArray, y: NDArray, high: NDArray[np.bool_], *, xlabel: str, ylabel: str) -> None:
-    """Two quantities of the same heads, low ones as squares, high ones as dots.
+def plot_head_pairs(
+    ax: Axes,
+    x: NDArray,
+    y: NDArray | Sequence[Estimate],
+    high: NDArray[np.bool_],
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Two quantities of the same heads, low ones as squares, high ones as dots, with the intervals of y where it has them.
 
     Args:
         ax: where to draw.
-        x, y: one number a head.
+        x, y: one number a head, of y also an estimate.
         high: labels of the same heads.
         xlabel, ylabel: what the numbers are, with their units.
 
@@ -312,6 +321,9 @@ def plot_head_pairs(ax: Axes, x: NDArray, y: NDArray, high: NDArray[np.bool_], *
         >>> [(line.get_label(), line.get_marker(), len(line.get_xdata())) for line in ax.lines], ax.get_xlabel()
         ([('high', 'o', 1), ('low', 's', 2)], 'r / d')
     """
+    if not isinstance(y, np.ndarray):
+        ax.vlines(x, [e.low for e in y], [e.high for e in y], color="0.6", linewidth=1, zorder=1)
+        y = np.array([e.point for e in y])
     for group, style, label in ((high, HIGH, "high"), (~high, LOW, "low")):
         ax.plot(
             x[group],
@@ -409,7 +421,7 @@ def plot_doses(ax: Axes, counts: Sequence[int], arms: Mapping[str, Sequence[Esti
     Args:
         ax: where to draw.
         counts: numbers of heads removed, from 0.
-        arms: label -> score at each of the counts; labels that begin with "highest" look like high heads.
+        arms: label -> score at each of the counts; labels that begin with "highest" look like high heads, "random" is grey.
 
     Example:
         >>> ax = Figure().subplots()
@@ -419,8 +431,9 @@ def plot_doses(ax: Axes, counts: Sequence[int], arms: Mapping[str, Sequence[Esti
         (['--', '-'], ['0', '19'])
     """
     for label, estimates in arms.items():
-        style = HIGH if label.startswith("highest") else LOW
-        plot_with_band(ax, range(len(counts)), estimates, label=label, markersize=4, linewidth=1.5, **style)
+        looks = {"lowest": LOW, "highest": HIGH, "random": RANDOM}
+        [style] = [style for beginning, style in looks.items() if label.startswith(beginning)]
+        plot_with_band(ax, range(len(counts)), estimates, label=label, **{"markersize": 4, "linewidth": 1.5} | style)
     ax.set(ylim=(-0.03, 1.05), xlabel="heads removed")
     ax.set_xticks(range(len(counts)), [str(count) for count in counts], fontsize="small")
 
@@ -489,9 +502,12 @@ def plot_arms(ax: Axes, scores: Mapping[str, Estimate], *, draws: Sequence[float
 
 
 def plot_parts(
-    ax: Axes, linear: Mapping[int, float], softmax: Mapping[int, float], single: Mapping[tuple[int, int], float]
+    ax: Axes,
+    linear: Mapping[int, Estimate],
+    softmax: Mapping[int, Estimate],
+    single: Mapping[tuple[int, int], Estimate],
 ) -> None:
-    """Added loss by layer: bars for whole layers, hatched where they are softmax, and a mark for every single head.
+    """Added loss by layer: bars with intervals for whole layers, hatched where they are softmax, and a mark for every single head.
 
     Args:
         ax: where to draw.
@@ -500,21 +516,25 @@ def plot_parts(
 
     Example:
         >>> ax = Figure().subplots()
-        >>> plot_parts(ax, {0: 0.5}, {1: 2.0}, {(0, 0): 0.1, (0, 1): 0.2})
+        >>> added = [Estimate(x, x, x + 0.1) for x in (0.5, 2.0, 0.1, 0.2)]
+        >>> plot_parts(ax, {0: added[0]}, {1: added[1]}, {(0, 0): added[2], (0, 1): added[3]})
         >>> [float(bar.get_height()) for bar in ax.patches], ax.lines[0].get_ydata().tolist(), ax.get_yscale()
         ([0.5, 2.0], [0.1, 0.2], 'symlog')
     """
     for layers, hatch, label in ((linear, "", "linear layer"), (softmax, "//", "softmax layer")):
         if layers:
-            ax.bar(list(layers), list(layers.values()), color="0.88", edgecolor="0.4", hatch=hatch, label=label)
-    ax.plot([layer for layer, _ in single], list(single.values()), "_", color=BLUE, markersize=9, label="one head")
+            heights, low, high = ([getattr(e, name) for e in layers.values()] for name in ("point", "low", "high"))
+            ax.bar(list(layers), heights, color="0.88", edgecolor="0.4", hatch=hatch, label=label)
+            ax.vlines(list(layers), low, high, color="0.4", linewidth=2)
+    points = [estimate.point for estimate in single.values()]
+    ax.plot([layer for layer, _ in single], points, "_", color=BLUE, markersize=9, label="one head")
     ax.set_yscale("symlog", linthresh=0.01)
     ax.set(xlabel="layer", ylabel="added loss, nats")
     ax.set_xticks(sorted({*linear, *softmax}))
     ax.legend(frameon=False, fontsize="small")
 
 
-def plot_rank_used(ax: Axes, curves: Mapping[str, Mapping[str, float]]) -> None:
+def plot_rank_used(ax: Axes, curves: Mapping[str, Mapping[str, Estimate]]) -> None:
     """Added loss against what is kept of the states, one curve for "high" heads and one for "low" ones.
 
     Args:
@@ -526,13 +546,14 @@ def plot_rank_used(ax: Axes, curves: Mapping[str, Mapping[str, float]]) -> None:
 
     Example:
         >>> ax = Figure().subplots()
-        >>> plot_rank_used(ax, {"high": {"rank 1": 0.5, "rotated": 2.0}, "low": {"rank 1": 0.0, "rotated": 1.0}})
+        >>> half, two = Estimate(0.5, 0.4, 0.6), Estimate(2.0, 1.0, 3.0)
+        >>> plot_rank_used(ax, {"high": {"rank 1": half, "rotated": two}, "low": {"rank 1": half, "rotated": half}})
         >>> {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
-        {'high heads': [0.5, 2.0], 'low heads': [0.0, 1.0]}
+        {'high heads': [0.5, 2.0], 'low heads': [0.5, 0.5]}
     """
     for group, style in (("high", HIGH), ("low", LOW)):
-        labels, values = zip(*curves[group].items(), strict=True)
-        ax.plot(range(len(labels)), values, label=f"{group} heads", **style)
+        labels, estimates = zip(*curves[group].items(), strict=True)
+        plot_with_band(ax, range(len(labels)), estimates, label=f"{group} heads", **style)
         ax.set_xticks(range(len(labels)), labels, rotation=45, fontsize="x-small")
     ax.set_yscale("symlog", linthresh=0.01)
     ax.set(ylabel="added loss, nats", xlabel="what is kept of the state")

@@ -18,7 +18,7 @@ GAP = (0.2, 0.8)  # "between the groups", in shares of d
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval.
+    """A number with its interval; a format goes for all three of its numbers.
 
     Attributes:
         point: the statistic on all prompts.
@@ -27,14 +27,20 @@ class Estimate:
     Example:
         >>> print(Estimate(0.95, 0.9, 0.97))
         0.950 [0.900, 0.970]
+        >>> f"{Estimate(0.95, 0.9, 0.97):.0%}"
+        '95% [90%, 97%]'
     """
 
     point: float
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        point, low, high = (format(number, spec or ".3f") for number in (self.point, self.low, self.high))
+        return f"{point} [{low}, {high}]"
+
     def __str__(self) -> str:
-        return f"{self.point:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
 
 
 def bootstrap(
@@ -133,6 +139,25 @@ def exactly(value: float) -> Estimate:
         Estimate(point=3.0, low=3.0, high=3.0)
     """
     return Estimate(float(value), float(value), float(value))
+
+
+def spread(values: ArrayLike) -> Estimate:
+    """The mean of values with their whole range, as for random draws, of which there are few.
+
+    Args:
+        values: one a draw, at least one.
+
+    Raises:
+        ValueError: no values, or a NaN or infinity.
+
+    Example:
+        >>> spread([0.25, 0.5, 0.75])
+        Estimate(point=0.5, low=0.25, high=0.75)
+    """
+    numbers = _finite(values, "spread")
+    if not numbers.size:
+        raise ValueError("spread needs at least one value, got none")
+    return Estimate(float(numbers.mean()), float(numbers.min()), float(numbers.max()))
 
 
 # ---------------------------------------------------------------- two groups

@@ -1,9 +1,12 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
 from staterank_utils.ablation import HIGH, LOW, RANK, Ablation
 from staterank_utils.evaluation import Task, answer_nats, evaluate, exact, recall_task
+from staterank_utils.strata import Estimate
 from staterank_utils.surgery import ablate_heads, ablate_softmax_heads, all_heads
 from staterank_utils.tasks import Turn
 
@@ -77,11 +80,11 @@ def test_added_losses_are_of_the_ablated_model(study: Ablation, hybrid, tokenize
     intact = loss()
     with ablate_heads(hybrid, [(0, 4)]):
         expected = loss() - intact
-    assert study.added_loss(ablate_heads(hybrid, [(0, 4)])) == pytest.approx(expected, rel=1e-5)
+    assert study.added_loss(ablate_heads(hybrid, [(0, 4)])).point == pytest.approx(expected, rel=1e-5)
     with ablate_softmax_heads(hybrid, [(3, head) for head in range(4)]):
         expected = loss() - intact
     parts = study.by_part()
-    assert parts["softmax"][3] == pytest.approx(expected, rel=1e-5)
+    assert parts["softmax"][3].point == pytest.approx(expected, rel=1e-5)
     assert list(parts["linear"]) == [0, 1, 2, 4, 5, 6]
     assert len(parts["softmax heads"]) == 8
 
@@ -89,20 +92,21 @@ def test_added_losses_are_of_the_ablated_model(study: Ablation, hybrid, tokenize
 def test_states_cut_to_full_rank_lose_nothing_and_rotated_ones_something(study: Ablation) -> None:
     added = study.rank_used(HIGH, (0, 63, 64), every=16)
     assert list(added) == ["rank 0", "rank 63", "rotated"]
-    assert abs(added["rank 63"]) < 1e-2
-    assert added["rotated"] > added["rank 63"]
+    assert abs(added["rank 63"].point) < 1e-2
+    assert added["rotated"].point > added["rank 63"].point
 
 
 def test_perplexity_rises_when_a_layer_goes(study: Ablation) -> None:
     [intact], [without] = (
         study.perplexities(heads, ["code"], n_tokens=64) for heads in ([], [(0, head) for head in range(8)])
     )
-    assert 1 < intact < without
+    assert 1 < intact.point < without.point
+    assert intact.low == intact.high, "one prompt has no spread"
 
 
 def test_depth_table_has_a_row_a_depth(study: Ablation) -> None:
     table = study.depth_table([], (0.0, 1.0), (96,), n_prompts=2)
-    assert table.tolist() == [[1.0], [1.0]]
+    assert table.tolist() == [[[1.0, 1.0]], [[1.0, 1.0]]]
 
 
 def test_redundancy_is_a_ratio_over_the_tasks_that_count(study: Ablation) -> None:
@@ -131,10 +135,16 @@ def test_a_smaller_model_is_scored_on_the_same_prompts(study: Ablation) -> None:
 def test_a_sweep_can_be_made_on_other_prompts(study: Ablation, monkeypatch) -> None:
     monkeypatch.setattr(study, "heads", study.heads[:2])
     here, there = study.sweep(), study.sweep(seed=1001)
-    assert len(here) == len(there) == 2
-    assert (here != there).any()
-    with ablate_heads(study.model, [study.heads[1]]):
-        assert here[1] == pytest.approx(study.loss() - study.intact_loss)
+    assert list(here) == list(there) == study.heads
+    assert here != there
+    assert here[study.heads[1]] == study.added_loss(ablate_heads(study.model, [study.heads[1]]))
+
+
+def test_the_interval_of_an_added_loss_is_over_prompts_each_against_itself(study: Ablation, monkeypatch) -> None:
+    losses = [[np.array([1.0, 5.0]), np.array([2.0])], [np.array([2.0, 5.0]), np.array([2.5])]]
+    monkeypatch.setattr(study, "losses", lambda read=None, seed=1: losses.pop(0))
+    monkeypatch.setattr(study, "_intact_losses", {})
+    assert study.added_loss(nullcontext()) == Estimate(0.5, 0.25, 0.75)
 
 
 def test_what_heads_retain_is_set_against_as_many_random_ones(study: Ablation, monkeypatch) -> None:

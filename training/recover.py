@@ -49,7 +49,7 @@ class Recovery:
 def arms(study: Ablation) -> dict[str, list[Head]]:
     """The heads that each way removes, as many for all but the first."""
     joint = saturation_scores(study.measures["effective rank"], study.measures["nuclear norm"], d=study.d)
-    alone = dict(zip(study.heads, (-study.sweep(seed=1001)).tolist(), strict=True))
+    alone = {head: -added.point for head, added in study.sweep(seed=1001).items()}
     orders = {
         "joint": joint,
         "joint, reversed": {head: -score for head, score in joint.items()},
