@@ -9,25 +9,26 @@ decompositions; on a CPU everything here runs as well, through LAPACK, so that t
 
 from collections.abc import Callable, Hashable
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SQUARINGS = 12  # of the Gram matrix: its largest eigenvalue is then known to 5e-5 at worst, far inside EDGE
+SQUARINGS, AT_ONCE = 11, 3  # of the Gram matrix, and how many of them before it is scaled again
 EDGE = 1e-3  # relative distance from the threshold within which a singular value is called on the edge
-CHUNK = 192  # states that are measured together
-LARGEST_TILE = 128  # rows of a matrix that one program of the kernel holds in registers
-GROWTH, N_GROWTH = (3.4445, -4.7750, 2.0315), 14  # quintic that lifts small values fastest; 14 steps lift 2e-8 to 0.7
-POLISH, N_POLISH = (15 / 8, -10 / 8, 3 / 8), 4  # quintic that converges to 1 from there
+TILE, WARPS = 32, 4  # rows that are eliminated by one program, in registers, and its size
+LARGEST_CHUNK = 1152 * 128 * 128  # numbers in the states that are measured together: one moment of Qwen3-Next
+NORM_ERROR = 1e-5  # of a nuclear norm, relative
+EXCHANGES = 12  # enough for the best polynomial to rounding, whatever the interval
 TINY = torch.finfo(torch.float64).tiny
 
 
 def positive_eigenvalues(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
     """How many eigenvalues of symmetric matrices are positive: the inertia, by elimination.
 
-    Source: Sylvester's law of inertia; for matrices beyond one tile, Haynsworth, "Determination of the inertia of a partitioned
+    Source: Sylvester's law of inertia; block by block, Haynsworth, "Determination of the inertia of a partitioned
     Hermitian matrix", 1968: the inertia is that of a leading block plus that of its Schur complement.
 
     Args:
@@ -37,14 +38,21 @@ def positive_eigenvalues(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
         >>> positive_eigenvalues(torch.diag(torch.tensor([2.0, -1.0, 3.0], dtype=torch.float64))[None])
         tensor([2])
     """
-    d = matrices.shape[-1]
-    if not matrices.is_cuda:
-        return _by_lapack(matrices)
-    if d <= LARGEST_TILE:
-        return _by_kernel(matrices)
-    head, side, tail = matrices[:, :LARGEST_TILE, :LARGEST_TILE], matrices[:, :LARGEST_TILE, LARGEST_TILE:], matrices[:, LARGEST_TILE:, LARGEST_TILE:]  # fmt: skip
-    complement = tail - side.mT @ torch.linalg.solve_ex(head, side)[0]
-    return _by_kernel(head.contiguous()) + positive_eigenvalues(complement.contiguous())
+    return _by_blocks(matrices) if matrices.is_cuda else _by_lapack(matrices)
+
+
+def _by_blocks(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
+    counts = torch.zeros(len(matrices), dtype=torch.int32, device=matrices.device)
+    rest = matrices.contiguous()
+    while d := rest.shape[-1]:
+        size = min(TILE, d)
+        inverse, pivots = rest.new_empty(len(rest), size, size), rest.new_empty(len(rest), size)
+        tile = max(16, 1 << (size - 1).bit_length())
+        _kernel()[(len(rest),)](rest, counts, inverse, pivots, size, d, TILE=tile, num_warps=WARPS)
+        side = inverse @ rest[:, :size, size:]
+        divided = side / torch.where(pivots == 0, TINY, pivots)[..., None]
+        rest = torch.baddbmm(rest[:, size:, size:], side.mT, divided, alpha=-1)
+    return counts.long()
 
 
 def _by_lapack(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
@@ -55,41 +63,55 @@ def _by_lapack(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
     return alone.sum(-1) + (~single).sum(-1) // 2
 
 
-def _by_kernel(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
-    counts = torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
-    d = matrices.shape[-1]
-    tile = max(16, 1 << (d - 1).bit_length())
-    _kernel()[(len(matrices),)](matrices, counts, d, TILE=tile, num_warps=16 if tile > 64 else 4)
-    return counts.long()
-
-
 @cache
 def _kernel() -> Any:
     from staterank_utils import inertia_kernel  # triton is there only where torch was built for a GPU
 
-    return inertia_kernel.count_positive_pivots
+    return inertia_kernel.eliminate
 
 
-def gram(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n d d"], Float[Tensor, " n"]]:
-    """S^T S or S S^T, the smaller, of states scaled to a largest entry of 1, and the scales.
+class Prepared(NamedTuple):
+    """What all measures of states begin with.
+
+    Attributes:
+        wide: the states in float64, with no more columns than rows and a largest entry of 1.
+        scale: what they were divided by; 1 for a zero state.
+        gram: wide^T wide.
+        largest: its largest eigenvalue, as `largest_eigenvalue` finds it.
+    """
+
+    wide: Float[Tensor, "n rows d"]
+    scale: Float[Tensor, " n"]
+    gram: Float[Tensor, "n d d"]
+    largest: Float[Tensor, " n"]
+
+
+def prepare(states: Float[Tensor, "n d_k d_v"]) -> Prepared:
+    """Scaled states, their Gram matrices and the largest eigenvalues of these.
 
     Args:
-        states: any real floating dtype.
-
-    Returns:
-        float64; the scale of a zero state is 1.
+        states: real floating dtype, finite, on any device.
 
     Example:
-        >>> matrices, scale = gram(torch.tensor([[[0.0, 4.0, 0.0]]]))
-        >>> matrices.tolist(), scale.tolist()
-        ([[[1.0]]], [4.0])
+        >>> prepared = prepare(torch.tensor([[[0.0, 4.0, 0.0]]]))
+        >>> prepared.gram.tolist(), prepared.scale.tolist(), prepared.largest.tolist()
+        ([[[1.0]]], [4.0], [1.0])
     """
-    wide, scale = _scaled(states)
-    return wide.mT @ wide, scale
+    wide, scale = scaled(states)
+    matrices = wide.mT @ wide
+    return Prepared(wide, scale, matrices, largest_eigenvalue(matrices))
 
 
-def _scaled(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n rows d"], Float[Tensor, " n"]]:
-    """States in float64 with no more columns than rows and a largest entry of 1, and what they were divided by."""
+def scaled(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n rows d"], Float[Tensor, " n"]]:
+    """States in float64 with no more columns than rows and a largest entry of 1, and what they were divided by.
+
+    Args:
+        states: real floating dtype, finite, on any device.
+
+    Example:
+        >>> scaled(torch.tensor([[[0.0, 4.0, 2.0]]]))[0].tolist()
+        [[[0.0], [1.0], [0.5]]]
+    """
     wide = states.double()
     if wide.shape[-2] < wide.shape[-1]:
         wide = wide.mT
@@ -99,27 +121,36 @@ def _scaled(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n rows d
 
 
 def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> Float[Tensor, " n"]:
-    """The largest eigenvalue of positive semidefinite matrices, by repeated squaring and a Rayleigh quotient.
+    """The largest eigenvalue of positive semidefinite matrices, by repeated squaring and two steps of Lanczos.
 
     Args:
         matrices: float64, symmetric, positive semidefinite.
 
     Returns:
-        A lower bound, at most 5e-5 of itself too small; where one eigenvalue stands out at all, exact to rounding.
+        A lower bound: exact to rounding where one eigenvalue stands out, and where many crowd at the top, in the worst
+        spectrum of the tests, 3e-4 of itself too small.
 
     Example:
         >>> largest_eigenvalue(torch.diag(torch.tensor([9.0, 4.0], dtype=torch.float64))[None]).item()
         9.0
     """
     power = matrices
-    for _ in range(SQUARINGS):
-        power = power / power.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY)
+    for squaring in range(SQUARINGS):
+        if squaring % AT_ONCE == 0:
+            power = power / power.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY)
         power = power @ power
     # The column under the largest diagonal entry is not orthogonal to the leading eigenvector.
     column = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    vector = power.gather(-1, column[:, None, None].expand(-1, power.shape[-1], 1))
-    vector = vector / vector.norm(dim=-2, keepdim=True).clamp_min(TINY)
-    return (vector.mT @ matrices @ vector)[:, 0, 0]
+    first = power.gather(-1, column[:, None, None].expand(-1, power.shape[-1], 1))
+    first = first / first.norm(dim=-2, keepdim=True).clamp_min(TINY)
+    image = matrices @ first
+    own = first.mT @ image
+    rest = image - own * first
+    beside = rest.norm(dim=-2, keepdim=True)
+    second = rest / beside.clamp_min(TINY)
+    other = second.mT @ (matrices @ second)
+    half = (own - other) / 2
+    return (other + half + torch.hypot(half, beside))[:, 0, 0]
 
 
 def ranks(
@@ -136,11 +167,14 @@ def ranks(
         >>> ranks(torch.diag(torch.tensor([1.0, 1.0005e-2, 1e-6]))[None], rel_tol=1e-2, factors=(1.001, 1.0, 0.999)).tolist()
         [[1, 2, 2]]
     """
-    matrices, _ = gram(states)
-    largest = largest_eigenvalue(matrices)
+    return _ranks(prepare(states), rel_tol, factors)
+
+
+def _ranks(prepared: Prepared, rel_tol: float, factors: tuple[float, ...]) -> Int[Tensor, "n factor"]:
+    matrices, largest = prepared.gram, prepared.largest
     shifts = torch.stack([(factor * rel_tol) ** 2 * largest for factor in factors], 1)
-    diagonal = torch.eye(matrices.shape[-1], dtype=torch.float64, device=states.device)
-    shifted = matrices[:, None] - shifts[..., None, None] * diagonal
+    shifted = matrices[:, None].repeat(1, len(factors), 1, 1)
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(shifts[..., None])
     counts = positive_eigenvalues(shifted.flatten(0, 1)).view(shifts.shape)
     return torch.where(largest[:, None] > 0, counts, 0)
 
@@ -155,16 +189,16 @@ def stable_ranks(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
         >>> stable_ranks(torch.eye(3)[None]).tolist()
         [3.0]
     """
-    matrices, _ = gram(states)
-    largest = largest_eigenvalue(matrices)
+    _, _, matrices, largest = prepare(states)
     return torch.where(largest > 0, matrices.diagonal(dim1=-2, dim2=-1).sum(-1) / largest.clamp_min(TINY), 0.0)
 
 
 def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
     """Nuclear norms by the polar factor: the trace of Q^T S, with Q from products alone.
 
-    Source: the quintic iterations of Jordan et al., "Muon", 2024 (growth), and of Kovarik, 1970 (polish); singular values under
-    2e-8 of the largest count as less than they are, so the error is under 2e-8 d of the largest.
+    Source: the composition of best odd quintics of Amsel et al., "The Polar Express", arXiv:2505.16932. Singular values
+    under NORM_ERROR / 2d of the largest may count for nothing, all others to NORM_ERROR / 4, so the error of a norm is under NORM_ERROR
+    of itself.
 
     Args:
         states: real floating dtype, finite, on any device.
@@ -173,25 +207,73 @@ def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
         float64.
 
     Example:
-        >>> nuclear_norms(torch.diag(torch.tensor([3.0, -4.0]))[None]).round(decimals=9).tolist()
+        >>> nuclear_norms(torch.diag(torch.tensor([3.0, -4.0]))[None]).round(decimals=4).tolist()
         [7.0]
     """
-    wide, scale = _scaled(states)
-    largest = largest_eigenvalue(wide.mT @ wide).sqrt()
-    factor = wide / ((1 + EDGE) * largest).clamp_min(TINY)[:, None, None]
-    for a, b, c in (*[GROWTH] * N_GROWTH, *[POLISH] * N_POLISH):
+    return _nuclear_norms(prepare(states))
+
+
+def _nuclear_norms(prepared: Prepared) -> Float[Tensor, " n"]:
+    wide, scale, _, largest = prepared
+    factor = wide / ((1 + EDGE) * largest.sqrt()).clamp_min(TINY)[:, None, None]
+    for a, b, c in quintics(NORM_ERROR / (2 * wide.shape[-1]), NORM_ERROR / 4):
         square = factor.mT @ factor
-        factor = a * factor + factor @ torch.baddbmm(square, square, square, beta=b, alpha=c)
+        factor = torch.baddbmm(factor, factor, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
     return (factor * wide).sum((-2, -1)) * scale
+
+
+def ranks_and_norms(states: Float[Tensor, "n d_k d_v"], *, rel_tol: float) -> Float[Tensor, "n 2"]:
+    """`ranks` at one threshold and `nuclear_norms`, side by side in float64, from one preparation.
+
+    Args:
+        states, rel_tol: as there.
+
+    Example:
+        >>> ranks_and_norms(torch.diag(torch.tensor([3.0, -4.0]))[None], rel_tol=1e-4).round(decimals=4).tolist()
+        [[2.0, 7.0]]
+    """
+    prepared = prepare(states)
+    return torch.stack([_ranks(prepared, rel_tol, (1.0,))[:, 0].double(), _nuclear_norms(prepared)], 1)
+
+
+@cache
+def quintics(smallest: float, error: float) -> tuple[tuple[float, float, float], ...]:
+    """Odd polynomials a x + b x^3 + c x^5 whose composition maps [smallest, 1] to within `error` of 1.
+
+    Each is the best of its kind on the interval that those before it leave, found by exchange: the greatest distances from 1
+    alternate in sign at the two ends and the two inner extremes.
+
+    Args:
+        smallest: in (0, 1).
+        error: in (0, 1).
+
+    Example:
+        >>> x = np.logspace(-7, 0, 50)
+        >>> for a, b, c in quintics(1e-7, 1e-6):
+        ...     x = a * x + b * x**3 + c * x**5
+        >>> bool(np.abs(x - 1).max() < 1e-6)
+        True
+    """
+    found, low, high = [], smallest, 1.0
+    while high - low > 2 * error:
+        inner = np.array([(3 * low + high) / 4, (low + 3 * high) / 4])
+        for _ in range(EXCHANGES):
+            x = np.array([low, *inner, high])
+            a, b, c, distance = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], 1), np.ones(4))
+            inner = np.sqrt((-3 * b + np.array([1, -1]) * np.sqrt(9 * b * b - 20 * a * c)) / (10 * c))
+            inner.sort()
+        found.append((float(a), float(b), float(c)))
+        low, high = 1 - abs(distance), 1 + abs(distance)
+    return tuple(found)
 
 
 def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d_v"], **options: Hashable) -> Tensor:
     """`measure(states, **options)` for any number of states, on the CPU; on a GPU from recordings, one for each kind of call.
 
-    Chunks of one size let one recording serve any number of states; zero states fill the last one.
+    Chunks of a few sizes let a few recordings serve any number of states; zero states fill the last one.
 
     Args:
-        measure: `ranks`, `nuclear_norms` or `stable_ranks`.
+        measure: `ranks`, `nuclear_norms`, `ranks_and_norms` or `stable_ranks`.
         states: on any device.
         options: of the measure.
 
@@ -199,33 +281,36 @@ def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d
         ``(*lead, ...)``: what the measure gives for each state.
 
     Example:
-        >>> in_chunks(nuclear_norms, torch.eye(2).expand(3, 1, 2, 2)).round(decimals=9).tolist()
+        >>> in_chunks(nuclear_norms, torch.eye(2).expand(3, 1, 2, 2)).round(decimals=4).tolist()
         [[2.0], [2.0], [2.0]]
     """
     flat = states.reshape(-1, *states.shape[-2:])
-    if not flat.is_cuda or min(flat.shape[-2:]) > LARGEST_TILE:
-        measured = torch.cat([measure(part, **options) for part in flat.split(CHUNK)])
-    else:
-        graph, inputs, outputs = _recorded(measure, tuple(flat.shape[1:]), flat.dtype, flat.device, **options)
-        parts = []
-        for part in flat.split(CHUNK):
+    largest = max(1, LARGEST_CHUNK // flat[0].numel())
+    parts = []
+    for part in flat.split(largest):
+        if flat.is_cuda:
+            size = next(size for size in (-(-largest // 16), -(-largest // 4), largest) if size >= len(part))
+            graph, inputs, outputs = _recorded(measure, size, tuple(flat.shape[1:]), flat.dtype, flat.device, **options)
             inputs[: len(part)] = part
             inputs[len(part) :] = 0
             graph.replay()
             parts.append(outputs[: len(part)].clone())
-        measured = torch.cat(parts)
+        else:
+            parts.append(measure(part, **options))
+    measured = torch.cat(parts)
     return measured.view(*states.shape[:-2], *measured.shape[1:]).cpu()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _recorded(
     measure: Callable[..., Tensor],
+    size: int,
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
     **options: Hashable,
 ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-    inputs = torch.zeros((CHUNK, *shape), dtype=dtype, device=device)
+    inputs = torch.zeros((size, *shape), dtype=dtype, device=device)
     measure(inputs, **options)  # compiles kernels and fills the libraries' workspaces, which a recording must not
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from staterank_utils import inertia
 
+REL_TOL = 1e-4  # the paper's threshold
 AT_ONCE = 32  # states that one thread decomposes together
 
 
@@ -51,8 +52,8 @@ def _from_gram(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, "n d"]:
     values = states.new_empty(len(states), min(states.shape[1:]), dtype=torch.float64)
     for part, room in zip(states.split(AT_ONCE), values.split(AT_ONCE), strict=True):
         # Eigenvalues of a matrix scaled to 1 neither overflow nor lose to denormals.
-        matrices, scale = inertia.gram(part)
-        torch.mul(torch.linalg.eigvalsh(matrices).flip(-1).clamp_min_(0).sqrt_(), scale[:, None], out=room)
+        wide, scale = inertia.scaled(part)
+        torch.mul(torch.linalg.eigvalsh(wide.mT @ wide).flip(-1).clamp_min_(0).sqrt_(), scale[:, None], out=room)
     return values
 
 
@@ -115,7 +116,7 @@ class Spectrum:
 
     sigma: Float[Tensor, "*lead d"]
 
-    def effective_rank(self, *, rel_tol: float = 1e-4) -> Int[Tensor, "*lead"]:
+    def effective_rank(self, *, rel_tol: float = REL_TOL) -> Int[Tensor, "*lead"]:
         """See `effective_rank`."""
         _check_range(rel_tol)
         return (self.sigma > rel_tol * self.sigma[..., :1]).sum(-1)
@@ -140,7 +141,7 @@ class Spectrum:
         return torch.where(largest > 0, self.sigma / largest, 0.0)
 
 
-def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e-4) -> Int[Tensor, "*lead"]:
+def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = REL_TOL) -> Int[Tensor, "*lead"]:
     """Count the singular values larger than `rel_tol` times the largest one.
 
     On the CPU they are computed and counted. On a GPU they are counted without being computed (`staterank_utils.inertia`), some
@@ -167,7 +168,7 @@ def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e
 
 
 def effective_rank_bounds(
-    state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = 1e-4, within: float = 1e-3
+    state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = REL_TOL, within: float = 1e-3
 ) -> tuple[Int[Tensor, "*lead"], Int[Tensor, "*lead"]]:
     """`effective_rank` at thresholds a little over and a little under the one asked for: where they differ, a value is on the edge.
 
@@ -199,8 +200,9 @@ def rank_and_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead
         >>> rank_and_norm(torch.diag(torch.tensor([3.0, 1.0]))).tolist()
         [2.0, 4.0]
     """
-    if state.is_cuda:
-        return torch.stack([effective_rank(state).double(), nuclear_norm(state)], -1)
+    if state.is_cuda and state.numel():
+        _check(state)
+        return inertia.in_chunks(inertia.ranks_and_norms, state, rel_tol=REL_TOL)
     spectrum = Spectrum(singular_values(state))
     return torch.stack([spectrum.effective_rank().double(), spectrum.nuclear_norm()], -1)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from staterank_utils import recurrence
 from staterank_utils.kernels import serves_kernel
 from staterank_utils.layouts import Layout, linear_layers, modeling_module
 from staterank_utils.models import make_cache, output_logits, read_tokens
@@ -158,7 +159,8 @@ def _trace_batch(
     outputs: list[Tensor] = []
     with ExitStack() as stack:
         sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
-        taps = [_StateTap(*layer, reduce=reduce, n_held=len(layers)) for layer in layers]
+        reducer = _Reducer(reduce)
+        taps = [_StateTap(*layer, reducer=reducer, n_held=len(layers)) for layer in layers]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
         for start, stop in itertools.pairwise(_borders(positions, layers)):
@@ -172,7 +174,8 @@ def _trace_batch(
             if logits and inside:
                 chosen = hidden[:, [position - 1 for position in inside]]
                 outputs.append(output_logits(model, chosen).float().cpu())
-    gates = torch.stack([layer_sums.total for layer_sums in sums]) / positions[-1]
+            reducer.flush()
+    gates = torch.stack([layer_sums.total.cpu() for layer_sums in sums]) / positions[-1]
     return (
         torch.stack([torch.cat(tap.kept, 1) for tap in taps]),
         gates,
@@ -234,7 +237,8 @@ class _StateTap:
     """Keeps what is made of a layer's states at the positions set, as the layer reads a segment through `scan`.
 
     Kernels that can tell the states on the way are called once a segment, others in pieces that end at the positions; all else in
-    the layer sees the whole segment. States are reduced `n_held` positions at a time: with as many as there are layers, that is the memory of one moment of them all.
+    the layer sees the whole segment. On a CPU states are handed on `n_held` positions at a time: with as many as there are layers, that is
+    the memory of one moment of them all.
     """
 
     def __init__(
@@ -243,10 +247,10 @@ class _StateTap:
         layer: nn.Module,
         layout: Layout,
         *,
-        reduce: Callable[[Tensor], Tensor] | None,
+        reducer: "_Reducer",
         n_held: int,
     ):
-        self.index, self.layer, self.layout, self.reduce, self.n_held = index, layer, layout, reduce, n_held
+        self.index, self.layer, self.layout, self.reducer, self.n_held = index, layer, layout, reducer, n_held
         self.positions: list[int] = []
         self.kept: list[Tensor] = []
         self._n_held_now = self._n_left = 0
@@ -270,6 +274,16 @@ class _StateTap:
                 use_qk_l2norm_in_kernel=normalize,
             )
             return out, state
+        if self.positions[:-1] and recurrence.serves(kernel.__name__, tokens | rest):
+            by_recurrence = recurrence.states_after(
+                *(tokens[name] for name in names[1:]),
+                positions=self.positions,
+                initial_state=state,
+                normalize=rest.get("use_qk_l2norm_in_kernel", False),
+            )
+            for states in by_recurrence:
+                self.keep(states)
+            return kernel(*args, **kwargs)
         ends = self.positions if n_tokens in self.positions else [*self.positions, n_tokens]
         for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
             query, key, value, g, beta = (tokens[name][:, start:end] for name in names)
@@ -304,7 +318,38 @@ class _StateTap:
                 f"layer {self.index} keeps its states in {states.dtype}, whose rounding would drown small singular values: "
                 "load the model with dtype=torch.float32"
             )
-        self.kept.append(self.reduce(states) if self.reduce else states.float().cpu())
+        self.reducer.add(self.kept, states)
+
+
+class _Reducer:
+    """Makes of states what a trace keeps: at once on a CPU; on a GPU, where a call for one layer costs as much as one for all, together."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None):
+        self.reduce = reduce
+        self._waiting: list[tuple[list[Tensor], Tensor]] = []
+
+    def add(self, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
+        """Append to `kept` what is made of the states, now or when `flush` is called."""
+        if not states.is_cuda:
+            kept.append(self._make(states))
+            return
+        self._waiting.append((kept, states))
+        if sum(waiting.nbytes for _, waiting in self._waiting) > recurrence.AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Nothing waits any more."""
+        by_kind = itertools.groupby(self._waiting, lambda item: (item[1].device, item[1].shape[2:]))
+        for _, group in by_kind:
+            lists, states = zip(*group, strict=True)
+            made = self._make(torch.cat([each.flatten(0, 1) for each in states])[None])[0]
+            parts = made.split([each.shape[0] * each.shape[1] for each in states])
+            for kept, part, each in zip(lists, parts, states, strict=True):
+                kept.append(part.unflatten(0, each.shape[:2]))
+        self._waiting = []
+
+    def _make(self, states: Float[Tensor, "batch position head d_k d_v"]) -> Tensor:
+        return self.reduce(states) if self.reduce else states.float().cpu()
 
 
 class _GateSums:
@@ -331,7 +376,7 @@ class _GateSums:
         if len(self._seen) == len(self.layout.gate_modules):
             outputs = [self._seen[name] for name in self.layout.gate_modules]
             gates = torch.stack(self.layout.gates(self.layer, *outputs))  # (gate, batch, token, head)
-            self.total = self.total + gates.double().sum(2).cpu()
+            self.total = self.total.to(gates.device) + gates.double().sum(2)
             self._seen = {}
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +47,9 @@ STATES = {
     "rank 1": with_values(torch.tensor([5.0] + [0.0] * 31).double(), 32, 32),
     "zero": torch.zeros(3, 24, 24),
     "tiny and huge": torch.cat([1e-18 * torch.eye(16)[None], 1e18 * torch.eye(16)[None]]),
-    "more than a chunk": torch.randn(inertia.CHUNK + 5, 16, 16, generator=torch.Generator().manual_seed(1)),
+    "more than a chunk": torch.randn(
+        inertia.LARGEST_CHUNK // 256**2 + 5, 256, 256, generator=torch.Generator().manual_seed(1)
+    ),
     "real": real_states(),
 }
 
@@ -111,14 +114,37 @@ def test_the_largest_eigenvalue_is_found_where_nothing_stands_out() -> None:
     assert -1e-4 < found / (1 + 2e-4) - 1 <= 1e-12
 
 
+@pytest.mark.parametrize("width", [0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4])
+@pytest.mark.parametrize("shape", ["even", "two", "edge"])
+def test_no_crowd_of_eigenvalues_moves_the_largest_by_more_than_is_said(width: float, shape: str) -> None:
+    share = {"even": torch.linspace(0, 1, 64), "two": torch.ones(64), "edge": torch.linspace(0, 1, 64) ** 2}[
+        shape
+    ].clone()
+    share[0] = 0
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(8, 64, 64, dtype=torch.float64, generator=generator))
+    found = inertia.largest_eigenvalue(basis * (1 - width * share.double()) @ basis.mT)
+    assert (1 - found).max() < 3e-4
+    assert (found <= 1 + 1e-12).all()
+
+
+def test_the_polynomials_take_few_steps_and_never_leave_their_interval() -> None:
+    steps, x = inertia.quintics(inertia.NORM_ERROR / 256, inertia.NORM_ERROR / 4), np.logspace(-9, 0, 400)
+    for a, b, c in steps:
+        x = a * x + b * x**3 + c * x**5
+    assert len(steps) <= 15
+    assert (x > 0).all()
+    assert x.max() <= 1 + inertia.NORM_ERROR / 4
+
+
 IN_INTERPRETER = """
 import torch
 from staterank_utils import inertia
-for d in (3, 16, 20):
+for d in (3, 16, 20, 40):
     states = torch.randn(6, d, d + 2, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -6, d)[:, None]
-    matrices, _ = inertia.gram(states)
-    shifted = matrices - 1e-8 * inertia.largest_eigenvalue(matrices)[:, None, None] * torch.eye(d).double()
-    counts = inertia._by_kernel(shifted.contiguous())
+    _, _, matrices, largest = inertia.prepare(states)
+    shifted = matrices - 1e-8 * largest[:, None, None] * torch.eye(d).double()
+    counts = inertia._by_blocks(shifted)
     assert torch.equal(counts, inertia._by_lapack(shifted)), counts
     assert 0 < counts.min(), counts
 print("agree")

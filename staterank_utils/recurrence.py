@@ -1,0 +1,95 @@
+"""States on the way, on a GPU: what a kernel for many tokens passes over, made again token by token.
+
+A chunked kernel keeps a state for every 64 tokens or so. To look in between, the recurrence itself is run over the same keys,
+values, decays and write strengths, each program holding some columns of a state in registers: the 2,048 states of a segment cost one pass over its
+tokens. The sums are in float32, so that a state made here is nearer to the exact one than that of a kernel
+that works in bfloat16 within a chunk.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+AT_ONCE = 2**28  # bytes of states that are made before they are handed on
+COLUMNS = 16  # of a state that one program holds
+DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")  # fmt: skip
+
+
+def serves(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether the states of a call of a kernel can be made here.
+
+    Args:
+        name: of the kernel, in its modeling module.
+        arguments: of the call, by name.
+
+    Example:
+        >>> serves("torch_chunk_gated_delta_rule", {"key": torch.ones(1, 2, 1, 4)})  # on a CPU
+        False
+    """
+    return (
+        name in DELTA_RULES
+        and arguments["key"].is_cuda
+        and find_spec("triton") is not None
+        and arguments.get("cu_seqlens") is None
+        and not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values()))
+    )
+
+
+def states_after(
+    key: Float[Tensor, "batch token key_head d_k"],
+    value: Float[Tensor, "batch token head d_v"],
+    g: Float[Tensor, "batch token head"] | Float[Tensor, "batch token head d_k"],
+    beta: Float[Tensor, "batch token head"],
+    *,
+    positions: Sequence[int],
+    initial_state: Float[Tensor, "batch head d_k d_v"] | None = None,
+    normalize: bool = False,
+) -> Iterator[Float[Tensor, "batch position head d_k d_v"]]:
+    """The states of the gated delta rule after some tokens, a few positions at a time.
+
+    Source: as `reference.gated_delta_rule`, with one decay a head or one a channel.
+
+    Args:
+        key, value, g, beta: as a chunked kernel takes them, on a GPU; g is the natural logarithm of the decay.
+        positions: numbers of tokens, increasing, in 1..token.
+        initial_state: the state before the first token, 0 by default.
+        normalize: divide keys by their length.
+
+    Returns:
+        float32, in the order of the positions; at most AT_ONCE bytes at a time, or one position.
+
+    Example:
+        >>> list(states_after(*(torch.empty(1, 0, 1, 4),) * 2, *(torch.empty(1, 0, 1),) * 2, positions=[]))
+        []
+    """
+    n_batch, _, n_heads, d_v = value.shape
+    n_keys, d_k = key.shape[2:]
+    state = value.new_zeros(n_batch, n_heads, d_k, d_v, dtype=torch.float32) if initial_state is None else initial_state.float().contiguous()  # fmt: skip
+    n_at_once = max(1, AT_ONCE // (4 * state.numel()))
+    start = 0
+    for first in range(0, len(positions), n_at_once):
+        wanted = positions[first : first + n_at_once]
+        stop = wanted[-1]
+        slots = torch.full((stop - start,), -1, dtype=torch.int32)
+        slots[torch.tensor(wanted) - start - 1] = torch.arange(len(wanted), dtype=torch.int32)
+        tokens = [x[:, start:stop].contiguous() for x in (key, value, g, beta)]
+        kept, last = state.new_empty(n_batch, len(wanted), n_heads, d_k, d_v), torch.empty_like(state)
+        _kernel()[(n_batch * n_heads, -(-d_v // COLUMNS))](
+            *tokens, state, slots.to(key.device), kept, last, stop - start, len(wanted), n_keys, n_heads, d_k, d_v,
+            TILE_K=max(16, 1 << (d_k - 1).bit_length()), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
+            num_warps=1,
+        )  # fmt: skip
+        yield kept
+        state, start = last, stop
+
+
+@cache
+def _kernel() -> Any:
+    from staterank_utils import recurrence_kernel  # triton is there only where torch was built for a GPU
+
+    return recurrence_kernel.states
