@@ -3,7 +3,8 @@
     python -m benchmarks.ablate [--store]
 
 Each way is run in turn, several times, in one process; ratios are medians of the ratios within a round. Decoding continues
-prompts of equal length by a fixed number of tokens, once alone and once 32 side by side. "checked" is what `evaluate` does where the
+prompts of equal length by a fixed number of tokens, once alone and once 32 side by side. Ten forwards are ablated by one block, as
+prompts of a task are; entering it is part of the time. "checked" is what `evaluate` does where the
 model gives the expected answer: one forward over prompt and answer. `--store` keeps the table for the book.
 """
 
@@ -20,8 +21,9 @@ from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
 from staterank_utils.models import make_cache
 from staterank_utils.surgery import ablate_heads, all_heads, softmax_heads
+from training.fast_forward import limit_autotuning
 
-FORWARD_TOKENS = 1024
+FORWARD_TOKENS, FORWARDS = 1024, 10
 PROMPT_TOKENS = 64
 NEW_TOKENS = 32
 BATCHES = (1, 32)
@@ -44,6 +46,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--store", action="store_true")
     arguments = parser.parse_args()
+    if torch.cuda.is_available():
+        limit_autotuning()
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     prompts = domain_prompts("prose", tokenizer, n_prompts=max(BATCHES), n_tokens=FORWARD_TOKENS, seed=0)
     half = all_heads(model)[::2]
@@ -51,14 +55,16 @@ def main() -> None:
 
     @torch.inference_mode()
     def forward() -> None:
-        model.base_model(input_ids=prompts[:1].to(model.device), use_cache=False)
+        for _ in range(FORWARDS):
+            model.base_model(input_ids=prompts[:1].to(model.device), use_cache=False)
 
     def ablated() -> None:
         with ablate_heads(model, half):
             forward()
 
     rows = rows_of(
-        rounds({"plain forward": forward, "half of the heads ablated": ablated}, arguments.repeats), FORWARD_TOKENS
+        rounds({"plain forwards": forward, "half of the heads ablated": ablated}, arguments.repeats),
+        FORWARDS * FORWARD_TOKENS,
     )
     for batch in BATCHES:
         ids = prompts[:batch, :PROMPT_TOKENS].to(model.device)
@@ -80,7 +86,7 @@ def main() -> None:
         }
         rows += rows_of(rounds(ways, max(1, arguments.repeats // 3)), batch * NEW_TOKENS)
     head = (
-        f"{FORWARD_TOKENS:,} tokens forward; {PROMPT_TOKENS} + {NEW_TOKENS} tokens decoded",
+        f"{FORWARDS} forwards of {FORWARD_TOKENS:,} tokens; {PROMPT_TOKENS} + {NEW_TOKENS} tokens decoded",
         "ms, median",
         "tokens/s",
         "over the first of its group",

@@ -456,6 +456,12 @@ for name, study in studies.items():
     removed[f"{n} at random"] = study.drawn(n, 0)
     for label, heads in removed.items():
         depths[name, label] = study.depth_table(heads, DEPTHS, LENGTHS, n_prompts=N_NEEDLES)
+    for measure, (label, end) in product(MEASURES[1:], ENDS.items()):
+        arm = study.arm(end, n, measure=measure)
+        removed |= (
+            {} if arm in removed.values() else {f"{n} of {label.replace('rank', measure)}": arm}
+        )
+    for label, heads in removed.items():
         again[name, label] = said_again(study, heads)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of needles found, by depth in the prompt (0 % is its start, farthest from the question) and length of the prompt in tokens; left all heads, then heads of the lowest and of the highest rank, of the slowest decay and at random removed. A fault of memory shows at the top right, where the distance is longest; a fault everywhere is none of distance.", "name": "fig-depths"}, "image": {"alt": "Five heat maps a model of needle retrieval by depth and length."}}

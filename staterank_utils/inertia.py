@@ -2,13 +2,13 @@
 
 The rank is an inertia: by Sylvester's law, the number of eigenvalues of S^T S over a threshold is the number of positive pivots when
 the threshold is taken from the diagonal and the matrix eliminated symmetrically, with no eigenvalue computed. The nuclear norm is
-the trace of Q^T S with Q the polar factor of S, which products alone converge to. All in float64; a whole measurement is some
-hundred small kernels, which are recorded once for each shape and replayed. `staterank_utils.spectra` chooses between these and
-decompositions; on a CPU everything here runs as well, through LAPACK, so that tests can compare.
+the trace of Q^T S with Q the polar factor of S, which products alone converge to. All in float64, by batched products and one batched
+elimination. `staterank_utils.spectra` chooses between these and decompositions; on a CPU everything here runs as well, through
+LAPACK, so that tests can compare.
 """
 
-from collections.abc import Callable, Hashable
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SQUARINGS, AT_ONCE = 11, 3  # of the Gram matrix, and how many of them before it is scaled again
+SQUARINGS, AT_ONCE = 11, 4  # of the Gram matrix, and how many of them before it is scaled again
 EDGE = 1e-3  # relative distance from the threshold within which a singular value is called on the edge
-TILE, WARPS = 32, 4  # rows that are eliminated by one program, in registers, and its size
-LARGEST_CHUNK = 1152 * 128 * 128  # numbers in the states that are measured together: one moment of Qwen3-Next
+CHUNK = 1152 * 128 * 128  # numbers in the states that are measured together: one moment of Qwen3-Next
 NORM_ERROR = 1e-5  # of a nuclear norm, relative
 EXCHANGES = 12  # enough for the best polynomial to rounding, whatever the interval
 TINY = torch.finfo(torch.float64).tiny
@@ -28,8 +27,9 @@ TINY = torch.finfo(torch.float64).tiny
 def positive_eigenvalues(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
     """How many eigenvalues of symmetric matrices are positive: the inertia, by elimination.
 
-    Source: Sylvester's law of inertia; block by block, Haynsworth, "Determination of the inertia of a partitioned
-    Hermitian matrix", 1968: the inertia is that of a leading block plus that of its Schur complement.
+    Source: Sylvester's law of inertia. On a GPU the positive pivots of an elimination without exchanges, which the libraries there
+    do for thousands of small matrices at once; on a CPU Bunch and Kaufman's factorization, of whose blocks one of two
+    rows has an eigenvalue of each sign.
 
     Args:
         matrices: float64, symmetric; only numbers far from 0 in relation to the rounding of the largest eigenvalue count reliably.
@@ -38,44 +38,20 @@ def positive_eigenvalues(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
         >>> positive_eigenvalues(torch.diag(torch.tensor([2.0, -1.0, 3.0], dtype=torch.float64))[None])
         tensor([2])
     """
-    return _by_blocks(matrices) if matrices.is_cuda else _by_lapack(matrices)
-
-
-def _by_blocks(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
-    counts = torch.zeros(len(matrices), dtype=torch.int32, device=matrices.device)
-    rest = matrices.contiguous()
-    while d := rest.shape[-1]:
-        size = min(TILE, d)
-        inverse, pivots = rest.new_empty(len(rest), size, size), rest.new_empty(len(rest), size)
-        tile = max(16, 1 << (size - 1).bit_length())
-        _kernel()[(len(rest),)](rest, counts, inverse, pivots, size, d, TILE=tile, num_warps=WARPS)
-        side = inverse @ rest[:, :size, size:]
-        divided = side / torch.where(pivots == 0, TINY, pivots)[..., None]
-        rest = torch.baddbmm(rest[:, size:, size:], side.mT, divided, alpha=-1)
-    return counts.long()
-
-
-def _by_lapack(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
-    """Bunch and Kaufman's factorization: a block of two has one eigenvalue of each sign, a block of one its own."""
+    if matrices.is_cuda:
+        factors, _, _ = torch.linalg.lu_factor_ex(matrices, pivot=False)
+        return (factors.diagonal(dim1=-2, dim2=-1) > 0).sum(-1)
     factors, pivots, _ = torch.linalg.ldl_factor_ex(matrices)
     single = pivots > 0
     alone = (factors.diagonal(dim1=-2, dim2=-1) > 0) & single
     return alone.sum(-1) + (~single).sum(-1) // 2
 
 
-@cache
-def _kernel() -> Any:
-    from staterank_utils import inertia_kernel  # triton is there only where torch was built for a GPU
-
-    return inertia_kernel.eliminate
-
-
 class Prepared(NamedTuple):
     """What all measures of states begin with.
 
     Attributes:
-        wide: the states in float64, with no more columns than rows and a largest entry of 1.
-        scale: what they were divided by; 1 for a zero state.
+        wide, scale: as `scaled` makes them.
         gram: wide^T wide.
         largest: its largest eigenvalue, as `largest_eigenvalue` finds it.
     """
@@ -95,7 +71,7 @@ def prepare(states: Float[Tensor, "n d_k d_v"]) -> Prepared:
     Example:
         >>> prepared = prepare(torch.tensor([[[0.0, 4.0, 0.0]]]))
         >>> prepared.gram.tolist(), prepared.scale.tolist(), prepared.largest.tolist()
-        ([[[1.0]]], [4.0], [1.0])
+        ([[[16.0]]], [1.0], [16.0])
     """
     wide, scale = scaled(states)
     matrices = wide.mT @ wide
@@ -103,18 +79,20 @@ def prepare(states: Float[Tensor, "n d_k d_v"]) -> Prepared:
 
 
 def scaled(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n rows d"], Float[Tensor, " n"]]:
-    """States in float64 with no more columns than rows and a largest entry of 1, and what they were divided by.
+    """States in float64 with no more columns than rows, and what they were divided by so that squares of float64 neither overflow nor vanish.
 
     Args:
-        states: real floating dtype, finite, on any device.
+        states: real floating dtype, finite, on any device. Of narrower dtypes nothing is divided.
 
     Example:
-        >>> scaled(torch.tensor([[[0.0, 4.0, 2.0]]]))[0].tolist()
+        >>> scaled(torch.tensor([[[0.0, 4.0, 2.0]]]).double())[0].tolist()
         [[[0.0], [1.0], [0.5]]]
     """
     wide = states.double()
     if wide.shape[-2] < wide.shape[-1]:
         wide = wide.mT
+    if states.dtype != torch.float64:
+        return wide, wide.new_ones(len(wide))
     largest = wide.abs().amax((-2, -1))
     scale = torch.where(largest > 0, largest, 1.0)
     return wide / scale[:, None, None], scale
@@ -267,10 +245,8 @@ def quintics(smallest: float, error: float) -> tuple[tuple[float, float, float],
     return tuple(found)
 
 
-def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d_v"], **options: Hashable) -> Tensor:
-    """`measure(states, **options)` for any number of states, on the CPU; on a GPU from recordings, one for each kind of call.
-
-    Chunks of a few sizes let a few recordings serve any number of states; zero states fill the last one.
+def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d_v"], **options: Any) -> Tensor:
+    """`measure(states, **options)` for any number of states, as many at a time as fill a GPU and little of its memory.
 
     Args:
         measure: `ranks`, `nuclear_norms`, `ranks_and_norms` or `stable_ranks`.
@@ -278,42 +254,13 @@ def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d
         options: of the measure.
 
     Returns:
-        ``(*lead, ...)``: what the measure gives for each state.
+        ``(*lead, ...)``: what the measure gives for each state, on the CPU.
 
     Example:
         >>> in_chunks(nuclear_norms, torch.eye(2).expand(3, 1, 2, 2)).round(decimals=4).tolist()
         [[2.0], [2.0], [2.0]]
     """
     flat = states.reshape(-1, *states.shape[-2:])
-    largest = max(1, LARGEST_CHUNK // flat[0].numel())
-    parts = []
-    for part in flat.split(largest):
-        if flat.is_cuda:
-            size = next(size for size in (-(-largest // 16), -(-largest // 4), largest) if size >= len(part))
-            graph, inputs, outputs = _recorded(measure, size, tuple(flat.shape[1:]), flat.dtype, flat.device, **options)
-            inputs[: len(part)] = part
-            inputs[len(part) :] = 0
-            graph.replay()
-            parts.append(outputs[: len(part)].clone())
-        else:
-            parts.append(measure(part, **options))
-    measured = torch.cat(parts)
+    size = max(1, CHUNK // flat[0].numel())
+    measured = torch.cat([measure(part, **options) for part in flat.split(size)])
     return measured.view(*states.shape[:-2], *measured.shape[1:]).cpu()
-
-
-@lru_cache(maxsize=16)
-def _recorded(
-    measure: Callable[..., Tensor],
-    size: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    **options: Hashable,
-) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-    inputs = torch.zeros((size, *shape), dtype=dtype, device=device)
-    measure(inputs, **options)  # compiles kernels and fills the libraries' workspaces, which a recording must not
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = measure(inputs, **options)
-    return graph, inputs, outputs

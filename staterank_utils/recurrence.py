@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-AT_ONCE = 2**28  # bytes of states that are made before they are handed on
 COLUMNS = 16  # of a state that one program holds
 DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")  # fmt: skip
 
@@ -49,6 +48,7 @@ def states_after(
     positions: Sequence[int],
     initial_state: Float[Tensor, "batch head d_k d_v"] | None = None,
     normalize: bool = False,
+    n_bytes: int = 2**28,
 ) -> Iterator[Float[Tensor, "batch position head d_k d_v"]]:
     """The states of the gated delta rule after some tokens, a few positions at a time.
 
@@ -59,9 +59,10 @@ def states_after(
         positions: numbers of tokens, increasing, in 1..token.
         initial_state: the state before the first token, 0 by default.
         normalize: divide keys by their length.
+        n_bytes: of states that are made before they are handed on, if there is more than one position.
 
     Returns:
-        float32, in the order of the positions; at most AT_ONCE bytes at a time, or one position.
+        float32, in the order of the positions.
 
     Example:
         >>> list(states_after(*(torch.empty(1, 0, 1, 4),) * 2, *(torch.empty(1, 0, 1),) * 2, positions=[]))
@@ -70,7 +71,7 @@ def states_after(
     n_batch, _, n_heads, d_v = value.shape
     n_keys, d_k = key.shape[2:]
     state = value.new_zeros(n_batch, n_heads, d_k, d_v, dtype=torch.float32) if initial_state is None else initial_state.float().contiguous()  # fmt: skip
-    n_at_once = max(1, AT_ONCE // (4 * state.numel()))
+    n_at_once = max(1, n_bytes // (4 * state.numel()))
     start = 0
     for first in range(0, len(positions), n_at_once):
         wanted = positions[first : first + n_at_once]

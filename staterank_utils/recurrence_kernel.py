@@ -26,25 +26,35 @@ def _states(  # type: ignore[no-untyped-def]
     inside = in_rows[:, None] & in_columns[None, :]
     of_state = rows[:, None] * d_v + columns[None, :]
     state = tl.load(first + (batch * n_heads + head) * d_k * d_v + of_state, mask=inside, other=0.0)
-    for token in range(n_tokens):
-        at = batch * n_tokens + token
-        key = tl.load(keys + (at * n_keys + key_head) * d_k + rows, mask=in_rows, other=0.0)
-        value = tl.load(values + (at * n_heads + head) * d_v + columns, mask=in_columns, other=0.0).to(tl.float32)
-        strength = tl.load(strengths + at * n_heads + head).to(tl.float32)
-        slot = tl.load(slots + token)
+    # What a token needs is loaded while the one before it is computed; before the first stands one that does nothing.
+    key = tl.zeros([TILE_K], keys.dtype.element_ty)
+    value = tl.zeros([TILE_V], values.dtype.element_ty)
+    decay = tl.zeros([TILE_K if BY_CHANNEL else 1], decays.dtype.element_ty)
+    strength = tl.zeros([1], strengths.dtype.element_ty)
+    slot = -1
+    for token in range(n_tokens + 1):
+        following = tl.minimum(token, n_tokens - 1)
+        at = (batch * n_tokens + following) * n_heads + head
+        next_key = tl.load(
+            keys + ((batch * n_tokens + following) * n_keys + key_head) * d_k + rows, mask=in_rows, other=0.0
+        )
+        next_value = tl.load(values + at * d_v + columns, mask=in_columns, other=0.0)
+        if BY_CHANNEL:
+            next_decay = tl.load(decays + at * d_k + rows, mask=in_rows, other=0.0)
+        else:
+            next_decay = tl.load(decays + at + tl.arange(0, 1))
+        next_strength = tl.load(strengths + at + tl.arange(0, 1))
+        next_slot = tl.load(slots + following)
         k = key.to(tl.float32)
         if NORMALIZE:
             # Rounded to the dtype of the keys, as what the model's own kernel works with.
             k = (k / tl.sqrt(tl.sum(k * k, 0) + 1e-6)).to(key.dtype).to(tl.float32)
-        if BY_CHANNEL:
-            decay = tl.load(decays + (at * n_heads + head) * d_k + rows, mask=in_rows, other=0.0).to(tl.float32)
-            state *= tl.exp(decay)[:, None]
-        else:
-            state *= tl.exp(tl.load(decays + at * n_heads + head).to(tl.float32))
-        written = strength * (value - tl.sum(state * k[:, None], 0))
+        state *= tl.exp(decay.to(tl.float32))[:, None]
+        written = strength.to(tl.float32) * (value.to(tl.float32) - tl.sum(state * k[:, None], 0))
         state += k[:, None] * written[None, :]
         if slot >= 0:
             tl.store(kept + ((batch * n_kept + slot) * n_heads + head) * d_k * d_v + of_state, state, mask=inside)
+        key, value, decay, strength, slot = next_key, next_value, next_decay, next_strength, next_slot
     tl.store(last + (batch * n_heads + head) * d_k * d_v + of_state, state, mask=inside)
 
 

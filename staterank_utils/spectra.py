@@ -51,9 +51,8 @@ def _from_gram(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, "n d"]:
     """Singular values from the eigenvalues of Gram matrices, a few states at a time, which stay in the cache."""
     values = states.new_empty(len(states), min(states.shape[1:]), dtype=torch.float64)
     for part, room in zip(states.split(AT_ONCE), values.split(AT_ONCE), strict=True):
-        # Eigenvalues of a matrix scaled to 1 neither overflow nor lose to denormals.
-        wide, scale = inertia.scaled(part)
-        torch.mul(torch.linalg.eigvalsh(wide.mT @ wide).flip(-1).clamp_min_(0).sqrt_(), scale[:, None], out=room)
+        wide, _ = inertia.scaled(part)  # whose squares, in float64, neither overflow nor vanish
+        torch.sqrt(torch.linalg.eigvalsh(wide.mT @ wide).flip(-1).clamp_min_(0), out=room)
     return values
 
 

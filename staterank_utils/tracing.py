@@ -19,6 +19,7 @@ from staterank_utils.kernels import serves_kernel
 from staterank_utils.layouts import Layout, linear_layers, modeling_module
 from staterank_utils.models import make_cache, output_logits, read_tokens
 
+MOST_WAITING = 2**31  # bytes of states that wait on a GPU to be reduced together
 SEGMENT = 2048  # tokens that run through the model at a time; what they need of memory does not grow with the prompt
 
 
@@ -280,6 +281,7 @@ class _StateTap:
                 positions=self.positions,
                 initial_state=state,
                 normalize=rest.get("use_qk_l2norm_in_kernel", False),
+                n_bytes=self.reducer.n_bytes,
             )
             for states in by_recurrence:
                 self.keep(states)
@@ -322,10 +324,16 @@ class _StateTap:
 
 
 class _Reducer:
-    """Makes of states what a trace keeps: at once on a CPU; on a GPU, where a call for one layer costs as much as one for all, together."""
+    """Makes of states what a trace keeps: at once on a CPU; on a GPU, where a call makes it wait, for all layers together.
+
+    Attributes:
+        n_bytes: of states that may wait on a GPU.
+    """
 
     def __init__(self, reduce: Callable[[Tensor], Tensor] | None):
         self.reduce = reduce
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+        self.n_bytes = min(MOST_WAITING, free // 8)
         self._waiting: list[tuple[list[Tensor], Tensor]] = []
 
     def add(self, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
@@ -334,7 +342,7 @@ class _Reducer:
             kept.append(self._make(states))
             return
         self._waiting.append((kept, states))
-        if sum(waiting.nbytes for _, waiting in self._waiting) > recurrence.AT_ONCE:
+        if sum(waiting.nbytes for _, waiting in self._waiting) > self.n_bytes:
             self.flush()
 
     def flush(self) -> None:

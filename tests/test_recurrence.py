@@ -8,7 +8,15 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from staterank_utils import domain_prompts, effective_rank, load_model, load_tokenizer, recurrence, trace_states
+from staterank_utils import (
+    domain_prompts,
+    effective_rank,
+    load_model,
+    load_tokenizer,
+    recurrence,
+    trace_states,
+    tracing,
+)
 from staterank_utils.reference import gated_delta_rule
 
 IN_INTERPRETER = """
@@ -17,7 +25,6 @@ from staterank_utils import recurrence
 from staterank_utils.reference import gated_delta_rule
 
 generator = torch.Generator().manual_seed(0)
-recurrence.AT_ONCE = 4 * 2 * 4 * 5 * 20 * 3  # three positions at a time
 for by_channel, n_keys in ((False, 4), (False, 2), (True, 4)):
     key, value = (torch.randn(2, 9, n, d, generator=generator) for n, d in ((n_keys, 5), (4, 20)))
     g = -torch.rand(2, 9, 4, *([5] if by_channel else []), generator=generator)
@@ -26,7 +33,8 @@ for by_channel, n_keys in ((False, 4), (False, 2), (True, 4)):
     k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     _, expected = gated_delta_rule(k, k, value.double(), g.double(), beta.double())
     positions = [1, 2, 4, 8, 9]
-    parts = list(recurrence.states_after(key, value, g, beta, positions=positions, normalize=True))
+    three = 4 * 2 * 4 * 5 * 20 * 3  # bytes of three positions
+    parts = list(recurrence.states_after(key, value, g, beta, positions=positions, normalize=True, n_bytes=three))
     assert [part.shape[1] for part in parts] == [3, 2]
     torch.testing.assert_close(torch.cat(parts, 1).double(), expected[:, [t - 1 for t in positions]], rtol=0, atol=1e-5)
     [middle] = recurrence.states_after(key[:, :4], value[:, :4], g[:, :4], beta[:, :4], positions=[4], normalize=True)
@@ -74,6 +82,6 @@ def test_a_trace_of_every_position_is_that_of_a_few_and_of_a_cpu(name: str, monk
     exact = trace_states(here, prompts, positions=[1, 64, 130])
     torch.testing.assert_close(few.values, exact.values, rtol=0, atol=2e-2)  # the GPU's products round to TF32
     torch.testing.assert_close(few.log_decay, exact.log_decay, rtol=1e-2, atol=1e-3)
-    monkeypatch.setattr(recurrence, "AT_ONCE", 2**20)
+    monkeypatch.setattr(tracing, "MOST_WAITING", 2**20)
     ranks = trace_states(there, prompts, positions=range(1, 131), reduce=effective_rank)
     assert torch.equal(ranks.values, effective_rank(every.values.cuda()))
