@@ -98,8 +98,7 @@ DEPTHS = (0.0, 0.5, 1.0) if QUICK else (0.0, 0.25, 0.5, 0.75, 1.0)
 GAPS = (16, 64, 256) if QUICK else (16, 32, 64, 128, 256, 512, 1024)
 STEPS = (1, 2, 4) if QUICK else (1, 2, 3, 4, 5, 6)
 N_COPIES, N_NEEDLES, N_STORIES = (4, 4, 4) if QUICK else (32, 100, 100)
-COUNTS, MEASURES = ((1,), (RANK,)) if QUICK else ((1, 2), ablation.MEASURES)
-DOSE_DRAWS = 0 if QUICK else 8
+COUNTS, MEASURES, DOSE_DRAWS = ((1,), (RANK,), 0) if QUICK else ((1, 2), ablation.MEASURES, 8)
 PARAMETERS = {
     "model": model,
     "revision": revision,
@@ -362,7 +361,7 @@ for name, study in studies.items():
     }
     for label, heads in removed.items():
         numbers = study.perplexities(heads, NATURAL_DOMAINS, n_tokens=256)
-        rows.append((name, label, *(f"{x:,.{0 if x.point > 1000 else 2}f}" for x in numbers)))
+        rows.append((name, label, *(f"{x:.3g}" for x in numbers)))
 Markdown(tables.keep("Perplexity", ("model", "heads removed", *NATURAL_DOMAINS), rows))
 
 # %% [markdown]

@@ -456,7 +456,7 @@ plotting.legend_above(ax.figure, ax)
 
 # %% tags=["remove-cell"]
 rows = [
-    (name, method, *(f"{estimate:,.3g}" for estimate in estimates))
+    (name, method, *(f"{estimate:.3g}" for estimate in estimates))
     for name, methods in perplexities.items()
     for method, estimates in methods.items()
 ]
@@ -476,7 +476,7 @@ for name, study in studies.items():
         score = str(kept(name, method)) if study.mastered and method not in DRAWS else ""
         known = perplexities[name].get(method)
         cost = known[SHARES.index(SHARE)] if known else times_intact(smaller, name)
-        rows.append((name, method, f"{1 - left / whole:.1%}", score, f"{cost:,.3g}"))
+        rows.append((name, method, f"{1 - left / whole:.1%}", score, f"{cost:.3g}"))
 HEAD = ("model", "method", "freed", "score / intact", "perplexity / intact")
 Markdown(tables.keep("What 38.9 % costs", HEAD, rows))
 
@@ -497,7 +497,7 @@ for name, study in studies.items():
         for alpha in ALPHAS:
             scores = saturation_scores(ranks, norms, d=study.d, alpha=alpha, maximum=maximum)
             gone = heads_at(scores, per_layer=per_layer)
-            numbers.append(f"{times_intact(study.pruned(gone), name):,.3g}")
+            numbers.append(f"{times_intact(study.pruned(gone), name):.3g}")
         rows.append((name, maximum, "a layer" if per_layer else "the model", *numbers))
 HEAD = ("model", "maximum over", "share of", *(f"α = {alpha:g}" for alpha in ALPHAS))
 Markdown(tables.keep("Perplexity over intact, every reading of Eq. 14", HEAD, rows))

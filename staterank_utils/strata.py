@@ -18,7 +18,7 @@ GAP = (0.2, 0.8)  # "between the groups", in shares of d
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval; a format goes for all three of its numbers.
+    """A number with its interval; a format goes for all three of its numbers, and powers of ten are written out.
 
     Attributes:
         point: the statistic on all prompts.
@@ -27,8 +27,8 @@ class Estimate:
     Example:
         >>> print(Estimate(0.95, 0.9, 0.97))
         0.950 [0.900, 0.970]
-        >>> f"{Estimate(0.95, 0.9, 0.97):.0%}"
-        '95% [90%, 97%]'
+        >>> f"{Estimate(0.95, 0.9, 0.97):.0%}", f"{Estimate(674.1, 243.2, 1850.0):.3g}"
+        ('95% [90%, 97%]', '674 [243, 1,850]')
     """
 
     point: float
@@ -36,7 +36,9 @@ class Estimate:
     high: float
 
     def __format__(self, spec: str) -> str:
-        point, low, high = (format(number, spec or ".3f") for number in (self.point, self.low, self.high))
+        texts = [format(number, spec or ".3f") for number in (self.point, self.low, self.high)]
+        numbers = zip(texts, (self.point, self.low, self.high), strict=True)
+        point, low, high = (f"{number:,.0f}" if "e+" in text else text for text, number in numbers)
         return f"{point} [{low}, {high}]"
 
     def __str__(self) -> str:
