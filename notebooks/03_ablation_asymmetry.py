@@ -42,7 +42,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from myst_nb import glue
-from staterank_utils import ablation, claims, load_model, load_tokenizer, plotting, results
+from staterank_utils import (
+    ablation,
+    claims,
+    load_model,
+    load_tokenizer,
+    plotting,
+    results,
+    strata,
+)
 from staterank_utils.evaluation import (
     arithmetic_task,
     copying_task,
@@ -198,21 +206,26 @@ doses = {
     for (name, study), task in product(studies.items(), TASKS)
 }
 
+
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank; dotted grey, in the full profile: random heads, with the range over draws. The lower curve shows which heads the task needs more.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}}
-figure, axes = plt.subplots(
-    len(MODELS),
-    len(TASKS),
-    figsize=(11, 3 * len(MODELS)),
-    sharey=True,
-    squeeze=False,
-    layout="constrained",
-)
-for ax, ((name, task), arms) in zip(axes.flat, doses.items(), strict=True):
-    shown = {label: x for label, x in arms.items() if RANK in label or "random" in label}
-    plotting.plot_doses(ax, (0, *studies[name].counts), shown)
-    ax.set_title(f"{name}: {task}", fontsize="small")
-axes[0, 0].set_ylabel("score")
-plotting.legend_above(figure, axes[0, 0])
+def draw_doses(doses):
+    figure, axes = plt.subplots(
+        len(MODELS),
+        len(TASKS),
+        figsize=(11, 3 * len(MODELS)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, ((name, task), arms) in zip(axes.flat, doses.items(), strict=True):
+        shown = {label: x for label, x in arms.items() if RANK in label or "random" in label}
+        plotting.plot_doses(ax, (0, *studies[name].counts), shown)
+        ax.set_title(f"{name}: {task}", fontsize="small")
+    axes[0, 0].set_ylabel("score")
+    plotting.legend_above(figure, axes[0, 0])
+
+
+draw_doses(doses)
 
 # %% tags=["remove-cell"]
 # The numbers behind a figure go with the stored result.
@@ -619,6 +632,16 @@ if results_folder:
     )
 FULL = {**PARAMETERS, "profile": "full", "n_prompts": 500, "n_draws": 32}
 Markdown(results.stored_beside("03_ablation_asymmetry", parameters=FULL, checkpoints=checkpoints))
+
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "As the first figure, from the stored run of the full profile: heads of the lowest rank removed (squares, dashed), of the highest (dots, solid), and random ones (dotted grey, mean and range over draws). Where two curves cross, no single dose speaks for the rule; where the grey band holds both, neither arm is special.", "name": "fig-doses-full"}, "image": {"alt": "Scores of the stored run falling with the number of heads removed, two arms and random draws a panel."}}
+stored = {}
+for name, task, label, _, score in results.stored_rows(
+    "03_ablation_asymmetry", "Doses", parameters=FULL, checkpoints=checkpoints
+):
+    arms_of = stored.setdefault((name, task), {})
+    arms_of.setdefault(label, []).append(strata.Estimate.parse(score))
+if stored:
+    draw_doses(stored)  # else the lines above say why that run is not shown
 
 # %% [markdown]
 # In answer to the three points at the top:

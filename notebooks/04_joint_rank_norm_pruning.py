@@ -69,7 +69,7 @@ from staterank_utils.evaluation import (
 from staterank_utils.models import make_cache
 from staterank_utils.pruning import cache_bytes, duplicated_bytes, removed_heads
 from staterank_utils.selection import measure_saturation
-from staterank_utils.strata import bootstrap, exactly
+from staterank_utils.strata import Estimate, bootstrap, exactly
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tasks import NATURAL_DOMAINS
 from transformers import AutoModelForCausalLM
@@ -113,7 +113,8 @@ TASKS = {
     "recall": recall_task(),
     "copying": copying_task(24, 48) if QUICK else copying_task(),
 }
-SHARES = (0.05, 0.125, SHARE) if QUICK else (0.05, 0.10, 0.125, 0.25, SHARE, 0.5)
+FULL_SHARES = (0.05, 0.10, 0.125, 0.25, SHARE, 0.5)
+SHARES = (0.05, 0.125, SHARE) if QUICK else FULL_SHARES
 CURVE_DRAWS = 2 if QUICK else 8
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 N_TEXTS, TEXT_TOKENS = (2, 128) if QUICK else (32, 1024)
@@ -376,29 +377,29 @@ BESIDE = ("joint", "fastest decay", "strongest writes", "least damage alone", *O
 
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Score over that of the intact model against the share of the state that is removed, one curve for each way to order heads by their state, one panel a model; the band is the 95 % interval of joint rank-norm pruning over prompts. Thick grey: the mean of random draws. A curve above it knows something of which heads can go; a curve below it chooses worse than chance.", "name": "fig-curve-state"}, "image": {"alt": "Falling curves of relative score against the share removed, one curve for each rule by state and its reverse, beside a thick grey line of random draws."}}
-def draw_curves(methods):
+def draw_curves(curves, shares, methods):
     for name, ax in plotting.model_panels(list(curves) or MODELS).items():
         ax.axhline(1, color="black", linewidth=1, linestyle=":")
         found = curves.get(name, {})
         if found:
             random = [estimate.point for estimate in found["random, mean"]]
             ax.plot(
-                [100 * share for share in SHARES],
+                [100 * share for share in shares],
                 random,
                 color="0.7",
                 linewidth=4,
                 zorder=0,
                 label="random, mean",
             )
-            plotting.plot_methods(ax, SHARES, {method: found[method] for method in methods})
+            plotting.plot_methods(ax, shares, {method: found[method] for method in methods})
         ax.set(title=name, ylabel="score / intact score", ylim=(-0.05, 1.1))
     plotting.legend_above(ax.figure, ax)
 
 
-draw_curves(BY_STATE)
+draw_curves(curves, SHARES, BY_STATE)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "As the figure before, for what knows more or shrinks the state from the other side. A curve that stays at 1 is free.", "name": "fig-curve"}, "image": {"alt": "Falling curves of relative score against the share removed: joint pruning, decay, write strength, least damage alone, key channels, both, beside a thick grey line of random draws."}}
-draw_curves(BESIDE)
+draw_curves(curves, SHARES, BESIDE)
 
 # %% tags=["remove-cell"]
 # The numbers behind a figure go with the stored result.
@@ -557,6 +558,18 @@ FULL = {**PARAMETERS, "profile": "full", "n_prompts": 500, "n_draws": 32}
 Markdown(
     results.stored_beside("04_joint_rank_norm_pruning", parameters=FULL, checkpoints=checkpoints)
 )
+
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "As the second curves above, from the stored run of the full profile: score over that of the intact model against the share of the state that is removed; thick grey, the mean of random draws. A curve at 1 is free; one under the thick grey line chooses worse than chance.", "name": "fig-curve-full"}, "image": {"alt": "Falling curves of relative score of the stored run, one a method, beside a thick grey line of random draws."}}
+stored = {}
+for name, method, *scores in results.stored_rows(
+    "04_joint_rank_norm_pruning",
+    "Score over intact, by share removed",
+    parameters=FULL,
+    checkpoints=checkpoints,
+):
+    stored.setdefault(name, {})[method] = [*map(Estimate.parse, scores)]
+if stored:
+    draw_curves(stored, FULL_SHARES, BESIDE)  # else the lines above say why that run is not shown
 
 # %% [markdown]
 # ## Prune your own

@@ -438,3 +438,17 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
     )
+
+
+def table_rows(table: str) -> list[tuple[str, ...]]:
+    """The rows of a table that `markdown_table` made, without its head.
+
+    Args:
+        table: the Markdown.
+
+    Example:
+        >>> table_rows(markdown_table(("model", "r"), [("hybrid", "12"), ("a|b", "3")]))
+        [('hybrid', '12'), ('a|b', '3')]
+    """
+    cells = (line[2:-2].split(" | ") for line in table.splitlines()[2:])
+    return [tuple(cell.replace("\\|", "|") for cell in row) for row in cells]

@@ -54,6 +54,10 @@ class Prepared(NamedTuple):
         wide, scale: as `scaled` makes them.
         gram: wide^T wide.
         largest: its largest eigenvalue, as `largest_eigenvalue` finds it.
+
+    Example:
+        >>> prepare(torch.eye(2)[None]).largest.tolist()
+        [1.0]
     """
 
     wide: Float[Tensor, "n rows d"]

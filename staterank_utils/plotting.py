@@ -472,7 +472,9 @@ def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequen
                 linewidth=0,
             )
     ax.set(xlabel="share of the state removed, %")
-    ax.set_xticks([100 * share for share in shares], [f"{100 * share:.3g}" for share in shares], fontsize="small")
+    ax.set_xticks(
+        [100 * share for share in shares], [f"{100 * share:.3g}" for share in shares], fontsize="small", rotation=45
+    )
 
 
 def plot_arms(ax: Axes, scores: Mapping[str, Estimate], *, draws: Sequence[float], intact: float) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from staterank_utils.claims import markdown_table, verdict_table
+from staterank_utils.claims import markdown_table, table_rows, verdict_table
 from staterank_utils.models import CHECKPOINTS, EMBEDDED
 from staterank_utils.strata import Estimate
 
@@ -345,6 +345,30 @@ def stored_beside(notebook: str, *, parameters: Mapping[str, Any], checkpoints: 
         inside = "\n\n".join(f"*{title}*\n\n{table}" for title, table in tables.items())
         parts.append(f"::::{{dropdown}} The tables of that run\n{inside}\n::::")
     return "\n\n".join(parts)
+
+
+def stored_rows(
+    notebook: str, title: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()
+) -> list[tuple[str, ...]]:
+    """The rows of a table of the stored full-profile run, to draw them; none where `stored_beside` says why that is not shown.
+
+    Args:
+        notebook, parameters, checkpoints: as in `stored_beside`.
+        title: of the table.
+
+    Raises:
+        KeyError: the run has no table of that title.
+
+    Example:
+        >>> stored_rows("09_nothing_yet", "Doses", parameters={})
+        []
+    """
+    path = STORED / "full" / f"{notebook}.json"
+    try:
+        data = read_result(path, parameters=parameters, checkpoints=checkpoints)
+    except (FileNotFoundError, ValueError):
+        return []
+    return table_rows(data["tables"][title])
 
 
 def check_parameters(namespace: dict[str, Any], *, known: Sequence[str]) -> None:

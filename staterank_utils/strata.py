@@ -4,6 +4,7 @@ Statistics here take NumPy arrays (or anything that NumPy reads) over heads. `bo
 drawing the prompts anew, because prompts are what a measurement could have drawn differently.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,25 @@ class Estimate:
 
     def __str__(self) -> str:
         return format(self)
+
+    @classmethod
+    def parse(cls, text: str) -> "Estimate":
+        """The numbers of a text that `str` made, as precise as it shows them.
+
+        Args:
+            text: a point and, in brackets, two ends.
+
+        Raises:
+            ValueError: another text.
+
+        Example:
+            >>> Estimate.parse("0.950 [0.900, 0.970]")
+            Estimate(point=0.95, low=0.9, high=0.97)
+        """
+        found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", text)
+        if found is None:
+            raise ValueError(f"expected a point and two ends such as '0.950 [0.900, 0.970]', got {text!r}")
+        return cls(*(float(number.replace(",", "")) for number in found.groups()))
 
 
 def bootstrap(
