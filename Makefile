@@ -53,11 +53,8 @@ check: .venv/installed ## lint, format, types, notebook pairs
 notebooks: .venv/installed ## write the .ipynb of every notebooks/*.py
 	$(BIN)/python -m book.pairs
 
-bench: .venv/installed ## time tracing, spectra, ablating and pruning against what one would do otherwise
-	$(BIN)/python -m benchmarks.trace
-	$(BIN)/python -m benchmarks.spectra
-	$(BIN)/python -m benchmarks.ablate
-	$(BIN)/python -m benchmarks.prune
+bench: .venv/installed ## time tracing, spectra, ablating and pruning against what one would do otherwise (STORE=1 keeps the tables)
+	$(BIN)/python -m benchmarks $(if $(STORE),--store)
 
 full: .venv/installed ## run the notebooks with the full profile (ONLY="NAME ..." some of them) and store their results
 	$(BIN)/python -m book.assemble --stage _build/full --profile full $(if $(ONLY),--only $(ONLY))

@@ -5,23 +5,23 @@
 Each way is run in turn, several times, in one process; ratios are medians of the ratios within a round. Decoding continues
 prompts of equal length by a fixed number of tokens, once alone and once 32 side by side. Ten forwards are ablated by one block, as
 prompts of a task are; entering it is part of the time. "checked" is what `evaluate` does where the
-model gives the expected answer: one forward over prompt and answer. `--store` keeps the table for the book.
+model gives the expected answer: one forward over prompt and answer. The limit is the time of the products with the weights, at the rate of a
+large product, or of a step's bytes, at the rate of reading a long vector, whichever is longer. `--store` keeps the table for the book.
 """
 
-import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from benchmarks.timing import over_first, rounds, store
+from benchmarks.limits import bytes_per_second, operations_a_token, operations_per_second, step_bytes
+from benchmarks.timing import options, over_first, rounds, store
 from staterank_utils import domain_prompts, load_model, load_tokenizer
 from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
 from staterank_utils.models import make_cache
 from staterank_utils.surgery import ablate_heads, all_heads, softmax_heads
-from training.fast_forward import limit_autotuning
 
 FORWARD_TOKENS, FORWARDS = 1024, 10
 PROMPT_TOKENS = 64
@@ -30,24 +30,19 @@ BATCHES = (1, 32)
 GOAL = "an ablated forward takes at most 1.02 plain ones; ours decodes no slower than generate"
 
 
-def rows_of(seconds: dict[str, list[float]], tokens: int) -> list[tuple[str, ...]]:
-    """One row a way: median milliseconds, tokens a second, median ratio to the first way."""
+def rows_of(seconds: dict[str, list[float]], tokens: int, limit: float) -> list[tuple[str, ...]]:
+    """One row a way: median milliseconds, tokens a second, median ratio to the first way, and the tokens a second of a limit in seconds."""
     ratios = over_first(seconds)
     rows: list[tuple[str, ...]] = []
     for name, values in seconds.items():
         median = statistics.median(values)
-        rows.append((name, f"{1000 * median:.0f}", f"{tokens / median:,.0f}", f"{ratios[name]:.3f}"))
+        of_limit = "–" if "checked" in name else f"{tokens / limit:,.0f}"
+        rows.append((name, f"{1000 * median:.0f}", f"{tokens / median:,.0f}", f"{ratios[name]:.3f}", of_limit))
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="hybrid")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--store", action="store_true")
-    arguments = parser.parse_args()
-    if torch.cuda.is_available():
-        limit_autotuning()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = options(__doc__, argv, repeats=15)
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     prompts = domain_prompts("prose", tokenizer, n_prompts=max(BATCHES), n_tokens=FORWARD_TOKENS, seed=0)
     half = all_heads(model)[::2]
@@ -62,9 +57,12 @@ def main() -> None:
         with ablate_heads(model, half):
             forward()
 
+    a_token = operations_a_token(model) / operations_per_second(model.device, model.dtype)
+    a_byte = 1 / bytes_per_second(model.device)
     rows = rows_of(
         rounds({"plain forwards": forward, "half of the heads ablated": ablated}, arguments.repeats),
         FORWARDS * FORWARD_TOKENS,
+        FORWARDS * FORWARD_TOKENS * a_token,
     )
     for batch in BATCHES:
         ids = prompts[:batch, :PROMPT_TOKENS].to(model.device)
@@ -84,12 +82,14 @@ def main() -> None:
             f"ours, batch {batch}": ours,
             f"ours, checked, batch {batch}": partial(ours, drafts=ours()),
         }
-        rows += rows_of(rounds(ways, max(1, arguments.repeats // 3)), batch * NEW_TOKENS)
+        limit = NEW_TOKENS * max(batch * a_token, a_byte * step_bytes(model, ids))
+        rows += rows_of(rounds(ways, max(1, arguments.repeats // 3)), batch * NEW_TOKENS, limit)
     head = (
         f"{FORWARDS} forwards of {FORWARD_TOKENS:,} tokens; {PROMPT_TOKENS} + {NEW_TOKENS} tokens decoded",
         "ms, median",
         "tokens/s",
         "over the first of its group",
+        "limit, tokens/s",
     )
     table = markdown_table(head, rows)
     print(f"{table}\n\ngoal: {GOAL}")

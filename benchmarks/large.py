@@ -9,13 +9,13 @@ configuration, which is its class's own default. `--store` keeps the tables for 
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from benchmarks.prune import read
+from benchmarks.limits import read
 from benchmarks.timing import store
 from staterank_utils import prune_heads, select_heads, trace_states
 from staterank_utils.claims import markdown_table
@@ -132,10 +132,10 @@ def table_of(rows: dict[str, dict[str, str]]) -> str:
     return markdown_table(head, [(name, *row.values()) for name, row in rows.items()])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("layers of this width need a CUDA GPU, and this machine has none")
     limit_autotuning()

@@ -6,26 +6,23 @@
 timed for all variants in turn, in one process; ratios of times are medians of the ratios within a round, so under 1 is
 faster. The floor is what decoding could come down to if memory traffic were all: bytes of weights, read once a step, and of states
 and convolution inputs, read and written once a step for each prompt, and of keys and values, read; over those of the whole model.
-On a GPU every Triton kernel keeps one configuration: each number of heads would be tuned anew, for minutes. `--store` keeps the table
-for the book.
+`--store` keeps the table for the book.
 """
 
-import argparse
 import statistics
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.timing import over_first, rounds, store
+from benchmarks.limits import read, step_bytes
+from benchmarks.timing import options, over_first, rounds, store
 from staterank_utils import domain_prompts, load_model, load_tokenizer, prune_heads, select_heads
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
-from staterank_utils.models import make_cache
-from staterank_utils.pruning import cache_bytes
 from staterank_utils.selection import PAPER_SHARE, measure_saturation
-from training.fast_forward import limit_autotuning
 
 READ_TOKENS = 256
 PROMPT_TOKENS = 16
@@ -33,23 +30,9 @@ NEW_TOKENS = {"cpu": 32, "cuda": 256}  # on a GPU, enough that recording the gra
 GOAL = "decoding without 38.9 % of the heads is faster at a large batch on a GPU"
 
 
-@torch.inference_mode()
-def read(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, int]:
-    cache = make_cache(model)
-    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return cache_bytes(cache)
-
-
 def decode(model: PreTrainedModel, ids: torch.Tensor) -> None:
     n_new = NEW_TOKENS[model.device.type]
     generate_greedily(model, ids[:, :PROMPT_TOKENS].tolist(), max_new_tokens=[n_new] * len(ids))
-
-
-def step_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:
-    """Bytes that one decoding step must move, for prompts as long as those that are decoded here become."""
-    held = read(model, ids[:, : PROMPT_TOKENS + NEW_TOKENS[model.device.type] // 2])
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return weights + 2 * held["recurrent"] + 2 * held["convolution"] + held["softmax"]
 
 
 def variants(model: PreTrainedModel, prompts: torch.Tensor) -> dict[str, PreTrainedModel]:
@@ -61,14 +44,8 @@ def variants(model: PreTrainedModel, prompts: torch.Tensor) -> dict[str, PreTrai
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="hybrid")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--store", action="store_true")
-    arguments = parser.parse_args()
-    if torch.cuda.is_available():
-        limit_autotuning()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = options(__doc__, argv, repeats=5)
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     smaller = variants(model, domain_prompts("code", tokenizer, n_prompts=4, n_tokens=512, seed=1000))
     batches = (1, 8, 64, 512) if model.device.type == "cuda" else (1, 8, 64)
@@ -81,14 +58,15 @@ def main() -> None:
             for what, way in (("read", read), ("decode", decode))
         }
         ratios = {what: over_first(seconds) for what, seconds in times.items()}
-        whole = step_bytes(model, ids)
+        halfway = ids[:, : PROMPT_TOKENS + NEW_TOKENS[model.device.type] // 2]
+        whole = step_bytes(model, halfway)
         for name, each in smaller.items():
             speed = {
                 what: batch * n / statistics.median(times[what][name])
                 for what, n in (("read", READ_TOKENS), ("decode", NEW_TOKENS[model.device.type]))
             }
             numbers = [text for what in times for text in (f"{speed[what]:,.0f}", f"{ratios[what][name]:.2f}")]
-            rows.append((str(batch), name, *numbers, f"{step_bytes(each, ids) / whole:.2f}"))
+            rows.append((str(batch), name, *numbers, f"{step_bytes(each, halfway) / whole:.2f}"))
     head = ("batch", "model", "read, tokens/s", "time over whole", "decoded, tokens/s", "time over whole", "floor")
     table = markdown_table(head, rows)
     print(f"{table}\n\ngoal: {GOAL}")

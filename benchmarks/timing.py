@@ -1,14 +1,30 @@
 """Times of several ways to do one thing, taken in turn in one process, and where they are stored."""
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from staterank_utils.results import STORED, provenance, write_json
+from training.fast_forward import limit_autotuning
+
+
+def options(description: str | None, arguments: Sequence[str] | None, *, repeats: int) -> argparse.Namespace:
+    """What a benchmark is told: a model, how often, and whether to store the table.
+
+    On a GPU every Triton kernel keeps one configuration, since each new shape would be tuned anew, for minutes.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="hybrid")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--store", action="store_true", help="keep the table for the book")
+    if torch.cuda.is_available():
+        limit_autotuning()
+    return parser.parse_args(arguments)
 
 
 def rounds(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -4,35 +4,29 @@
 
 Each way is run in turn, several times, in one process; the table gives medians and ratios of medians. The naive way is what one
 writes first: a forward from the start for every position, an SVD for every head. On a GPU the ranks at every one of the 2,048 positions are
-taken as well. `--store` keeps the table for the book.
+taken as well. The limit is the time of the products with the weights of one forward, at the rate that a large product of their dtype
+reaches in the same process. `--store` keeps the table for the book.
 """
 
-import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.timing import rounds, store
+from benchmarks.limits import operations_a_token, operations_per_second
+from benchmarks.timing import options, rounds, store
 from staterank_utils import domain_prompts, effective_rank, load_model, load_tokenizer, trace_states
 from staterank_utils.claims import markdown_table
 from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache
 from staterank_utils.spectra import rank_and_norm
-from training.fast_forward import limit_autotuning
 
 POSITIONS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 GOAL = "12 positions with rank and norm in at most 1.15 forwards on a CPU, 1.1 on a GPU; the rank at every position in at most 3 on a GPU"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="hybrid")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--store", action="store_true")
-    arguments = parser.parse_args()
-    if torch.cuda.is_available():
-        limit_autotuning()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = options(__doc__, argv, repeats=15)
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     prompt = domain_prompts("prose", tokenizer, n_prompts=1, n_tokens=POSITIONS[-1], seed=0)
     layers = [index for index, _, _ in linear_layers(model)]
@@ -65,17 +59,21 @@ def main() -> None:
     seconds = rounds(ways, arguments.repeats)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     plain = medians["one plain forward"]
+    rate = operations_per_second(model.device, model.dtype)
+    limit = POSITIONS[-1] * operations_a_token(model) / rate
     rows = [
         (
             name,
             f"{1000 * m:.0f}",
             f"{m / plain:.2f}",
             f"{1000 * min(seconds[name]):.0f} to {1000 * max(seconds[name]):.0f}",
+            f"{1000 * limit:.1f}" if "every" not in name and "naive" not in name else "–",
         )
         for name, m in medians.items()
     ]
     table = markdown_table(
-        (f"{POSITIONS[-1]:,} tokens, model {arguments.model}", "ms, median", "over one forward", "range"), rows
+        (f"{POSITIONS[-1]:,} tokens, model {arguments.model}", "ms, median", "over one forward", "range", "limit, ms"),
+        rows,
     )
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:

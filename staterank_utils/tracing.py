@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import recurrence
+from staterank_utils.budget import budget, machine_memory
 from staterank_utils.kernels import serves_kernel
 from staterank_utils.layouts import Layout, linear_layers, modeling_module
 from staterank_utils.models import make_cache, output_logits, read_tokens
@@ -65,7 +66,7 @@ def trace_states(
     input_ids: Int[Tensor, "batch token"],
     *,
     positions: Sequence[int],
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    reduce: "Callable[[Tensor], Tensor] | Reducer | None" = None,
     logits: bool = False,
     batch_size: int | None = None,
 ) -> StateTrace:
@@ -83,7 +84,8 @@ def trace_states(
         input_ids: prompts of equal length, int64 or int32, on any device.
         positions: numbers of tokens t after which to look, increasing, in 1..token.
         reduce: applied at once to a layer's states (batch, position, head, d_k, d_v), a few positions at a time, so that no
-            state is kept: `singular_values`, `effective_rank`, ... The memory needed is then the model's and one snapshot.
+            state is kept: `singular_values`, `effective_rank`, ... The memory needed is then the model's and one snapshot. To keep
+            more states than memory holds, `streaming.stream_states`.
         logits: also keep the logits after each position.
         batch_size: prompts read side by side; by default one on a CPU, where a larger batch falls out of the cache and is
             slower, and all on a GPU.
@@ -95,6 +97,7 @@ def trace_states(
         TypeError: ids that are not a tensor, or not of an integer dtype that a model reads.
         ValueError: no tokens, an id outside the vocabulary, positions that are out of order or beyond the prompt, a batch
             size under 1, a model that `linear_layers` refuses, or one whose layers were pruned to different numbers of heads.
+        MemoryError: states that would be kept take more than the machine has.
         torch.OutOfMemoryError: with what to lower.
 
     Example:
@@ -113,6 +116,12 @@ def trace_states(
         raise ValueError(
             f"a trace has one axis of heads for all layers, and these have different numbers of them: {counts}. "
             "Trace the model before it is pruned, with the heads ablated"
+        )
+    needed, memory = budget(model, input_ids, positions=positions), machine_memory()
+    if reduce is None and memory is not None and needed.total > memory:
+        raise MemoryError(
+            f"{needed}, and this machine has {memory / 1e9:.2f} GB of memory: reduce states at once (reduce=...), or keep them on disk "
+            "(streaming.stream_states)"
         )
     if batch_size is None:
         batch_size = 1 if model.device.type == "cpu" else len(input_ids)
@@ -150,7 +159,7 @@ def _trace_batch(
     layers: list[tuple[int, nn.Module, Layout]],
     input_ids: Tensor,
     positions: Sequence[int],
-    reduce: Callable[[Tensor], Tensor] | None,
+    reduce: "Callable[[Tensor], Tensor] | Reducer | None",
     logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values (layer, batch, position, head, ...), mean gates (layer, gate, batch, head) and logits of one batch."""
@@ -160,8 +169,8 @@ def _trace_batch(
     outputs: list[Tensor] = []
     with ExitStack() as stack:
         sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
-        reducer = _Reducer(reduce)
-        taps = [_StateTap(*layer, reducer=reducer, n_held=len(layers)) for layer in layers]
+        reducer = reduce if isinstance(reduce, Reducer) else Reducer(reduce, n_held=len(layers))
+        taps = [_StateTap(*layer, reducer=reducer) for layer in layers]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
         for start, stop in itertools.pairwise(_borders(positions, layers)):
@@ -238,8 +247,7 @@ class _StateTap:
     """Keeps what is made of a layer's states at the positions set, as the layer reads a segment through `scan`.
 
     Kernels that can tell the states on the way are called once a segment, others in pieces that end at the positions; all else in
-    the layer sees the whole segment. On a CPU states are handed on `n_held` positions at a time: with as many as there are layers, that is
-    the memory of one moment of them all.
+    the layer sees the whole segment.
     """
 
     def __init__(
@@ -248,10 +256,9 @@ class _StateTap:
         layer: nn.Module,
         layout: Layout,
         *,
-        reducer: "_Reducer",
-        n_held: int,
+        reducer: "Reducer",
     ):
-        self.index, self.layer, self.layout, self.reducer, self.n_held = index, layer, layout, reducer, n_held
+        self.index, self.layer, self.layout, self.reducer = index, layer, layout, reducer
         self.positions: list[int] = []
         self.kept: list[Tensor] = []
         self._n_held_now = self._n_left = 0
@@ -300,7 +307,7 @@ class _StateTap:
     def _hold(self, state: Float[Tensor, "batch head d_k d_v"]) -> None:
         """The state at the next position; kept when as many are at hand as may be, or none is left to come."""
         if not self._n_held_now:
-            self._held = state.new_empty(len(state), min(self.n_held, self._n_left), *state.shape[1:])
+            self._held = state.new_empty(len(state), min(self.reducer.n_held, self._n_left), *state.shape[1:])
         self._held[:, self._n_held_now] = state
         self._n_held_now, self._n_left = self._n_held_now + 1, self._n_left - 1
         if self._n_held_now == self._held.shape[1]:
@@ -320,24 +327,35 @@ class _StateTap:
                 f"layer {self.index} keeps its states in {states.dtype}, whose rounding would drown small singular values: "
                 "load the model with dtype=torch.float32"
             )
-        self.reducer.add(self.kept, states)
+        self.reducer.add(self.index, self.kept, states)
 
 
-class _Reducer:
+class Reducer:
     """Makes of states what a trace keeps: at once on a CPU; on a GPU, where a call makes it wait, for all layers together.
+
+    Args:
+        reduce: as `trace_states` takes it; None keeps the states.
+        n_held: positions of a layer that are handed on together on a CPU: with as many as there are layers, that is the memory of one moment of
+            them all.
 
     Attributes:
         n_bytes: of states that may wait on a GPU.
+
+    Example:
+        >>> kept = []
+        >>> Reducer(lambda states: states.sum((-2, -1)), n_held=1).add(0, kept, torch.ones(1, 2, 3, 4, 4))
+        >>> kept[0].shape
+        torch.Size([1, 2, 3])
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] | None):
-        self.reduce = reduce
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None, *, n_held: int):
+        self.reduce, self.n_held = reduce, n_held
         free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
         self.n_bytes = min(MOST_WAITING, free // 8)
         self._waiting: list[tuple[list[Tensor], Tensor]] = []
 
-    def add(self, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
-        """Append to `kept` what is made of the states, now or when `flush` is called."""
+    def add(self, layer: int, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
+        """Append to `kept` what is made of the states of a layer, now or when `flush` is called."""
         if not states.is_cuda:
             kept.append(self._make(states))
             return

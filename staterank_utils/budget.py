@@ -1,0 +1,69 @@
+"""What a trace takes, computed before it is run."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from staterank_utils.layouts import linear_layers
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a trace will read, and keep if nothing is reduced.
+
+    Attributes:
+        n_prompts, n_tokens: how many prompts, and tokens of each, up to the last position.
+        moment: bytes of all states of one prompt at one position, float32.
+        total: bytes of all states at all positions of all prompts.
+
+    Example:
+        >>> print(Budget(n_prompts=4, n_tokens=2048, moment=75_497_472, total=301_989_888))
+        4 x 2,048 = 8,192 tokens to read; states: 75.5 MB at one position of one prompt, 0.30 GB in all
+    """
+
+    n_prompts: int
+    n_tokens: int
+    moment: int
+    total: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_prompts} x {self.n_tokens:,} = {self.n_prompts * self.n_tokens:,} tokens to read; states: "
+            f"{self.moment / 1e6:.1f} MB at one position of one prompt, {self.total / 1e9:.2f} GB in all"
+        )
+
+
+def budget(model: PreTrainedModel, input_ids: Int[Tensor, "batch token"], *, positions: Sequence[int]) -> Budget:
+    """What `trace_states` would read, and keep if nothing is reduced; nothing is run.
+
+    Args:
+        model, input_ids, positions: as there.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> budget(load_model("hybrid"), torch.ones(2, 64, dtype=torch.long), positions=[1, 64]).moment
+        786432
+    """
+    moment = sum(
+        4 * layout.n_heads(layer) * layout.d_k(layer) * layout.d_v(layer) for _, layer, layout in linear_layers(model)
+    )
+    n_prompts = len(input_ids)
+    return Budget(n_prompts, max(positions), moment, n_prompts * len(positions) * moment)
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory that this machine has, or None where the system does not say.
+
+    Example:
+        >>> (machine_memory() or 2**30) >= 2**28
+        True
+    """
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
