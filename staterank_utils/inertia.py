@@ -8,8 +8,9 @@ LAPACK, so that tests can compare.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,8 @@ def positive_eigenvalues(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
     return alone.sum(-1) + (~single).sum(-1) // 2
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True)
+class Prepared:
     """What all measures of states begin with.
 
     Attributes:
@@ -171,7 +173,8 @@ def stable_ranks(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
         >>> stable_ranks(torch.eye(3)[None]).tolist()
         [3.0]
     """
-    _, _, matrices, largest = prepare(states)
+    prepared = prepare(states)
+    matrices, largest = prepared.gram, prepared.largest
     return torch.where(largest > 0, matrices.diagonal(dim1=-2, dim2=-1).sum(-1) / largest.clamp_min(TINY), 0.0)
 
 
@@ -196,12 +199,12 @@ def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
 
 
 def _nuclear_norms(prepared: Prepared) -> Float[Tensor, " n"]:
-    wide, scale, _, largest = prepared
-    factor = wide / ((1 + EDGE) * largest.sqrt()).clamp_min(TINY)[:, None, None]
+    wide = prepared.wide
+    factor = wide / ((1 + EDGE) * prepared.largest.sqrt()).clamp_min(TINY)[:, None, None]
     for a, b, c in quintics(NORM_ERROR / (2 * wide.shape[-1]), NORM_ERROR / 4):
         square = factor.mT @ factor
         factor = torch.baddbmm(factor, factor, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
-    return (factor * wide).sum((-2, -1)) * scale
+    return (factor * wide).sum((-2, -1)) * prepared.scale
 
 
 def ranks_and_norms(states: Float[Tensor, "n d_k d_v"], *, rel_tol: float) -> Float[Tensor, "n 2"]:

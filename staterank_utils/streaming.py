@@ -146,7 +146,9 @@ def stream_states(
         target = _of_prompt(folder, i)
         shutil.rmtree(target, ignore_errors=True)  # what a broken run left of this prompt
         target.mkdir()
-        trace = trace_states(model, input_ids[i : i + 1], positions=positions, reduce=_ToDisk(target, needed.moment))
+        to_disk = _ToDisk(target)
+        trace = trace_states(model, input_ids[i : i + 1], positions=positions, reduce=to_disk)
+        to_disk.finish()
         _save({"log_decay": trace.log_decay, "write_strength": trace.write_strength}, target / GATES)
     return stored
 
@@ -154,19 +156,31 @@ def stream_states(
 class _ToDisk(Reducer):
     """Writes the states of one prompt, and keeps nothing of them."""
 
-    def __init__(self, folder: Path, moment: int):
-        self.folder, self.n_bytes = folder, FILE_BYTES
-        self.n_held = max(1, FILE_BYTES // moment)
+    def __init__(self, folder: Path):
+        self.folder, self.n_bytes, self.n_held = folder, FILE_BYTES, 1
+        self._held: dict[int, list[Tensor]] = {}
         self._n_written: dict[int, int] = {}
 
     def add(self, layer: int, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
-        first = self._n_written.get(layer, 0)
-        self._n_written[layer] = first + states.shape[1]
-        _save({"states": states[0].float().cpu()}, self.folder / f"layer{layer:03d}_{first:08d}.safetensors")
+        held = self._held.setdefault(layer, [])
+        held.append(states[0].float().cpu())
         kept.append(torch.empty(states.shape[:2]))
+        if sum(part.nbytes for part in held) >= FILE_BYTES:
+            self._write(layer)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Files fill beyond the end of a segment."""
+
+    def finish(self) -> None:
+        """Write what is left."""
+        for layer in list(self._held):
+            self._write(layer)
+
+    def _write(self, layer: int) -> None:
+        states = torch.cat(self._held.pop(layer))
+        first = self._n_written.get(layer, 0)
+        self._n_written[layer] = first + len(states)
+        _save({"states": states}, self.folder / f"layer{layer:03d}_{first:08d}.safetensors")
 
 
 def _of_prompt(folder: Path, prompt: int) -> Path:

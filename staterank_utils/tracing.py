@@ -75,7 +75,8 @@ def trace_states(
     A prompt is read once, in segments of 2,048 tokens through the model's cache. Inside a segment only the kernels of the
     linear-attention layers stop at the positions, or tell the states on the way where they can. That is
     the same computation as one full pass, up to the order of float32 sums. Where a layout names no such kernel, the segments
-    themselves end at the positions.
+    themselves end at the positions. On a GPU the states of a delta rule between two segments are made beside the kernel,
+    from what it is given (`recurrence`): in float32, where the kernel rounds some products to the dtype of its inputs.
 
     Source: S(t) as in arXiv:2602.02195; which states a layer keeps, `staterank_utils.layouts`.
 

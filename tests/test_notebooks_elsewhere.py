@@ -1,0 +1,32 @@
+"""Every notebook on models that it was not written on: changed by one parameter, run to its end."""
+
+from pathlib import Path
+
+import pytest
+import tiny_delta
+import tiny_ssd
+import torch
+
+from book.assemble import execute
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODELS = {"kimi_linear": tiny_delta.MODELS["kimi_linear"], "mamba2": tiny_ssd.MODELS["mamba2"]}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of another architecture under the tokenizer of the embedded ones."""
+    torch.manual_seed(0)
+    model, target = MODELS[request.param](), tmp_path_factory.mktemp(request.param)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_runs_on_another_architecture(notebook: Path, folder: Path, tmp_path: Path) -> None:
+    small = {"n_prompts": 2} | ({"n_draws": 2} if notebook.stem[:2] in ("03", "04") else {"n_tokens": 256})
+    execute(notebook, tmp_path / "out.ipynb", {"model": str(folder), "results_folder": str(tmp_path), **small})
+    assert (tmp_path / f"{notebook.stem}.json").exists()
