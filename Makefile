@@ -9,12 +9,12 @@ PROFILE ?= quick
 MINUTES ?= 25
 TRAINED := _build/training
 TRAIN = $(BIN)/python -m training.train --corpus $(TRAINED)/corpus --tokenizer checkpoints/hybrid --bounded --minutes $(MINUTES)
-BEYOND := tests/test_sweep.py tests/test_harness.py
+BEYOND := tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
 CORES ?= 2
 
-.PHONY: help book test test-architectures test-gpu conformance check notebooks bench full figure sweep train clean
+.PHONY: help book test test-architectures test-gpu conformance check notebooks bench full quick figure sweep train clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,6 +59,9 @@ bench: .venv/installed ## time tracing, spectra, ablating and pruning against wh
 full: .venv/installed ## run the notebooks with the full profile (ONLY="NAME ..." some of them) and store their results
 	$(BIN)/python -m book.assemble --stage _build/full --profile full $(if $(ONLY),--only $(ONLY))
 	mkdir -p results/full && cp _build/full/results/[0-9]*.json results/full/
+
+quick: book ## build the book and store what its quick runs gave, which tests hold later builds to
+	mkdir -p results/quick && cp $(STAGE)/results/[0-9]*.json results/quick/
 
 figure: .venv/installed ## store the figure of the README, from a quick run of the first notebook
 	$(BIN)/python -m book.assemble --stage _build/figure --only 01_stratification --figure book/ranks.png

@@ -609,7 +609,10 @@ states = {"before": reads(mine, 64), "after": reads(again.to(mine.device), 64)}
 # ```
 
 # %% tags=["hide-input"]
-glue("answer C5", claims.by_model(verdicts, "C5"), display=False)
+full_verdicts = results.stored_verdicts(
+    "04_joint_rank_norm_pruning", parameters=FULL, checkpoints=checkpoints
+)
+glue("answer C5", claims.beside_stored(verdicts, full_verdicts, "C5"), display=False)
 shares = [len(heads_at(saturation[name])) / len(study.heads) for name, study in studies.items()]
 glue(
     "freed",

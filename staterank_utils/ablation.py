@@ -183,14 +183,8 @@ class Ablation:
         The paper's share, 38.9 %, where one of the ends keeps half of the intact score there; else the largest registered
         share below it at which one does; else the smallest.
         """
-        half = self.score(task).mean() / 2
-        enough = [
-            n
-            for n in self.counts
-            if n <= self.count(PAPER_SHARE)
-            and max(self.score(task, self.arm(e, n)).mean() for e in (LOW, HIGH)) >= half
-        ]
-        return max(enough, default=self.counts[0])
+        best = {n: max(float(self.score(task, self.arm(end, n)).mean()) for end in (LOW, HIGH)) for n in self.counts}
+        return judged_dose(best, float(self.score(task).mean()), self.count(PAPER_SHARE))
 
     def breaking_count(self, task: Task, *, n_prompts: int) -> int:
         """The smallest registered number of heads at which one of the two ends loses half of the intact score; else the largest.
@@ -360,6 +354,21 @@ class Ablation:
         with ablate_heads(self.model, heads) if heads else nullcontext():
             texts = [self.prompts(domain, self.n_graded, n_tokens, seed=2) for domain in domains]
             return [bootstrap(perplexity, text_nats(self.model, text)) for text in texts]
+
+
+def judged_dose(best: Mapping[int, float], intact: float, limit: int) -> int:
+    """The largest number of heads up to a limit at which the better of some arms keeps half of the intact score; the smallest where none does.
+
+    Args:
+        best: number of heads -> the score of the better arm, in increasing order.
+        intact: score with all heads.
+        limit: the largest number that is looked at.
+
+    Example:
+        >>> judged_dose({1: 1.0, 5: 0.6, 19: 0.1}, 1.0, 19), judged_dose({1: 0.2, 5: 0.1}, 1.0, 19)
+        (5, 1)
+    """
+    return max((n for n, score in best.items() if n <= limit and score >= intact / 2), default=min(best))
 
 
 def perplexity(nats: NDArray[np.float64]) -> float:

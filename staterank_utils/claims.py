@@ -334,6 +334,22 @@ def by_model(rows: Iterable[Mapping[str, Any]], key: str) -> str:
     return "; ".join(f"{row['verdict']} ({row['model']})" for row in rows if row["claim"] == key)
 
 
+def beside_stored(rows: Iterable[Mapping[str, Any]], stored: Iterable[Mapping[str, Any]], key: str) -> str:
+    """`by_model` of a run, and of the stored full-profile run where there is one.
+
+    Args:
+        rows, stored: as in `by_model`.
+        key: of the claim.
+
+    Example:
+        >>> row = judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)})
+        >>> beside_stored([row], [], "C2"), beside_stored([row], [row], "C2")
+        ('holds (hybrid) in this run', 'holds (hybrid) in this run, and holds (hybrid) in the stored full one')
+    """
+    here, there = f"{by_model(rows, key)} in this run", by_model(stored, key)
+    return f"{here}, and {there} in the stored full one" if there else here
+
+
 def registered_table() -> str:
     """The registered claims as a Markdown table.
 

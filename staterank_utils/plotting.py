@@ -533,7 +533,7 @@ def plot_parts(
     ax.set_yscale("symlog", linthresh=0.01)
     ax.set(xlabel="layer", ylabel="added loss, nats")
     ax.set_xticks(sorted({*linear, *softmax}))
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.08), ncols=3)
 
 
 def plot_rank_used(ax: Axes, curves: Mapping[str, Mapping[str, Estimate]]) -> None:

@@ -233,6 +233,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _commit() -> str:
+    """The commit that runs, marked where files differ from it; results do not count, they change nothing that is measured."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
@@ -241,7 +242,9 @@ def _commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -347,6 +350,19 @@ def stored_beside(notebook: str, *, parameters: Mapping[str, Any], checkpoints: 
     return "\n\n".join(parts)
 
 
+def stored_verdicts(notebook: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> list[Any]:
+    """The verdicts of the stored full-profile run; none where `stored_beside` says why that is not shown.
+
+    Args:
+        notebook, parameters, checkpoints: as in `stored_beside`.
+
+    Example:
+        >>> stored_verdicts("09_nothing_yet", parameters={})
+        []
+    """
+    return list(_stored(notebook, parameters, checkpoints).get("rows", []))
+
+
 def stored_rows(
     notebook: str, title: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()
 ) -> list[tuple[str, ...]]:
@@ -363,12 +379,16 @@ def stored_rows(
         >>> stored_rows("09_nothing_yet", "Doses", parameters={})
         []
     """
-    path = STORED / "full" / f"{notebook}.json"
+    data = _stored(notebook, parameters, checkpoints)
+    return table_rows(data["tables"][title]) if data else []
+
+
+def _stored(notebook: str, parameters: Mapping[str, Any], checkpoints: Sequence[Path]) -> dict[str, Any]:
+    """The stored full-profile run, empty where there is none or it is of something else."""
     try:
-        data = read_result(path, parameters=parameters, checkpoints=checkpoints)
+        return read_result(STORED / "full" / f"{notebook}.json", parameters=parameters, checkpoints=checkpoints)
     except (FileNotFoundError, ValueError):
-        return []
-    return table_rows(data["tables"][title])
+        return {}
 
 
 def check_parameters(namespace: dict[str, Any], *, known: Sequence[str]) -> None:
