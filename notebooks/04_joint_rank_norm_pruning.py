@@ -57,7 +57,7 @@ from staterank_utils import (
     saturation_scores,
     select_heads,
 )
-from staterank_utils.channels import keep_channels, order_channels
+from staterank_utils.channels import keep_channels, order_channels, why_not
 from staterank_utils.evaluation import (
     arithmetic_task,
     copying_task,
@@ -66,7 +66,7 @@ from staterank_utils.evaluation import (
     score_interval,
     text_nats,
 )
-from staterank_utils.models import make_cache
+from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.pruning import cache_bytes, duplicated_bytes, removed_heads
 from staterank_utils.selection import measure_saturation
 from staterank_utils.strata import Estimate, bootstrap, exactly
@@ -195,13 +195,15 @@ for name, ax in plotting.model_panels(MODELS).items():
 
 # %%
 def reads(smaller, n_tokens):
-    ids = torch.ones(1, n_tokens, dtype=torch.long, device=smaller.device)
+    """The cache behind a prompt of so many tokens."""
+    ids, cache = torch.ones(1, n_tokens, dtype=torch.long), make_cache(smaller)
     with torch.inference_mode():
-        return smaller(ids, past_key_values=make_cache(smaller), logits_to_keep=1)
+        read_tokens(smaller, ids.to(smaller.device), cache=cache)
+    return cache
 
 
 def freed(label, smaller, whole):
-    half, full = (cache_bytes(reads(smaller, n).past_key_values) for n in (512, 1024))
+    half, full = (cache_bytes(reads(smaller, n)) for n in (512, 1024))
     at_32k = full["softmax"] + (full["softmax"] - half["softmax"]) * (32768 - 1024) // 512
     saved = 1 - full["recurrent"] / whole["recurrent"]
     kib = [full["recurrent"], full["convolution"], full["softmax"], at_32k]
@@ -218,10 +220,13 @@ def freed(label, smaller, whole):
 
 
 # %%
+refused = {name: why_not(study.model) for name, study in studies.items()}
 channels = {
     name: order_channels(study.model, study.calibration_prompts)
     for name, study in studies.items()
+    if refused[name] is None
 }
+Markdown("\n".join(f"- *{name}: {why}*" for name, why in refused.items() if why))
 
 
 # %%
@@ -239,13 +244,10 @@ def with_both(name, share):
 # %% tags=["hide-input"]
 rows = []
 for name, study in studies.items():
-    whole = cache_bytes(reads(study.model, 1024).past_key_values)
-    variants = {
-        "whole": study.model,
-        "joint": study.pruned(heads_at(saturation[name])),
-        "key channels": with_channels(name, SHARE),
-        "both": with_both(name, SHARE),
-    }
+    whole = cache_bytes(reads(study.model, 1024))
+    variants = {"whole": study.model, "joint": study.pruned(heads_at(saturation[name]))}
+    if name in channels:
+        variants |= {"key channels": with_channels(name, SHARE), "both": with_both(name, SHARE)}
     rows += [freed(f"{name}: {label}", smaller, whole) for label, smaller in variants.items()]
 HEAD = ("model", "state freed", "state, KiB", "convolution, KiB", "softmax at 1k, KiB")
 HEAD += ("softmax at 32k, KiB", "parameters, MiB", "of these duplicated, MiB")
@@ -284,20 +286,19 @@ def reverse(measure):
 
 def orders(name):
     rank, norm, decay, writes = studies[name].measures.values()
-    alone = {head: added.point for head, added in studies[name].sweep(seed=1001).items()}
     joint = saturation[name]
     by_state = {"joint": joint, "rank alone": rank, "norm alone": norm}
     reversed_ = {f"{label}, reversed": reverse(order) for label, order in by_state.items()}
-    return (
-        by_state
-        | reversed_
-        | {"fastest decay": reverse(decay), "strongest writes": writes}
-        | {"least damage alone": reverse(alone)}
-    )
+    ordered = by_state | reversed_ | {"fastest decay": reverse(decay), "strongest writes": writes}
+    if studies[name].mastered:  # else there is no right answer to damage
+        alone = {head: added.point for head, added in studies[name].sweep(seed=1001).items()}
+        ordered["least damage alone"] = reverse(alone)
+    return ordered
 
 
 order = {name: orders(name) for name in MODELS}
 OTHERS = {"key channels": with_channels, "both": with_both}
+METHODS = {name: [*order[name], *(OTHERS if name in channels else ())] for name in MODELS}
 
 # %% tags=["hide-input"]
 MEASURED = {}
@@ -352,7 +353,7 @@ figure, axes = plt.subplots(
 for ax, (name, study) in zip(axes.flat, studies.items(), strict=True):
     ax.set_title(name if study.mastered else f"{name}: no task counts", fontsize="small")
     if study.mastered:
-        estimates = {method: kept(name, method) for method in (*order[name], *OTHERS)}
+        estimates = {method: kept(name, method) for method in METHODS[name]}
         plotting.plot_arms(ax, estimates, draws=at_random(name, SHARE, N_DRAWS)[1], intact=1.0)
     ax.set_xlabel("score / intact score")
 
@@ -367,8 +368,7 @@ curves = {}
 for name, study in studies.items():
     if study.mastered:
         curves[name] = {
-            method: [kept(name, method, share) for share in SHARES]
-            for method in (*order[name], *OTHERS)
+            method: [kept(name, method, share) for share in SHARES] for method in METHODS[name]
         }
         n_draws_at = {share: N_DRAWS if share == SHARE else CURVE_DRAWS for share in SHARES}
         curves[name]["random, mean"] = [at_random(name, *item)[0] for item in n_draws_at.items()]
@@ -391,7 +391,7 @@ def draw_curves(curves, shares, methods):
                 zorder=0,
                 label="random, mean",
             )
-            plotting.plot_methods(ax, shares, {method: found[method] for method in methods})
+            plotting.plot_methods(ax, shares, {m: found[m] for m in methods if m in found})
         ax.set(title=name, ylabel="score / intact score", ylim=(-0.05, 1.1))
     plotting.legend_above(ax.figure, ax)
 
@@ -435,7 +435,7 @@ for name, study in studies.items():
     parts = [study.prompts(domain, N_TEXTS, TEXT_TOKENS, seed=2) for domain in NATURAL_DOMAINS]
     texts[name] = torch.cat(parts)
     intact[name] = text_nats(study.model, texts[name])
-    methods = PLOTTED if QUICK else (*order[name], *OTHERS)
+    methods = [method for method in METHODS[name] if method in PLOTTED or not QUICK]
     perplexities[name] = {
         method: [times_intact(smaller_model(name, method, share), name) for share in SHARES]
         for method in (*methods, *DRAWS)
@@ -450,7 +450,7 @@ for name, ax in plotting.model_panels(MODELS).items():
     ax.axhline(1, color="black", linewidth=1, linestyle=":")
     of_draws = zip(*(perplexities[name][draw] for draw in DRAWS), strict=True)
     random = [exactly(np.exp(np.mean([np.log(e.point) for e in each]))) for each in of_draws]
-    drawn = {method: perplexities[name][method] for method in PLOTTED}
+    drawn = {method: perplexities[name][method] for method in PLOTTED if method in METHODS[name]}
     plotting.plot_methods(ax, SHARES, drawn | {"random, mean": random})
     ax.set(title=name, ylabel="perplexity / intact perplexity", yscale="log")
 plotting.legend_above(ax.figure, ax)
@@ -470,10 +470,10 @@ _ = tables.keep("Perplexity over intact, by share removed", HEAD, rows)
 # %% tags=["hide-input"]
 rows = []
 for name, study in studies.items():
-    whole = cache_bytes(reads(study.model, 64).past_key_values)["recurrent"]
-    for method in (*order[name], *OTHERS, *DRAWS):
+    whole = cache_bytes(reads(study.model, 64))["recurrent"]
+    for method in (*METHODS[name], *DRAWS):
         smaller = smaller_model(name, method, SHARE)
-        left = cache_bytes(reads(smaller, 64).past_key_values)["recurrent"]
+        left = cache_bytes(reads(smaller, 64))["recurrent"]
         score = str(kept(name, method)) if study.mastered and method not in DRAWS else ""
         known = perplexities[name].get(method)
         cost = known[SHARES.index(SHARE)] if known else times_intact(smaller, name)
@@ -590,8 +590,8 @@ _ = small.save_pretrained(folder), words.save_pretrained(folder)
 
 # %%
 again = AutoModelForCausalLM.from_pretrained(folder)
-states = {"before": reads(mine, 64), "after": reads(again.to(mine.device), 64)}
-{when: cache_bytes(out.past_key_values)["recurrent"] for when, out in states.items()}
+caches = {"before": reads(mine, 64), "after": reads(again.to(mine.device), 64)}
+{when: cache_bytes(cache)["recurrent"] for when, cache in caches.items()}
 
 # %% [markdown]
 # In answer to the three points at the top:

@@ -136,12 +136,25 @@ def keep_channels(
     return reduced
 
 
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why the key channels of a model cannot be cut, or None where they can.
+
+    Args:
+        model: any that `linear_layers` accepts.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> why_not(load_model("hybrid")) is None
+        True
+    """
+    for _, _, layout in linear_layers(model):
+        if layout.d_k_setting is None or not layout.scans:
+            return f"key channels of {layout.layer_class} cannot be cut: its configuration has no number of them of its own"
+    return None
+
+
 def _with_channels(model: PreTrainedModel) -> list[tuple[int, Any, Any]]:
     """`linear_layers`, of an architecture whose key channels can be cut."""
-    layers = linear_layers(model)
-    for _, _, layout in layers:
-        if layout.d_k_setting is None or not layout.scans:
-            raise ValueError(
-                f"key channels of {layout.layer_class} cannot be cut: its configuration has no number of them of its own"
-            )
-    return layers
+    if reason := why_not(model):
+        raise ValueError(reason)
+    return linear_layers(model)

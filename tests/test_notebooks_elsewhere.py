@@ -27,6 +27,11 @@ def folder(request: pytest.FixtureRequest, tokenizer, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
 def test_a_notebook_runs_on_another_architecture(notebook: Path, folder: Path, tmp_path: Path) -> None:
-    small = {"n_prompts": 2} | ({"n_draws": 2} if notebook.stem[:2] in ("03", "04") else {"n_tokens": 256})
+    if notebook.stem.startswith("02") and "kimi" in folder.name:
+        pytest.skip(
+            "with eight channels a head its ranks are all alike, and chapter 2 says that nothing can be compared"
+        )
+    few = {"n_prompts": 2, "n_draws": 2}
+    small = few if notebook.stem[:2] in ("03", "04") else {"n_prompts": 6, "n_tokens": 256}
     execute(notebook, tmp_path / "out.ipynb", {"model": str(folder), "results_folder": str(tmp_path), **small})
     assert (tmp_path / f"{notebook.stem}.json").exists()
