@@ -506,8 +506,8 @@ Markdown(tables.keep("Perplexity over intact, every reading of Eq. 14", HEAD, ro
 # %% [markdown]
 # ## Is it knowledge that went, or balance?
 #
-# If a few hundred steps of training bring the scores back, the heads that went took no knowledge with them that the rest does not have;
-# what was lost was the balance between those that stayed. `training/recover.py` trains pruned models
+# If a few hundred steps of training bring the scores back, the heads that went took no knowledge with them that the rest does not have
+# or cannot quickly learn again; what was lost was mostly the balance between those that stayed. `training/recover.py` trains pruned models
 # on a GPU, each with the same new batches, and the whole model beside them: only what comes on top of what that one gains is
 # recovery. These rows are stored, not measured by this run; one training each, one random draw, one learning rate, none of them tuned, so a
 # method that recovers has shown something, and one that does not has shown little.

@@ -31,7 +31,10 @@ def test_a_notebook_runs_on_another_architecture(notebook: Path, folder: Path, t
         pytest.skip(
             "with eight channels a head its ranks are all alike, and chapter 2 says that nothing can be compared"
         )
+    # So tiny heads often have the same rank; with these sizes the chapters find enough that differ.
     few = {"n_prompts": 2, "n_draws": 2}
-    small = few if notebook.stem[:2] in ("03", "04") else {"n_prompts": 6, "n_tokens": 256}
+    small = {"01": {"n_prompts": 2, "n_tokens": 256}, "02": {"n_prompts": 6, "n_tokens": 256}}.get(
+        notebook.stem[:2], few
+    )
     execute(notebook, tmp_path / "out.ipynb", {"model": str(folder), "results_folder": str(tmp_path), **small})
     assert (tmp_path / f"{notebook.stem}.json").exists()
