@@ -15,6 +15,7 @@ from staterank_utils.ablation import Ablation
 from staterank_utils.evaluation import recall_task
 from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, choose_kernels, initial_model
+from staterank_utils.strata import exactly
 from training import recover as recovery
 from training import train as training
 from training.corpus import encode, read_books
@@ -186,7 +187,9 @@ def test_recovery_trains_every_arm_and_goes_on_after_a_kill(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "HELD_OUT_WINDOWS", 1)
-    monkeypatch.setattr(Ablation, "sweep", lambda self, *, seed: np.arange(len(self.heads), dtype=float))
+    monkeypatch.setattr(
+        Ablation, "sweep", lambda self, *, seed: {head: exactly(float(i)) for i, head in enumerate(self.heads)}
+    )
     settings = Recovery("hybrid", steps=2, n_prompts=2, n_graded=1, rows=1, n_tokens=64)
     trained: list[str] = []
     fine_tune = recovery.fine_tune
