@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.limits import operations_per_second
 from benchmarks.timing import options, over_first, rounds, store
 from staterank_utils.claims import markdown_table
-from staterank_utils.inertia import NORM_ERROR, SQUARINGS, quintics
+from staterank_utils.inertia import SQUARINGS, polar_steps
 from staterank_utils.spectra import effective_rank, effective_rank_bounds, nuclear_norm, rank_and_norm, singular_values
 
 N_STATES, D = 1152, 128
@@ -43,7 +43,7 @@ def products_needed(device: str) -> dict[str, float]:
         )
     # The Gram matrix, squarings, elimination (a third of d^3); three products a step of the polar factor.
     shared, elimination = 1 + SQUARINGS, 1 / 6
-    polar_factor = 3 * len(quintics(NORM_ERROR / (2 * D), NORM_ERROR / 4))
+    polar_factor = 3 * len(polar_steps(D))
     return {
         "ours: rank": shared + elimination,
         "ours: nuclear norm": shared + polar_factor,
@@ -52,7 +52,7 @@ def products_needed(device: str) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = options(__doc__, argv, repeats=5)
+    arguments = options(__doc__, argv, repeats=5, on_model=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     states = decaying(N_STATES, D).to(device)
     exact = torch.linalg.svdvals(states.cpu().double())

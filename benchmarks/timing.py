@@ -13,13 +13,16 @@ from staterank_utils.results import STORED, provenance, write_json
 from training.fast_forward import limit_autotuning
 
 
-def options(description: str | None, arguments: Sequence[str] | None, *, repeats: int) -> argparse.Namespace:
-    """What a benchmark is told: a model, how often, and whether to store the table.
+def options(
+    description: str | None, arguments: Sequence[str] | None, *, repeats: int, on_model: bool = True
+) -> argparse.Namespace:
+    """What a benchmark is told: a model where it is about one, how often, and whether to store the table.
 
     On a GPU every Triton kernel keeps one configuration, since each new shape would be tuned anew, for minutes.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="hybrid")
+    if on_model:
+        parser.add_argument("--model", default="hybrid")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--store", action="store_true", help="keep the table for the book")
     if torch.cuda.is_available():

@@ -38,19 +38,10 @@ if importlib.util.find_spec("staterank_utils") is None:
 from itertools import product
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from myst_nb import glue
-from staterank_utils import (
-    ablation,
-    claims,
-    load_model,
-    load_tokenizer,
-    plotting,
-    results,
-    strata,
-)
+from staterank_utils import ablation, claims, load_model, load_tokenizer, plotting, results
 from staterank_utils.evaluation import (
     arithmetic_task,
     copying_task,
@@ -59,7 +50,7 @@ from staterank_utils.evaluation import (
     recall_task,
     score_interval,
 )
-from staterank_utils.strata import paired_difference, spearman, spread
+from staterank_utils.strata import Estimate, is_high, paired_difference, spearman, spread
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tasks import NATURAL_DOMAINS
 
@@ -210,14 +201,7 @@ doses = {
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank; dotted grey, in the full profile: random heads, with the range over draws. The numbers are evenly spaced. The lower curve shows which heads the task needs more.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}}
 def draw_doses(doses):
-    figure, axes = plt.subplots(
-        len(MODELS),
-        len(TASKS),
-        figsize=(11, 3 * len(MODELS)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=3)
     for ax, ((name, task), arms) in zip(axes.flat, doses.items(), strict=True):
         shown = {label: x for label, x in arms.items() if RANK in label or "random" in label}
         plotting.plot_doses(ax, (0, *studies[name].counts), shown)
@@ -259,14 +243,7 @@ for name, study in studies.items():
         draws[name, task] = study.draws(task, n, N_DRAWS)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Score after removing the heads that an arm names, at the judged number of heads (in each title), with 95 % intervals over prompts. Squares: lowest values of a measure removed; dots: highest. Grey lines: random draws of as many heads, one line a draw. Dotted: all heads. If the squares of rank lie left of the grey lines and the dots on the dotted line, the paper's claim holds; an arm by decay that looks like the arm by rank says that decay would do as well.", "name": "fig-arms"}, "image": {"alt": "Rows of arms with intervals against grey lines of random draws, one panel a task."}}
-figure, axes = plt.subplots(
-    len(MODELS),
-    len(TASKS),
-    figsize=(11, 3.6 * len(MODELS)),
-    sharey=True,
-    squeeze=False,
-    layout="constrained",
-)
+_, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=3.6)
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if (name, task) not in judged:
         ax.set_title(f"{name}: {task}\nnot mastered", fontsize="small")
@@ -407,43 +384,37 @@ Markdown(tables.keep("Perplexity", ("model", "heads removed", *NATURAL_DOMAINS),
 damage = {name: study.sweep() for name, study in studies.items()}
 
 
-def points(name):
-    """The added losses without their intervals."""
-    return np.array([added.point for added in damage[name].values()])
+def points(estimates):
+    """Numbers without their intervals."""
+    return np.array([estimate.point for estimate in estimates])
 
 
 half_lives = {name: np.log(2) / -study.values("log-decay") for name, study in studies.items()}
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when one head is removed, against its relative effective rank (left) and against the half-life of its state (right), one row a model. Dots are high heads, squares low ones, with their intervals in grey; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep"}, "image": {"alt": "Two scatter plots a model of single-head damage, against rank and against half-life."}}
-figure, axes = plt.subplots(
-    len(MODELS),
-    2,
-    figsize=(9, 3.4 * len(MODELS)),
-    sharey=True,
-    squeeze=False,
-    layout="constrained",
-)
+_, axes = plotting.panel_grid(len(MODELS), 2, width=9, row_height=3.4)
+
+
+def draw_damage(ax, name, x, added, high, xlabel):
+    plotting.plot_head_pairs(ax, x, added, high, xlabel=xlabel, ylabel="added loss, nats")
+    ax.set_yscale("symlog", linthresh=0.01)
+    rho = (
+        f"{spearman(x, points(added)):.2f}" if studies[name].mastered else "none: no task counts"
+    )
+    ax.set_title(f"{name}: Spearman {rho}", fontsize="small")
+
+
 for row, (name, study) in zip(axes, studies.items(), strict=True):
     added = list(damage[name].values())
-    for ax, x, label in zip(
-        row,
-        (study.values(RANK) / study.d, half_lives[name]),
-        ("r / d", "half-life, tokens"),
-        strict=True,
-    ):
-        plotting.plot_head_pairs(
-            ax, x, added, study.high, xlabel=label, ylabel="added loss, nats"
-        )
-        ax.set_yscale("symlog", linthresh=0.01)
-        rho = f"Spearman {spearman(x, points(name)):.2f}" if study.mastered else "no task counts"
-        ax.set_title(f"{name}: {rho}", fontsize="small")
+    draw_damage(row[0], name, study.values(RANK) / study.d, added, study.high, "r / d")
+    draw_damage(row[1], name, half_lives[name], added, study.high, "half-life, tokens")
     row[1].set_xscale("log")
 
 
 # %% tags=["hide-input"]
 def worst(name, n=3):
     """The heads that hurt most alone, and their share of all the loss that single removals add."""
-    added = np.maximum(points(name), 0)
+    added = np.maximum(points(damage[name].values()), 0)
     order = np.argsort(-added)[:n]
     heads = [studies[name].heads[i] for i in order]
     share = added[order].sum() / added.sum() if added.any() else 0.0
@@ -489,21 +460,13 @@ for name, study in studies.items():
         depths[name, label] = study.depth_table(heads, DEPTHS, LENGTHS, n_prompts=N_NEEDLES)
     for measure, (label, end) in product(MEASURES[1:], ENDS.items()):
         arm = study.arm(end, n, measure=measure)
-        removed |= (
-            {} if arm in removed.values() else {f"{n} of {label.replace('rank', measure)}": arm}
-        )
+        if arm not in removed.values():
+            removed[f"{n} of {label.replace('rank', measure)}"] = arm
     for label, heads in removed.items():
         again[name, label] = said_again(study, heads)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of needles found, by depth in the prompt (0 % is its start, farthest from the question) and length of the prompt in tokens; left all heads, then heads of the lowest and of the highest rank, of the slowest decay and at random removed. A fault of memory shows at the top right, where the distance is longest; a fault everywhere is none of distance.", "name": "fig-depths"}, "image": {"alt": "Five heat maps a model of needle retrieval by depth and length."}}
-figure, axes = plt.subplots(
-    len(MODELS),
-    5,
-    figsize=(12, 2.4 * len(MODELS)),
-    sharey=True,
-    squeeze=False,
-    layout="constrained",
-)
+_, axes = plotting.panel_grid(len(MODELS), 5, width=12, row_height=2.4)
 for ax, ((name, label), table) in zip(axes.flat, depths.items(), strict=True):
     plotting.plot_depths(ax, table.mean(-1), DEPTHS, LENGTHS, title=f"{name}\n{label}")
     ax.set_xlabel("tokens", fontsize="small")
@@ -653,12 +616,11 @@ FULL = {**PARAMETERS, "profile": "full", "n_prompts": 500, "n_draws": 32}
 Markdown(results.stored_beside("03_ablation_asymmetry", parameters=FULL, checkpoints=checkpoints))
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "As the first figure, from the stored run of the full profile: heads of the lowest rank removed (squares, dashed), of the highest (dots, solid), and random ones (dotted grey, mean and range over draws). Where two curves cross, no single dose speaks for the rule; where the grey band holds both, neither arm is special.", "name": "fig-doses-full"}, "image": {"alt": "Scores of the stored run falling with the number of heads removed, two arms and random draws a panel."}}
+full = results.stored_run("03_ablation_asymmetry", parameters=FULL, checkpoints=checkpoints)
 stored = {}
-for name, task, label, _, score in results.stored_rows(
-    "03_ablation_asymmetry", "Doses", parameters=FULL, checkpoints=checkpoints
-):
+for name, task, label, _, score in claims.table_rows(full["tables"]["Doses"]):
     arms_of = stored.setdefault((name, task), {})
-    arms_of.setdefault(label, []).append(strata.Estimate.parse(score))
+    arms_of.setdefault(label, []).append(Estimate.parse(score))
 if stored:
     draw_doses(stored)  # else the lines above say why that run is not shown
 
@@ -684,19 +646,12 @@ Markdown(f'What other readings of "no arm" give in that run:\n\n{readings}' if r
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Single heads in the stored run of the full profile: added loss on right answers, with its interval, against the relative effective rank, one panel a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep-full"}, "image": {"alt": "Scatter of single-head damage against rank in the stored run, one panel a model."}}
 alone = {}
-for name, _, _, rank, _, loss in results.stored_rows(
-    "03_ablation_asymmetry", "Every head alone", parameters=FULL, checkpoints=checkpoints
-):
-    alone.setdefault(name, []).append((float(rank), strata.Estimate.parse(loss)))
+for name, _, _, rank, _, loss in claims.table_rows(full["tables"]["Every head alone"]):
+    alone.setdefault(name, []).append((float(rank), Estimate.parse(loss)))
 for name, ax in (plotting.model_panels(list(alone)) if alone else {}).items():
-    ranks, losses = np.array([rank for rank, _ in alone[name]]), [loss for _, loss in alone[name]]
-    high = ranks >= studies[name].d / 2
-    plotting.plot_head_pairs(
-        ax, ranks / studies[name].d, losses, high, xlabel="r / d", ylabel="added loss, nats"
-    )
-    rho = spearman(ranks, np.array([loss.point for loss in losses]))
-    ax.set_yscale("symlog", linthresh=0.01)
-    ax.set_title(f"{name}: Spearman {rho:.2f}")
+    ranks, losses = map(list, zip(*alone[name], strict=True))
+    x, d = np.array(ranks) / studies[name].d, studies[name].d
+    draw_damage(ax, name, x, losses, is_high(np.array(ranks), d), "r / d")
 
 # %% [markdown]
 # In answer to the three points at the top:
@@ -717,8 +672,5 @@ for name, ax in (plotting.model_panels(list(alone)) if alone else {}).items():
 # ```
 
 # %% tags=["hide-input"]
-full_verdicts = results.stored_verdicts(
-    "03_ablation_asymmetry", parameters=FULL, checkpoints=checkpoints
-)
 for key in ("C4", "C4a"):
-    glue(f"answer {key}", claims.beside_stored(verdicts, full_verdicts, key), display=False)
+    glue(f"answer {key}", claims.beside_stored(verdicts, full["rows"], key), display=False)

@@ -40,7 +40,6 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Markdown
@@ -347,10 +346,8 @@ rows = [
 Markdown(tables.keep("Intact models", ("model", *TASKS), rows))
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Score over that of the intact model after 38.9 % of the state is gone, mean over the tasks that count, with 95 % intervals over prompts, one row a method and one panel a model. Grey lines: random draws of as many heads, one line a draw. Dotted: nothing lost. The claim holds if the first row lies at 0.95 or more, right of every grey line.", "name": "fig-methods"}, "image": {"alt": "Rows of pruning methods with intervals against grey lines of random draws, one panel a model."}}
-figure, axes = plt.subplots(
-    1, len(MODELS), figsize=(5 * len(MODELS), 4), sharey=True, squeeze=False, layout="constrained"
-)
-for ax, (name, study) in zip(axes.flat, studies.items(), strict=True):
+for name, ax in plotting.model_panels(MODELS, height=4).items():
+    study = studies[name]
     ax.set_title(name if study.mastered else f"{name}: no task counts", fontsize="small")
     if study.mastered:
         estimates = {method: kept(name, method) for method in METHODS[name]}
@@ -560,12 +557,10 @@ Markdown(
 )
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "As the second curves above, from the stored run of the full profile: score over that of the intact model against the share of the state that is removed; thick grey, the mean of random draws. A curve at 1 is free; one under the thick grey line chooses worse than chance.", "name": "fig-curve-full"}, "image": {"alt": "Falling curves of relative score of the stored run, one a method, beside a thick grey line of random draws."}}
+full = results.stored_run("04_joint_rank_norm_pruning", parameters=FULL, checkpoints=checkpoints)
 stored = {}
-for name, method, *scores in results.stored_rows(
-    "04_joint_rank_norm_pruning",
-    "Score over intact, by share removed",
-    parameters=FULL,
-    checkpoints=checkpoints,
+for name, method, *scores in claims.table_rows(
+    full["tables"]["Score over intact, by share removed"]
 ):
     stored.setdefault(name, {})[method] = [*map(Estimate.parse, scores)]
 if stored:
@@ -609,10 +604,7 @@ caches = {"before": reads(mine, 64), "after": reads(again.to(mine.device), 64)}
 # ```
 
 # %% tags=["hide-input"]
-full_verdicts = results.stored_verdicts(
-    "04_joint_rank_norm_pruning", parameters=FULL, checkpoints=checkpoints
-)
-glue("answer C5", claims.beside_stored(verdicts, full_verdicts, "C5"), display=False)
+glue("answer C5", claims.beside_stored(verdicts, full["rows"], "C5"), display=False)
 shares = [len(heads_at(saturation[name])) / len(study.heads) for name, study in studies.items()]
 glue(
     "freed",

@@ -460,7 +460,7 @@ def table_rows(table: str) -> list[tuple[str, ...]]:
     """The rows of a table that `markdown_table` made, without its head.
 
     Args:
-        table: the Markdown.
+        table: the Markdown; an empty one has no rows.
 
     Example:
         >>> table_rows(markdown_table(("model", "r"), [("hybrid", "12"), ("a|b", "3")]))

@@ -201,10 +201,20 @@ def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
 def _nuclear_norms(prepared: Prepared) -> Float[Tensor, " n"]:
     wide = prepared.wide
     factor = wide / ((1 + EDGE) * prepared.largest.sqrt()).clamp_min(TINY)[:, None, None]
-    for a, b, c in quintics(NORM_ERROR / (2 * wide.shape[-1]), NORM_ERROR / 4):
+    for a, b, c in polar_steps(wide.shape[-1]):
         square = factor.mT @ factor
         factor = torch.baddbmm(factor, factor, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
     return (factor * wide).sum((-2, -1)) * prepared.scale
+
+
+def polar_steps(d: int) -> tuple[tuple[float, float, float], ...]:
+    """The polynomials of `quintics` that `nuclear_norms` takes for states of d singular values.
+
+    Example:
+        >>> len(polar_steps(64)) <= len(polar_steps(256))
+        True
+    """
+    return quintics(NORM_ERROR / (2 * d), NORM_ERROR / 4)
 
 
 def ranks_and_norms(states: Float[Tensor, "n d_k d_v"], *, rel_tol: float) -> Float[Tensor, "n 2"]:

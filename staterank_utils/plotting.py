@@ -55,12 +55,32 @@ def model_panels(models: Sequence[str], *, width: float = 5.0, height: float = 3
         ({'hybrid': 'hybrid', 'pure': 'pure'}, 8.0)
         >>> plt.close()
     """
-    _, axes = plt.subplots(
-        1, len(models), figsize=(width * len(models), height), sharey=True, squeeze=False, layout="constrained"
-    )
+    _, axes = panel_grid(1, len(models), width=width * len(models), row_height=height)
     for ax, name in zip(axes.flat, models, strict=True):
         ax.set_title(name, fontsize="medium")
     return dict(zip(models, axes.flat, strict=True))
+
+
+def panel_grid(n_rows: int, n_columns: int, *, width: float, row_height: float) -> tuple[Figure, NDArray[Any]]:
+    """Panels in rows and columns on a shared vertical axis.
+
+    Args:
+        n_rows, n_columns: at least one each.
+        width, row_height: of the whole figure and of a row, in inches.
+
+    Returns:
+        A new figure of pyplot, and its axes (row, column).
+
+    Example:
+        >>> plt.switch_backend("Agg")
+        >>> figure, axes = panel_grid(2, 4, width=11.0, row_height=3.0)
+        >>> axes.shape, figure.get_size_inches().tolist()
+        ((2, 4), [11.0, 6.0])
+        >>> plt.close()
+    """
+    return plt.subplots(
+        n_rows, n_columns, figsize=(width, n_rows * row_height), sharey=True, squeeze=False, layout="constrained"
+    )
 
 
 def legend_above(figure: Figure, ax: Axes) -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from staterank_utils.claims import markdown_table, table_rows, verdict_table
+from staterank_utils.claims import markdown_table, verdict_table
 from staterank_utils.models import CHECKPOINTS, EMBEDDED
 from staterank_utils.strata import Estimate
 
@@ -48,20 +49,38 @@ def write_json(path: Path | str, data: Any) -> None:
         ['{', '"x":', '1', '}']
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as stream:
+        with whole_or_not(path) as partial, partial.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        partial.replace(path)
     except OSError as error:
         raise OSError(error.errno, f"could not write results to {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """A place beside a file to write it: renamed over the file at the end of the block, removed where anything interrupts that.
+
+    Args:
+        path: of the file; its folder is there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with whole_or_not(Path(folder, "a")) as partial:
+        ...         _ = partial.write_text("whole")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['a']
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> dict[str, Any]:
@@ -350,45 +369,23 @@ def stored_beside(notebook: str, *, parameters: Mapping[str, Any], checkpoints: 
     return "\n\n".join(parts)
 
 
-def stored_verdicts(notebook: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> list[Any]:
-    """The verdicts of the stored full-profile run; none where `stored_beside` says why that is not shown.
+def stored_run(notebook: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> dict[str, Any]:
+    """The rows and tables of the stored full-profile run, to draw and to quote; none where `stored_beside` says why it is not shown.
 
     Args:
         notebook, parameters, checkpoints: as in `stored_beside`.
 
-    Example:
-        >>> stored_verdicts("09_nothing_yet", parameters={})
-        []
-    """
-    return list(_stored(notebook, parameters, checkpoints).get("rows", []))
-
-
-def stored_rows(
-    notebook: str, title: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()
-) -> list[tuple[str, ...]]:
-    """The rows of a table of the stored full-profile run, to draw them; none where `stored_beside` says why that is not shown.
-
-    Args:
-        notebook, parameters, checkpoints: as in `stored_beside`.
-        title: of the table.
-
-    Raises:
-        KeyError: the run has no table of that title.
+    Returns:
+        "rows", the verdicts, and "tables", by title; without a run no rows, and empty tables of any title.
 
     Example:
-        >>> stored_rows("09_nothing_yet", "Doses", parameters={})
+        >>> stored_run("09_nothing_yet", parameters={})["rows"]
         []
     """
-    data = _stored(notebook, parameters, checkpoints)
-    return table_rows(data["tables"][title]) if data else []
-
-
-def _stored(notebook: str, parameters: Mapping[str, Any], checkpoints: Sequence[Path]) -> dict[str, Any]:
-    """The stored full-profile run, empty where there is none or it is of something else."""
     try:
         return read_result(STORED / "full" / f"{notebook}.json", parameters=parameters, checkpoints=checkpoints)
     except (FileNotFoundError, ValueError):
-        return {}
+        return {"rows": [], "tables": defaultdict(str)}
 
 
 def check_parameters(namespace: dict[str, Any], *, known: Sequence[str]) -> None:

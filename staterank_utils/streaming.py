@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from staterank_utils.budget import budget
 from staterank_utils.layouts import linear_layers
-from staterank_utils.results import write_json
+from staterank_utils.results import whole_or_not, write_json
 from staterank_utils.tracing import Reducer, StateTrace, trace_states
 
 FILE_BYTES = 2**26  # of states in one file, and in memory while it fills
@@ -188,13 +187,8 @@ def _of_prompt(folder: Path, prompt: int) -> Path:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_or_not(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _agree(manifest: Path, made: dict[str, Any]) -> None:

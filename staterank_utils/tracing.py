@@ -339,9 +339,6 @@ class Reducer:
         n_held: positions of a layer that are handed on together on a CPU: with as many as there are layers, that is the memory of one moment of
             them all.
 
-    Attributes:
-        n_bytes: of states that may wait on a GPU.
-
     Example:
         >>> kept = []
         >>> Reducer(lambda states: states.sum((-2, -1)), n_held=1).add(0, kept, torch.ones(1, 2, 3, 4, 4))
@@ -351,9 +348,12 @@ class Reducer:
 
     def __init__(self, reduce: Callable[[Tensor], Tensor] | None, *, n_held: int):
         self.reduce, self.n_held = reduce, n_held
-        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-        self.n_bytes = min(MOST_WAITING, free // 8)
         self._waiting: list[tuple[list[Tensor], Tensor]] = []
+
+    @functools.cached_property
+    def n_bytes(self) -> int:
+        """Of states that may wait on a GPU; asked for there alone, since the question alone takes memory of it."""
+        return min(MOST_WAITING, torch.cuda.mem_get_info()[0] // 8)
 
     def add(self, layer: int, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
         """Append to `kept` what is made of the states of a layer, now or when `flush` is called."""
