@@ -438,6 +438,8 @@ _ = tables.keep("Every head alone", HEAD, rows)
 # %% [markdown]
 # ## Why? Three tests
 #
+# No threshold was registered for what follows, nor for single heads: it is exploratory.
+#
 # ### Does it depend on distance?
 #
 # A head that forgets slowly could be one that carries a thing far. One needle, at a depth and in a prompt of a length of our

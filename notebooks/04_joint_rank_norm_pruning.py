@@ -275,7 +275,8 @@ Markdown(tables.keep("Removed = ablated", ("model", "largest difference", "large
 #
 # Every order below removes the same number of heads. "Least damage alone" knows more than the others: each head was removed
 # alone, once, on other prompts of the tasks themselves, and those that cost least go first. Random draws are what any order must beat to be one:
-# {glue:text}`n_draws` of them.
+# {glue:text}`n_draws` of them. Registered are joint pruning at this share and, beside it, random draws and arms by decay, norm and write strength. Every
+# other method, share and perplexity on this page is exploratory, and so is recovery.
 
 
 # %%
