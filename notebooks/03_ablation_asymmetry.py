@@ -243,7 +243,7 @@ for name, study in studies.items():
         draws[name, task] = study.draws(task, n, N_DRAWS)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Score after removing the heads that an arm names, at the judged number of heads (in each title), with 95 % intervals over prompts. Squares: lowest values of a measure removed; dots: highest. Grey lines: random draws of as many heads, one line a draw. Dotted: all heads. If the squares of rank lie left of the grey lines and the dots on the dotted line, the paper's claim holds; an arm by decay that looks like the arm by rank says that decay would do as well.", "name": "fig-arms"}, "image": {"alt": "Rows of arms with intervals against grey lines of random draws, one panel a task."}}
-_, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=3.6)
+_, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=10, row_height=3.6)
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if (name, task) not in judged:
         ax.set_title(f"{name}: {task}\nnot mastered", fontsize="small")
@@ -468,7 +468,7 @@ for name, study in studies.items():
         again[name, label] = said_again(study, heads)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of needles found, by depth in the prompt (0 % is its start, farthest from the question) and length of the prompt in tokens; left all heads, then heads of the lowest and of the highest rank, of the slowest decay and at random removed. A fault of memory shows at the top right, where the distance is longest; a fault everywhere is none of distance.", "name": "fig-depths"}, "image": {"alt": "Five heat maps a model of needle retrieval by depth and length."}}
-_, axes = plotting.panel_grid(len(MODELS), 5, width=12, row_height=2.4)
+_, axes = plotting.panel_grid(len(MODELS), 5, width=10, row_height=2.3)
 for ax, ((name, label), table) in zip(axes.flat, depths.items(), strict=True):
     plotting.plot_depths(ax, table.mean(-1), DEPTHS, LENGTHS, title=f"{name}\n{label}")
     ax.set_xlabel("tokens", fontsize="small")

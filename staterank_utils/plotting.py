@@ -603,4 +603,4 @@ def plot_depths(ax: Axes, table: NDArray, depths: Sequence[float], lengths: Sequ
         xticklabels=[f"{n:,}" for n in lengths], yticklabels=[f"{depth:.0%}" for depth in depths],
     )  # fmt: skip
     ax.set_title(title, fontsize="small")
-    ax.tick_params(axis="both", length=0, labelsize="small", labelrotation=0)
+    ax.tick_params(axis="both", length=0, labelsize="x-small", labelrotation=0)
