@@ -207,7 +207,7 @@ def draw_doses(doses):
         plotting.plot_doses(ax, (0, *studies[name].counts), shown)
         ax.set_title(f"{name}: {task}", fontsize="small")
     axes[0, 0].set_ylabel("score")
-    plotting.legend_above(figure, axes[0, 0])
+    plotting.legend_above(figure)
 
 
 draw_doses(doses)
@@ -377,11 +377,16 @@ Markdown(tables.keep("Perplexity", ("model", "heads removed", *NATURAL_DOMAINS),
 # ## One head at a time
 #
 # An arm hides which of its heads did it. So each head is removed alone, and the damage measured in degrees: the added loss on the
-# tokens of the right answers, in nats a token, mean over the tasks that count. This is the finding's real picture: if low-rank
+# tokens of the right answers, in nats a token, mean over the tasks that count (the stored table has each task). This is the finding's real picture: if low-rank
 # heads were indispensable as a group, the points at the left would lie high, and those at the right low.
 
 # %%
 damage = {name: study.sweep() for name, study in studies.items()}
+
+
+def means(damage):
+    """Added loss over all tasks that count."""
+    return {part: losses[ablation.MEAN] for part, losses in damage.items()}
 
 
 def points(estimates):
@@ -405,7 +410,7 @@ def draw_damage(ax, name, x, added, high, xlabel):
 
 
 for row, (name, study) in zip(axes, studies.items(), strict=True):
-    added = list(damage[name].values())
+    added = list(means(damage[name]).values())
     draw_damage(row[0], name, study.values(RANK) / study.d, added, study.high, "r / d")
     draw_damage(row[1], name, half_lives[name], added, study.high, "half-life, tokens")
     row[1].set_xscale("log")
@@ -414,7 +419,7 @@ for row, (name, study) in zip(axes, studies.items(), strict=True):
 # %% tags=["hide-input"]
 def worst(name, n=3):
     """The heads that hurt most alone, and their share of all the loss that single removals add."""
-    added = np.maximum(points(damage[name].values()), 0)
+    added = np.maximum(points(means(damage[name]).values()), 0)
     order = np.argsort(-added)[:n]
     heads = [studies[name].heads[i] for i in order]
     share = added[order].sum() / added.sum() if added.any() else 0.0
@@ -425,14 +430,21 @@ HEAD = ("model", "heads that hurt most alone", "their share of all added loss")
 Markdown(tables.keep("Single heads", HEAD, [(name, *worst(name)) for name in MODELS]))
 
 # %% tags=["remove-cell"]
+ADDED = (ablation.MEAN, *TASKS)  # columns of every table of added loss, nats a token
+
+
+def in_cells(losses):
+    return [f"{losses[task]:.4f}" if task in losses else "not mastered" for task in ADDED]
+
+
 rows = [
-    (name, f"{layer}", f"{head}", f"{rank:.1f}", f"{decay:.3g}", f"{loss:.4f}")
+    (name, f"{layer}", f"{head}", f"{rank:.1f}", f"{decay:.3g}", *in_cells(losses))
     for name, study in studies.items()
-    for ((layer, head), loss), rank, decay in zip(
+    for ((layer, head), losses), rank, decay in zip(
         damage[name].items(), study.values(RANK), study.values("log-decay"), strict=True
     )
 ]
-HEAD = ("model", "layer", "head", "effective rank", "log-decay", "added loss, nats")
+HEAD = ("model", "layer", "head", "effective rank", "log-decay", *ADDED)
 _ = tables.keep("Every head alone", HEAD, rows)
 
 # %% [markdown]
@@ -500,24 +512,45 @@ Markdown(tables.keep("Induction", HEAD, rows))
 # ### Which layers carry it?
 #
 # In a hybrid, retrieval may live in the softmax layers, and then no arm of linear heads tests it. Whole layers and single softmax
-# heads are removed, and the added loss, a mean over the tasks that count, is set beside that of the single linear heads.
+# heads are removed, and the added loss is set beside that of the single linear heads, task by task: needles and recall are retrieval from
+# far, copying is retrieval from near, arithmetic is a chain of both.
 
 # %%
 parts = {name: study.by_part() for name, study in studies.items()}
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers by layer: grey bars with their intervals, the whole layer removed (hatched: a softmax layer); marks, single heads removed. The vertical axis is linear up to 0.01 nats and logarithmic beyond. A tall hatched bar says that the tasks go through that softmax layer; a tall grey one, through that linear layer.", "name": "fig-parts"}, "image": {"alt": "Bars of added loss per layer with marks for single heads."}}
-for name, ax in plotting.model_panels(MODELS).items():
-    single = damage[name] | parts[name]["softmax heads"]
-    plotting.plot_parts(ax, parts[name]["linear"], parts[name]["softmax"], single)
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers by layer, a column a task, a row a model: grey bars with their intervals, the whole layer removed (hatched: a softmax layer); marks, single heads removed. The vertical axis is linear up to 0.01 nats and logarithmic beyond. A tall hatched bar says that the task goes through that softmax layer; a tall grey one, through that linear layer.", "name": "fig-parts"}, "image": {"alt": "Bars of added loss per layer with marks for single heads, one panel a task."}}
+figure, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=2.8)
+for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
+    if task not in studies[name].mastered:
+        ax.set_title(f"{name}: {task}\nnot mastered", fontsize="small")
+        continue
+    linear, softmax, single = (
+        {part: losses[task] for part, losses in damages.items()}
+        for damages in (
+            parts[name]["linear"],
+            parts[name]["softmax"],
+            damage[name] | parts[name]["softmax heads"],
+        )
+    )
+    plotting.plot_parts(ax, linear, softmax, single)
+    ax.set_title(f"{name}: {task}", fontsize="small")
+for ax in axes[:, 0]:
+    ax.set_ylabel("added loss, nats")
+plotting.legend_above(figure)
 
-# %% tags=["remove-cell"]
+# %% [markdown]
+# The same in numbers for whole layers:
+
+# %% tags=["hide-input"]
 rows = [
-    (name, kind, f"{part}", f"{loss:.4f}")
+    (name, kind, f"{part}", *in_cells(losses))
     for name, kinds in parts.items()
-    for kind, losses in kinds.items()
-    for part, loss in losses.items()
+    for kind, of_kind in kinds.items()
+    for part, losses in of_kind.items()
 ]
-_ = tables.keep("Layers and softmax heads", ("model", "kind", "part", "added loss, nats"), rows)
+tables.keep("Layers and softmax heads", ("model", "kind", "part", *ADDED), rows)
+whole = [row for row in rows if row[1] != "softmax heads"]
+Markdown(claims.markdown_table(("model", "kind", "layer", *ADDED), whole))
 
 # %% [markdown]
 # ### Is the rank used, or only there?
@@ -547,16 +580,16 @@ for name, study in studies.items():
 glue("half_lives", ", ".join(medians), display=False)
 titles = {f"{name}: every {every} tokens": groups for (name, every), groups in used.items()}
 for title, ax in plotting.model_panels(list(titles), width=9 / len(titles)).items():
-    plotting.plot_rank_used(ax, titles[title])
+    plotting.plot_rank_used(ax, {group: means(edits) for group, edits in titles[title].items()})
 
 # %% tags=["remove-cell"]
 rows = [
-    (name, f"{every} tokens", group, edit, f"{loss:.4f}")
+    (name, f"{every} tokens", group, edit, *in_cells(losses))
     for (name, every), groups in used.items()
-    for group, losses in groups.items()
-    for edit, loss in losses.items()
+    for group, edits in groups.items()
+    for edit, losses in edits.items()
 ]
-_ = tables.keep("Rank used", ("model", "edited every", "heads", "edit", "added loss, nats"), rows)
+_ = tables.keep("Rank used", ("model", "edited every", "heads", "edit", *ADDED), rows)
 
 # %% [markdown]
 # ## The paper's table beside ours
@@ -648,7 +681,7 @@ Markdown(f'What other readings of "no arm" give in that run:\n\n{readings}' if r
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Single heads in the stored run of the full profile: added loss on right answers, with its interval, against the relative effective rank, one panel a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep-full"}, "image": {"alt": "Scatter of single-head damage against rank in the stored run, one panel a model."}}
 alone = {}
-for name, _, _, rank, _, loss in claims.table_rows(full["tables"]["Every head alone"]):
+for name, _, _, rank, _, loss, *_ in claims.table_rows(full["tables"]["Every head alone"]):
     alone.setdefault(name, []).append((float(rank), Estimate.parse(loss)))
 for name, ax in (plotting.model_panels(list(alone)) if alone else {}).items():
     ranks, losses = map(list, zip(*alone[name], strict=True))

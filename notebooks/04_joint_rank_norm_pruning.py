@@ -20,7 +20,7 @@
 #
 # - what is freed: bytes of the tensors in the cache, before and after;
 # - what is kept, beside every cheaper or cleverer way to the same size: random heads, rank alone, norm alone, the order reversed,
-#   decay, heads that do least damage alone, fewer channels of keys, or both;
+#   decay, heads that do least damage alone, fewer channels of keys, or both, and what some training brings back;
 # - how to prune a model of your own in six lines, save it, and load it elsewhere.
 
 # %% tags=["remove-cell"]
@@ -36,7 +36,6 @@ if importlib.util.find_spec("staterank_utils") is None:
     os.chdir("staterank-book")
 
 # %%
-import tempfile
 from itertools import product
 from pathlib import Path
 
@@ -47,11 +46,9 @@ from myst_nb import glue
 from staterank_utils import (
     ablation,
     claims,
-    domain_prompts,
     load_model,
     load_tokenizer,
     plotting,
-    prune_heads,
     results,
     saturation_scores,
     select_heads,
@@ -67,11 +64,9 @@ from staterank_utils.evaluation import (
 )
 from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.pruning import cache_bytes, duplicated_bytes, removed_heads
-from staterank_utils.selection import measure_saturation
 from staterank_utils.strata import Estimate, bootstrap, exactly
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tasks import NATURAL_DOMAINS
-from transformers import AutoModelForCausalLM
 
 plotting.use_style()
 
@@ -201,14 +196,18 @@ def reads(smaller, n_tokens):
     return cache
 
 
-def freed(label, smaller, whole):
+def freed(smaller, whole):
+    """Bytes of a cache and of weights; the first number is the share of the recurrent state's bytes that is gone."""
     half, full = (cache_bytes(reads(smaller, n)) for n in (512, 1024))
     at_32k = full["softmax"] + (full["softmax"] - half["softmax"]) * (32768 - 1024) // 512
-    saved = 1 - full["recurrent"] / whole["recurrent"]
     kib = [full["recurrent"], full["convolution"], full["softmax"], at_32k]
     weights = sum(p.nbytes for p in smaller.parameters()) / 2**20
-    row = [f"{saved:.1%}", *(f"{x / 1024:,.1f}" for x in kib), f"{weights:.2f}"]
-    return label, *row, f"{duplicated_bytes(smaller) / 2**20:.2f}"
+    row = [*(f"{x / 1024:,.1f}" for x in kib), f"{weights:.2f}"]
+    return (
+        1 - full["recurrent"] / whole["recurrent"],
+        *row,
+        f"{duplicated_bytes(smaller) / 2**20:.2f}",
+    )
 
 
 # %% [markdown]
@@ -241,13 +240,16 @@ def with_both(name, share):
 
 
 # %% tags=["hide-input"]
-rows = []
+rows, freed_share = [], {}
 for name, study in studies.items():
     whole = cache_bytes(reads(study.model, 1024))
     variants = {"whole": study.model, "joint": study.pruned(heads_at(saturation[name]))}
     if name in channels:
         variants |= {"key channels": with_channels(name, SHARE), "both": with_both(name, SHARE)}
-    rows += [freed(f"{name}: {label}", smaller, whole) for label, smaller in variants.items()]
+    for label, smaller in variants.items():
+        share, *sizes = freed(smaller, whole)
+        freed_share[name, label] = share
+        rows.append((f"{name}: {label}", f"{share:.1%}", *sizes))
 HEAD = ("model", "state freed", "state, KiB", "convolution, KiB", "softmax at 1k, KiB")
 HEAD += ("softmax at 32k, KiB", "parameters, MiB", "of these duplicated, MiB")
 Markdown(tables.keep("Bytes", HEAD, rows))
@@ -257,7 +259,8 @@ Markdown(tables.keep("Bytes", HEAD, rows))
 # of the state is a smaller share of the cache, and less the longer the text. And heads that share a key head cannot always leave
 # without a copy of it: that is the last column.
 #
-# A removed head must compute what an ablated one does. Largest difference of any logit on a prompt of code:
+# A removed head must compute what an ablated one does. Largest difference of any logit on a prompt of code, in the dtype that the model has
+# here:
 
 # %%
 rows = []
@@ -267,8 +270,10 @@ for name, study in studies.items():
         masked = study.model(ids).logits
     with torch.inference_mode():
         difference = (study.pruned(gone)(ids).logits - masked).abs().max().item()
-    rows.append((name, f"{difference:.1e}", f"{masked.abs().max().item():.1f}"))
-Markdown(tables.keep("Removed = ablated", ("model", "largest difference", "largest logit"), rows))
+    dtype = str(masked.dtype).removeprefix("torch.")
+    rows.append((name, dtype, f"{difference:.1e}", f"{masked.abs().max().item():.1f}"))
+HEAD = ("model", "dtype", "largest difference", "largest logit")
+Markdown(tables.keep("Removed = ablated", HEAD, rows))
 
 # %% [markdown]
 # ## What is kept at the paper's share?
@@ -291,8 +296,10 @@ def orders(name):
     reversed_ = {f"{label}, reversed": reverse(order) for label, order in by_state.items()}
     ordered = by_state | reversed_ | {"fastest decay": reverse(decay), "strongest writes": writes}
     if studies[name].mastered:  # else there is no right answer to damage
-        alone = {head: added.point for head, added in studies[name].sweep(seed=1001).items()}
-        ordered["least damage alone"] = reverse(alone)
+        alone = studies[name].sweep(seed=1001)
+        ordered["least damage alone"] = {
+            h: -loss[ablation.MEAN].point for h, loss in alone.items()
+        }
     return ordered
 
 
@@ -391,7 +398,7 @@ def draw_curves(curves, shares, methods):
             )
             plotting.plot_methods(ax, shares, {m: found[m] for m in methods if m in found})
         ax.set(title=name, ylabel="score / intact score", ylim=(-0.05, 1.1))
-    plotting.legend_above(ax.figure, ax)
+    plotting.legend_above(ax.figure)
 
 
 draw_curves(curves, SHARES, BY_STATE)
@@ -451,7 +458,7 @@ for name, ax in plotting.model_panels(MODELS).items():
     drawn = {method: perplexities[name][method] for method in PLOTTED if method in METHODS[name]}
     plotting.plot_methods(ax, SHARES, drawn | {"random, mean": random})
     ax.set(title=name, ylabel="perplexity / intact perplexity", yscale="log")
-plotting.legend_above(ax.figure, ax)
+plotting.legend_above(ax.figure)
 
 # %% tags=["remove-cell"]
 rows = [
@@ -508,10 +515,20 @@ Markdown(tables.keep("Perplexity over intact, every reading of Eq. 14", HEAD, ro
 # or cannot quickly learn again; what was lost was mostly the balance between those that stayed. `training/recover.py` trains pruned models
 # on a GPU, each with the same new batches, and the whole model beside them: only what comes on top of what that one gains is
 # recovery. These rows are stored, not measured by this run; one training each, one random draw, one learning rate, none of them tuned, so a
-# method that recovers has shown something, and one that does not has shown little.
+# method that recovers has shown something, and one that does not has shown little. Where at least half of the loss came back, we call
+# it balance, for the most part (a border set after the first look, and exploratory). Score over intact of the jointly pruned models:
+# {glue:text}`recovered`.
 
 # %% tags=["hide-input"]
 rows = [row for name in MODELS for row in results.stored_recovery(name)]
+said = []
+for name, arm, _, *scores in (row[:5] for row in rows):
+    before, after = (Estimate.parse(score).point for score in scores)
+    if arm == "joint":
+        came_back = (after - before) / (1 - before)
+        meaning = "balance, for the most part" if came_back >= 0.5 else "not balance alone"
+        said.append(f"{name} from {before:.3f} to {after:.3f}: {meaning}")
+glue("recovered", "; ".join(said) or "no recovery of these models is stored", display=False)
 HEAD = (
     "model",
     "removed by",
@@ -540,7 +557,7 @@ for name, study in studies.items():
         verdicts.append(claims.not_testable("C5", name, why=why))
     else:
         measured = study.against_draws(gone, N_DRAWS, kind="removed")
-        note = f" ({len(gone) / len(study.heads):.1%} of the state's bytes freed)"
+        note = f" ({freed_share[name, 'joint']:.1%} of the state's bytes freed)"
         verdicts.append(claims.judge("C5", name, measured, note=note))
 Markdown(claims.verdict_table(verdicts))
 
@@ -570,30 +587,47 @@ if stored:
 # %% [markdown]
 # ## Prune your own
 #
-# Six lines, on any model whose heads can be removed ({doc}`the list <../book/limits>`); `prune_heads`, `select_heads`, `load_model`,
-# `load_tokenizer` and `domain_prompts` come from `staterank_utils`, `measure_saturation` from `staterank_utils.selection`. A
+# Six lines below the imports, on any model whose heads can be removed ({doc}`the list <../book/limits>`). A
 # model that was pruned is of the same class as before; `generate`, `save_pretrained` and everything else work on it, and heads keep the numbers that they had.
 
 # %%
-mine, words = load_model(MODELS[0]), load_tokenizer(MODELS[0])
-prompts = domain_prompts("code", words, n_prompts=4, n_tokens=512, seed=0)
+import tempfile
+
+import staterank_utils as sr
+from staterank_utils.selection import measure_saturation
+
+name, folder = MODELS[0], tempfile.mkdtemp()  # or "hybrid" and "pruned": any model, any folder
+
+mine, words = sr.load_model(name), sr.load_tokenizer(name)
+prompts = sr.domain_prompts("code", words, n_prompts=4, n_tokens=512, seed=0)
 scores = measure_saturation(mine, prompts)
-small = prune_heads(mine, select_heads(scores, share=0.389, model=mine))
-folder = tempfile.mkdtemp()
-_ = small.save_pretrained(folder), words.save_pretrained(folder)
+small = sr.prune_heads(mine, sr.select_heads(scores, share=0.389, model=mine))
+small.save_pretrained(folder)
+_ = words.save_pretrained(folder)
+
 # %% [markdown]
 # Elsewhere, `import staterank_utils` teaches the layers to read what was removed, and `from_pretrained` does the rest, without remote code:
 
 # %%
+import staterank_utils
+from transformers import AutoModelForCausalLM
+
 again = AutoModelForCausalLM.from_pretrained(folder)
+staterank_utils.pruning.removed_heads(again.config)  # layer: heads
+
+# %% [markdown]
+# What the two hold in their caches, in bytes of recurrent state:
+
+# %%
 caches = {"before": reads(mine, 64), "after": reads(again.to(mine.device), 64)}
 {when: cache_bytes(cache)["recurrent"] for when, cache in caches.items()}
 
 # %% [markdown]
 # In answer to the three points at the top:
 #
-# - **Freed**: exactly the share of heads that is removed, {glue:text}`freed`.
+# - **Freed**: {glue:text}`freed` of the recurrent state's bytes in a real cache, the share of heads that went.
 # - **Kept**: {glue:text}`answer C5`; {numref}`fig-methods` says beside what, {numref}`fig-curve-state` and {numref}`fig-curve` at which shares.
+#   Trained on for some hundred steps: {glue:text}`recovered`.
 # - **Your own**: the six lines above; what it gives in speed is on {doc}`the page of benchmarks <../book/benchmarks>`.
 #
 # An interval of no width means that all prompts of a small run agree, not that nothing is uncertain.
@@ -606,9 +640,5 @@ caches = {"before": reads(mine, 64), "after": reads(again.to(mine.device), 64)}
 
 # %% tags=["hide-input"]
 glue("answer C5", claims.beside_stored(verdicts, full["rows"], "C5"), display=False)
-shares = [len(heads_at(saturation[name])) / len(study.heads) for name, study in studies.items()]
-glue(
-    "freed",
-    ", ".join(f"{x:.1%} ({name})" for x, name in zip(shares, MODELS, strict=True)),
-    display=False,
-)
+shares = ", ".join(f"{freed_share[name, 'joint']:.1%} ({name})" for name in MODELS)
+glue("freed", shares, display=False)

@@ -23,7 +23,7 @@ from staterank_utils.selection import (
     measure_heads,
     random_heads,
 )
-from staterank_utils.strata import Estimate, bootstrap, exactly, is_high
+from staterank_utils.strata import Estimate, bootstrap, is_high, mean_and_parts
 from staterank_utils.surgery import (
     Head,
     ablate_heads,
@@ -41,6 +41,9 @@ CALIBRATION_DOMAINS = ("code", "arithmetic")  # evaluation prompts are technical
 RANK = "effective rank"
 MEASURES = (RANK, "nuclear norm", "log-decay", "write strength")  # of `measure_heads`
 LOW, HIGH = False, True  # ends of a measure, for `arm`
+MEAN = "mean over tasks"  # beside the tasks themselves, in what a removal adds to the loss
+
+Damage = dict[str, Estimate]  # added loss on right answers, nats a token: MEAN first, then each task that counts
 
 
 class Ablation:
@@ -300,26 +303,25 @@ class Ablation:
 
     def added_loss(
         self, within: AbstractContextManager[None], read: Callable[[Tensor], Tensor] | None = None, *, seed: int = 1
-    ) -> Estimate:
-        """What `losses` gain inside a block, such as that of `ablate_heads`: mean over prompts, then over tasks.
+    ) -> Damage:
+        """What `losses` gain inside a block, such as that of `ablate_heads`: by task, mean over prompts, and under `MEAN` over tasks.
 
-        The interval is over prompts, each against itself with all heads. NaN where no task counts.
+        The intervals are over prompts, each against itself with all heads. NaN where no task counts.
         """
         if seed not in self._intact_losses:
             self._intact_losses[seed] = self.losses(seed=seed)
         with within:
-            pairs = zip(self.losses(read, seed=seed), self._intact_losses[seed], strict=True)
-        added = [without - intact for without, intact in pairs]
-        return bootstrap(_mean_of_means, *added) if added else exactly(np.nan)
+            groups = zip(self.mastered, self.losses(read, seed=seed), self._intact_losses[seed], strict=True)
+        return mean_and_parts({task: without - intact for task, without, intact in groups}, together=MEAN)
 
-    def sweep(self, *, seed: int = 1) -> dict[Head, Estimate]:
+    def sweep(self, *, seed: int = 1) -> dict[Head, Damage]:
         """Added loss of each head removed alone; with another seed, on other prompts of the same tasks."""
         bar = tqdm(self.heads, desc="single heads", leave=False)
         return {head: self.added_loss(ablate_heads(self.model, [head]), seed=seed) for head in bar}
 
-    def by_part(self) -> dict[str, dict[Head | int, Estimate]]:
+    def by_part(self) -> dict[str, dict[Head | int, Damage]]:
         """Added loss of whole layers removed, "linear" and "softmax", and of single softmax heads."""
-        parts: dict[str, dict[Head | int, Estimate]] = {"linear": {}, "softmax": {}, "softmax heads": {}}
+        parts: dict[str, dict[Head | int, Damage]] = {"linear": {}, "softmax": {}, "softmax heads": {}}
         softmax = softmax_heads(self.model)
         for kind, heads, ablate in (("linear", self.heads, ablate_heads), ("softmax", softmax, ablate_softmax_heads)):
             for layer in sorted({layer for layer, _ in heads}):
@@ -329,7 +331,7 @@ class Ablation:
             parts["softmax heads"][head] = self.added_loss(ablate_softmax_heads(self.model, [head]))
         return parts
 
-    def rank_used(self, wanted: bool, ranks: Sequence[int], *, every: int) -> dict[str, Estimate]:
+    def rank_used(self, wanted: bool, ranks: Sequence[int], *, every: int) -> dict[str, Damage]:
         """Added loss when the states of all high (or all low) heads are cut to a rank, and when they are rotated.
 
         Args:
@@ -338,7 +340,7 @@ class Ablation:
             every: tokens between two edits.
 
         Returns:
-            "rank 4" and so on, then "rotated" -> nats a token; 0 throughout where there is no head of that label.
+            "rank 4" and so on, then "rotated" -> added loss; 0 throughout where there is no head of that label.
         """
         heads = [head for head, label in zip(self.heads, self.high, strict=True) if label == wanted]
         edits = {f"rank {rank}": partial(best_rank, rank=rank) for rank in ranks if rank < self.d}
@@ -399,10 +401,6 @@ def over_draws(draws: NDArray[np.float64], scores: NDArray[np.float64]) -> Estim
     return bootstrap(
         lambda drawn, picked: float(drawn[:, 1 + picked.astype(int)].mean() - drawn[:, 0].mean()), table, np.arange(len(draws), dtype=np.float64)
     )  # fmt: skip
-
-
-def _mean_of_means(*groups: NDArray[np.float64]) -> float:
-    return float(np.mean([group.mean() for group in groups]))
 
 
 def _ratios(scores: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

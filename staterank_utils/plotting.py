@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
@@ -83,22 +84,25 @@ def panel_grid(n_rows: int, n_columns: int, *, width: float, row_height: float) 
     )
 
 
-def legend_above(figure: Figure, ax: Axes) -> None:
-    """One legend above all panels of a figure in constrained layout, for what the panel `ax` shows.
+def legend_above(figure: Figure) -> None:
+    """One legend above all panels of a figure in constrained layout: what any of them shows, each label once.
 
     Args:
-        figure: in constrained layout.
-        ax: one of its panels, whose labelled lines the legend names.
+        figure: in constrained layout, with its panels drawn.
 
     Example:
         >>> figure = Figure(layout="constrained")
-        >>> ax = figure.subplots()
-        >>> _ = ax.plot([0, 1], label="high heads")
-        >>> legend_above(figure, ax)
+        >>> left, right = figure.subplots(1, 2)
+        >>> lines = left.plot([0, 1], label="high heads"), right.plot([0, 1], label="high heads"), right.plot([1, 0], label="low heads")
+        >>> legend_above(figure)
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
-        ['high heads']
+        ['high heads', 'low heads']
     """
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    handles: dict[str, Artist] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, frameon=False)
 
 
 def panel_rows(n_panels: int) -> tuple[int, int]:
@@ -551,9 +555,8 @@ def plot_parts(
     points = [estimate.point for estimate in single.values()]
     ax.plot([layer for layer, _ in single], points, "_", color=BLUE, markersize=9, label="one head")
     ax.set_yscale("symlog", linthresh=0.01)
-    ax.set(xlabel="layer", ylabel="added loss, nats")
+    ax.set_xlabel("layer")
     ax.set_xticks(sorted({*linear, *softmax}))
-    ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.08), ncols=3)
 
 
 def plot_rank_used(ax: Axes, curves: Mapping[str, Mapping[str, Estimate]]) -> None:

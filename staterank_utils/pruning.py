@@ -11,11 +11,12 @@ import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from staterank_utils.layouts import Layout, find_layers, head_names, key_names, linear_layers
+from staterank_utils.layouts import Layout, check_heads, find_layers, head_names, key_names, linear_layers
 from staterank_utils.models import choose_kernels, correct_forward
 
 FORMAT = 1
@@ -24,7 +25,7 @@ RECORD = "removed_heads"  # in the configuration: {"format": 1, "heads": {"layer
 log = logging.getLogger(__name__)
 
 
-def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[int]]) -> PreTrainedModel:
+def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsIndex]]) -> PreTrainedModel:
     """A copy of a model without some of its linear-attention heads.
 
     Every weight that belongs to a head loses its part, and the cache its state. What is left computes what the model computes
@@ -44,6 +45,7 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[int]]) -> P
     Raises:
         ValueError: a layer without linear attention, a head that the model does not have, named twice or removed before, or
             nothing left of all layers.
+        TypeError: heads that are not a mapping, or not named by whole numbers.
 
     Example:
         >>> import torch
@@ -58,17 +60,9 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[int]]) -> P
     """
     kept = {index: head_names(layer, layout) for index, layer, layout in linear_layers(model)}
     before = removed_heads(model.config.get_text_config())
-    chosen = {layer: list(of_layer) for layer, of_layer in heads.items()}
-    for layer, of_layer in chosen.items():
-        if layer not in kept:
-            raise ValueError(f"layer {layer} has no linear-attention heads: layers {list(kept)} have")
-        for head in of_layer:
-            if head in before.get(layer, []):
-                raise ValueError(f"head {(layer, head)} was removed before: layer {layer} has heads {kept[layer]}")
-            if head not in kept[layer]:
-                raise ValueError(f"layer {layer} has no head {head}: its heads are {kept[layer]}")
-        if len(set(of_layer)) < len(of_layer):
-            raise ValueError(f"a head of layer {layer} is named twice: {of_layer}")
+    if not isinstance(heads, Mapping):
+        raise TypeError(f"expected a mapping from layers to heads, such as {{0: [3]}}, got {heads!r}")
+    chosen = check_heads(heads, kept, removed=before)
     if sum(map(len, chosen.values())) == sum(map(len, kept.values())):
         raise ValueError(
             "these are all heads of all layers: a model without any is not linear attention, keep at least one"
@@ -113,7 +107,7 @@ def removed_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
     record = getattr(config, RECORD, None)
     if record is None:
         return {}
-    found = record.get("format") if isinstance(record, dict) else None
+    found = record.get("format") if isinstance(record, dict) and isinstance(record.get("heads"), dict) else None
     if found != FORMAT:
         raise ValueError(
             f"the configuration's {RECORD!r} has format {found!r}, this version of staterank_utils reads {FORMAT}: "
@@ -234,9 +228,10 @@ def _cut_as_recorded(model: PreTrainedModel) -> None:
 def _teach() -> None:
     """Let models build themselves as their configuration's record says: after the layers, before the weights.
 
-    They also get kernels that run on their device, as `load_model` gives them to any model.
+    They also get kernels that run on their device, as `load_model` gives them to any model: once they are built, and once
+    their weights are there, whose order in memory is the kernels' affair.
     """
-    finish = PreTrainedModel.post_init
+    finish, load = PreTrainedModel.post_init, PreTrainedModel.from_pretrained.__func__
 
     @functools.wraps(finish)
     def post_init(self: PreTrainedModel) -> None:
@@ -245,7 +240,16 @@ def _teach() -> None:
         if removed_heads(self.config.get_text_config()):
             choose_kernels(self)
 
+    @functools.wraps(load)
+    def from_pretrained(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
+        loaded = load(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # (with what was found, where that is asked for)
+        if removed_heads(model.config.get_text_config()):
+            choose_kernels(model)
+        return loaded
+
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
 
 
 _teach()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import linear_layers
+from staterank_utils.pruning import removed_heads
 from staterank_utils.spectra import rank_and_norm
 from staterank_utils.surgery import Head, all_heads
 from staterank_utils.tracing import trace_states
@@ -167,9 +168,14 @@ def select_heads(
     if not scores or not all(map(math.isfinite, scores.values())):
         raise ValueError(f"expected a finite score for every head, got {dict(list(scores.items())[:8])}")
     if model is not None and set(scores) != (own := set(all_heads(model))):
+        gone = {(layer, head) for layer, of in removed_heads(model.config.get_text_config()).items() for head in of}
+        of_the_whole = gone and set(scores) == own | gone
         raise ValueError(
-            f"these are scores of another model: of {len(scores)} heads, {len(own & set(scores))} of them among the {len(own)} that this "
-            "model has; measure this one (measure_saturation)"
+            f"these are scores of the model before {len(gone)} heads were removed: give those of the heads that are left, "
+            "{head: scores[head] for head in all_heads(model)}"
+            if of_the_whole
+            else f"these are scores of another model: of {len(scores)} heads, {len(own & set(scores))} of them among the {len(own)} that "
+            "this model has; measure this one (measure_saturation)"
         )
     if not 0 <= share < 1:
         raise ValueError(f"the share of heads to remove lies in [0, 1), got {share}")

@@ -5,7 +5,7 @@ drawing the prompts anew, because prompts are what a measurement could have draw
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import diptest
@@ -145,6 +145,47 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
     if len(x) != len(y):
         raise ValueError(f"expected values on the same prompts, got {len(x)} and {len(y)}")
     return bootstrap(lambda drawn: float(drawn.mean()), x - y)
+
+
+def mean_and_parts(
+    groups: Mapping[str, ArrayLike], *, together: str, n_resamples: int = 1000, seed: int = 0
+) -> dict[str, Estimate]:
+    """Means of several groups of prompts, and the mean of those means, with 95 % bootstrap intervals over prompts.
+
+    The same as `bootstrap` of each mean; all draws are made at once, since sweeps ask for hundreds of these.
+
+    Args:
+        groups: name -> one number a prompt; groups are drawn independently of each other.
+        together: name of the mean of the means.
+        n_resamples: how often the prompts of each group are drawn anew, with replacement.
+        seed: of the draws.
+
+    Returns:
+        `together` first, then every group; `together` alone, and NaN, where there are no groups.
+
+    Raises:
+        ValueError: a group without prompts or of the name `together`, or a NaN or infinity.
+
+    Example:
+        >>> mean_and_parts({"recall": [1.0, 1.0], "copying": [0.0]}, together="mean over tasks")["mean over tasks"]
+        Estimate(point=0.5, low=0.5, high=0.5)
+    """
+    if together in groups:
+        raise ValueError(f"no group may have the name of all together, {together!r}")
+    rng = np.random.default_rng(seed)
+    points, draws = {}, {}
+    for name, values in groups.items():
+        numbers = _finite(values, "mean_and_parts")
+        if not numbers.size:
+            raise ValueError(f"need at least one prompt in every group, got none in {name!r}")
+        points[name] = float(numbers.mean())
+        draws[name] = numbers[rng.integers(numbers.size, size=(n_resamples, numbers.size))].mean(1)
+    if not groups:
+        return {together: exactly(np.nan)}
+    points = {together: float(np.mean(list(points.values()))), **points}
+    draws = {together: np.mean(list(draws.values()), axis=0), **draws}
+    ends = np.quantile(np.stack(list(draws.values())), [0.025, 0.975], axis=1)
+    return {name: Estimate(point, *map(float, of)) for (name, point), of in zip(points.items(), ends.T, strict=True)}
 
 
 def exactly(value: float) -> Estimate:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import head_names, linear_layers
+from staterank_utils.layouts import check_heads, head_names, linear_layers
 from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.spectra import decompose
 
@@ -73,6 +73,7 @@ def ablate_heads(
     Raises:
         ValueError: a head that the model does not have or that is named twice, a layer without linear attention, an unknown
             kind, or means that are missing or not asked for.
+        TypeError: a head that is not named by whole numbers.
 
     Example:
         >>> from staterank_utils import load_model
@@ -289,20 +290,14 @@ def rotated(state: Float[Tensor, "*lead d_k d_v"], *, seed: int) -> Float[Tensor
 # ---------------------------------------------------------------- inside
 
 
-def _by_layer(heads: Iterable[Head], known: list[Head], *, what: str) -> dict[int, list[int]]:
+def _by_layer(heads: Iterable[Head], known: Iterable[Head], *, what: str) -> dict[int, list[int]]:
     """Layer -> its heads; refuses what is unknown or repeated."""
-    by_layer: dict[int, list[int]] = {}
-    layers = sorted({layer for layer, _ in known})
-    for layer, head in heads:
-        if layer not in layers:
-            raise ValueError(f"layer {layer} has no {what} heads: layers {layers} have")
-        if (layer, head) not in known:
-            there = [name for index, name in known if index == layer]
-            raise ValueError(f"layer {layer} has no head {head}: its {what} heads are {there}")
-        if head in by_layer.setdefault(layer, []):
-            raise ValueError(f"head {(layer, head)} is named twice")
-        by_layer[layer].append(head)
-    return by_layer
+    grouped: list[dict[int, list[int]]] = []
+    for pairs in (heads, known):
+        grouped.append({})
+        for layer, head in pairs:
+            grouped[-1].setdefault(layer, []).append(head)
+    return check_heads(*grouped, what=what)
 
 
 def _places(heads: list[int], names: list[int]) -> list[int]:

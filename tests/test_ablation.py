@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from staterank_utils.ablation import HIGH, LOW, RANK, Ablation
+from staterank_utils.ablation import HIGH, LOW, MEAN, RANK, Ablation
 from staterank_utils.evaluation import Task, answer_nats, evaluate, exact, recall_task
 from staterank_utils.strata import Estimate
 from staterank_utils.surgery import ablate_heads, ablate_softmax_heads, all_heads
@@ -80,11 +80,11 @@ def test_added_losses_are_of_the_ablated_model(study: Ablation, hybrid, tokenize
     intact = loss()
     with ablate_heads(hybrid, [(0, 4)]):
         expected = loss() - intact
-    assert study.added_loss(ablate_heads(hybrid, [(0, 4)])).point == pytest.approx(expected, rel=1e-5)
+    assert study.added_loss(ablate_heads(hybrid, [(0, 4)]))[MEAN].point == pytest.approx(expected, rel=1e-5)
     with ablate_softmax_heads(hybrid, [(3, head) for head in range(4)]):
         expected = loss() - intact
     parts = study.by_part()
-    assert parts["softmax"][3].point == pytest.approx(expected, rel=1e-5)
+    assert parts["softmax"][3]["recall"].point == pytest.approx(expected, rel=1e-5)
     assert list(parts["linear"]) == [0, 1, 2, 4, 5, 6]
     assert len(parts["softmax heads"]) == 8
 
@@ -92,8 +92,8 @@ def test_added_losses_are_of_the_ablated_model(study: Ablation, hybrid, tokenize
 def test_states_cut_to_full_rank_lose_nothing_and_rotated_ones_something(study: Ablation) -> None:
     added = study.rank_used(HIGH, (0, 63, 64), every=16)
     assert list(added) == ["rank 0", "rank 63", "rotated"]
-    assert abs(added["rank 63"].point) < 1e-2
-    assert added["rotated"].point > added["rank 63"].point
+    assert abs(added["rank 63"][MEAN].point) < 1e-2
+    assert added["rotated"][MEAN].point > added["rank 63"][MEAN].point
 
 
 def test_perplexity_rises_when_a_layer_goes(study: Ablation) -> None:
@@ -144,7 +144,12 @@ def test_the_interval_of_an_added_loss_is_over_prompts_each_against_itself(study
     losses = [[np.array([1.0, 5.0]), np.array([2.0])], [np.array([2.0, 5.0]), np.array([2.5])]]
     monkeypatch.setattr(study, "losses", lambda read=None, seed=1: losses.pop(0))
     monkeypatch.setattr(study, "_intact_losses", {})
-    assert study.added_loss(nullcontext()) == Estimate(0.5, 0.25, 0.75)
+    monkeypatch.setattr(Ablation, "mastered", ["recall", "copying"])
+    assert study.added_loss(nullcontext()) == {
+        MEAN: Estimate(0.5, 0.25, 0.75),
+        "recall": Estimate(0.5, 0.0, 1.0),
+        "copying": Estimate(0.5, 0.5, 0.5),
+    }
 
 
 def test_what_heads_retain_is_set_against_as_many_random_ones(study: Ablation, monkeypatch) -> None:

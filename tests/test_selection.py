@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 
+from staterank_utils.pruning import prune_heads
 from staterank_utils.selection import extreme_heads, head_counts, measure_heads, random_heads, select_heads
 from staterank_utils.spectra import effective_rank
 from staterank_utils.surgery import all_heads
@@ -48,6 +49,17 @@ def test_scores_of_another_model_are_refused(hybrid) -> None:
         select_heads(pure, model=hybrid)
     with pytest.raises(ValueError, match="scores of another model: of 4 heads"):
         select_heads(MEASURE, model=hybrid)
+
+
+def test_scores_of_a_model_go_on_after_some_of_its_heads_went(hybrid) -> None:
+    scores = {head: float(i) for i, head in enumerate(all_heads(hybrid))}
+    pruned = prune_heads(hybrid, {0: [3], 6: [7]})
+    with pytest.raises(
+        ValueError, match="of the model before 2 heads were removed: give those of the heads that are left"
+    ):
+        select_heads(scores, model=pruned)
+    left = {head: scores[head] for head in all_heads(pruned)}
+    assert select_heads(left, share=2 / 46, model=pruned) == {6: [5, 6]}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from staterank_utils.ablation import Ablation
+from staterank_utils.ablation import MEAN, Ablation
 from staterank_utils.evaluation import TASKS, Task
 from staterank_utils.models import CHECKPOINTS, choose_kernels, load_model, load_tokenizer
 from staterank_utils.results import STORED, provenance, read_result, write_json
@@ -49,7 +49,7 @@ class Recovery:
 def arms(study: Ablation) -> dict[str, list[Head]]:
     """The heads that each way removes, as many for all but the first."""
     joint = saturation_scores(study.measures["effective rank"], study.measures["nuclear norm"], d=study.d)
-    alone = {head: -added.point for head, added in study.sweep(seed=1001).items()}
+    alone = {head: -added[MEAN].point for head, added in study.sweep(seed=1001).items()}
     orders = {
         "joint": joint,
         "joint, reversed": {head: -score for head, score in joint.items()},

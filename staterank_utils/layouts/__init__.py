@@ -9,6 +9,7 @@ from staterank_utils.layouts.core import Blocks, Layout, modeling_module, recurr
 from staterank_utils.layouts.lookup import (
     LAYOUTS,
     WRONG_IN_SEGMENTS,
+    check_heads,
     find_layers,
     head_names,
     key_names,
@@ -20,6 +21,7 @@ __all__ = [
     "WRONG_IN_SEGMENTS",
     "Blocks",
     "Layout",
+    "check_heads",
     "find_layers",
     "head_names",
     "key_names",

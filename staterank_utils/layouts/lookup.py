@@ -1,5 +1,9 @@
 """Which layers of a model keep a state, and what their heads are called."""
 
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 from torch import nn
 
 from staterank_utils.layouts import delta, fla_models, kda, ssd
@@ -106,3 +110,54 @@ def key_names(layer: nn.Module, layout: Layout) -> list[int]:
         [0, 2, 2, 3, 3]
     """
     return list(getattr(layer, "staterank_keys", range(layout.n_keys(layer))))
+
+
+def check_heads(
+    heads: Mapping[Any, Iterable[Any]],
+    known: Mapping[int, Sequence[int]],
+    *,
+    what: str = "linear-attention",
+    removed: Mapping[int, Sequence[int]] | None = None,
+) -> dict[int, list[int]]:
+    """Heads as whole numbers, layer by layer; refuses what is unknown or named twice.
+
+    Args:
+        heads: layer -> heads that somebody names, as integers of any library.
+        known: layer -> heads that there are.
+        what: kind of heads, for the messages.
+        removed: layer -> heads that there were.
+
+    Raises:
+        TypeError: a layer or head that is no whole number.
+        ValueError: a layer without such heads, a head that it does not have or no longer has, or one that is named twice.
+
+    Example:
+        >>> import torch
+        >>> check_heads({0: torch.tensor([1, 2])}, {0: [0, 1, 2, 3]})
+        {0: [1, 2]}
+    """
+    checked: dict[int, list[int]] = {}
+    for layer_named, of_layer in heads.items():
+        layer = _whole(layer_named, "a layer")
+        if layer not in known:
+            raise ValueError(f"layer {layer} has no {what} heads: layers {list(known)} have")
+        names = checked.setdefault(layer, [])
+        for named in of_layer:
+            head = _whole(named, f"a head of layer {layer}")
+            if head in (removed or {}).get(layer, []):
+                raise ValueError(
+                    f"head {(layer, head)} was removed before: layer {layer} has heads {list(known[layer])}"
+                )
+            if head not in known[layer]:
+                raise ValueError(f"layer {layer} has no head {head}: its {what} heads are {list(known[layer])}")
+            if head in names:
+                raise ValueError(f"head {(layer, head)} is named twice")
+            names.append(head)
+    return checked
+
+
+def _whole(number: Any, what: str) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"{what} is named by a whole number, got {number!r}") from None
