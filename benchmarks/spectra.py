@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [(name, f"{1000 * medians[name]:,.1f}", f"{ratios[name]:.4f}", limits.get(name, "–")) for name in ways]
     table = markdown_table((f"{N_STATES:,} states of {D} x {D}", "ms, median", "over the first", "limit, ms"), rows)
     low, high = effective_rank_bounds(states)
-    differ, edge = effective_rank(states) != rank, low != high
-    error = ((nuclear_norm(states) - norm) / norm).abs().max().item()
+    differ, edge = effective_rank(states).cpu() != rank, (low != high).cpu()
+    error = ((nuclear_norm(states).cpu() - norm) / norm).abs().max().item()
     table += (
         f"\n\nRanks that differ from the SVD's: {int(differ.sum())} of {N_STATES:,}, of these not on the edge: "
         f"{int((differ & ~edge).sum())}; on the edge: {int(edge.sum())}. Largest relative error of a nuclear norm: {error:.0e}."

@@ -107,6 +107,8 @@ def scaled(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n rows d"
 def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> Float[Tensor, " n"]:
     """The largest eigenvalue of positive semidefinite matrices, by repeated squaring and two steps of Lanczos.
 
+    The squarings only find a direction, to whose error the eigenvalue answers with its square: they are done in float32.
+
     Args:
         matrices: float64, symmetric, positive semidefinite.
 
@@ -118,14 +120,14 @@ def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> Float[Tensor, " n"]:
         >>> largest_eigenvalue(torch.diag(torch.tensor([9.0, 4.0], dtype=torch.float64))[None]).item()
         9.0
     """
-    power = matrices
+    power = (matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY)).float()
     for squaring in range(SQUARINGS):
-        if squaring % AT_ONCE == 0:
-            power = power / power.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY)
+        if squaring and squaring % AT_ONCE == 0:
+            power = power / power.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
         power = power @ power
     # The column under the largest diagonal entry is not orthogonal to the leading eigenvector.
     column = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    first = power.gather(-1, column[:, None, None].expand(-1, power.shape[-1], 1))
+    first = power.gather(-1, column[:, None, None].expand(-1, power.shape[-1], 1)).double()
     first = first / first.norm(dim=-2, keepdim=True).clamp_min(TINY)
     image = matrices @ first
     own = first.mT @ image
@@ -271,7 +273,7 @@ def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d
         options: of the measure.
 
     Returns:
-        ``(*lead, ...)``: what the measure gives for each state, on the CPU.
+        ``(*lead, ...)``: what the measure gives for each state, on the device of the states.
 
     Example:
         >>> in_chunks(nuclear_norms, torch.eye(2).expand(3, 1, 2, 2)).round(decimals=4).tolist()
@@ -280,4 +282,4 @@ def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d
     flat = states.reshape(-1, *states.shape[-2:])
     size = max(1, CHUNK // flat[0].numel())
     measured = torch.cat([measure(part, **options) for part in flat.split(size)])
-    return measured.view(*states.shape[:-2], *measured.shape[1:]).cpu()
+    return measured.view(*states.shape[:-2], *measured.shape[1:])

@@ -78,10 +78,12 @@ def states_after(
         stop = wanted[-1]
         slots = torch.full((stop - start,), -1, dtype=torch.int32)
         slots[torch.tensor(wanted) - start - 1] = torch.arange(len(wanted), dtype=torch.int32)
+        # From pinned memory, since a copy from any other waits for all that the GPU has to do.
+        there = slots.pin_memory().to(key.device, non_blocking=True) if key.is_cuda else slots
         tokens = [x[:, start:stop].contiguous() for x in (key, value, g, beta)]
         kept, last = state.new_empty(n_batch, len(wanted), n_heads, d_k, d_v), torch.empty_like(state)
         _kernel()[(n_batch * n_heads, -(-d_v // COLUMNS))](
-            *tokens, state, slots.to(key.device), kept, last, stop - start, len(wanted), n_keys, n_heads, d_k, d_v,
+            *tokens, state, there, kept, last, stop - start, len(wanted), n_keys, n_heads, d_k, d_v,
             TILE_K=max(16, 1 << (d_k - 1).bit_length()), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
             num_warps=1,
         )  # fmt: skip

@@ -1,12 +1,15 @@
 """How many directions a state uses: from a matrix to its singular values, and from those to one number.
 
 Three measures keep three names. `effective_rank` counts singular values over a threshold and is the paper's; `entropy_rank`
-and `stable_rank` need no threshold and weigh the values instead. Each takes states; `Spectrum` gives them all from singular
-values that are already at hand.
+and `stable_rank` need no threshold and weigh the values instead. Each takes states and answers on their device; `Spectrum`
+gives them all from singular values that are already at hand.
 """
 
 import functools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,7 @@ from staterank_utils import inertia
 
 REL_TOL = 1e-4  # the paper's threshold
 AT_ONCE = 32  # states that one thread decomposes together
+_LATER: ContextVar[list[tuple[tuple[int, ...], Tensor]] | None] = ContextVar("checks that wait", default=None)
 
 
 def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead d"]:
@@ -63,8 +67,38 @@ def _check(state: Tensor) -> None:
         raise ValueError(f"a state has at least one row and one column, got shape {tuple(state.shape)}")
     if not state.dtype.is_floating_point:
         raise ValueError(f"expected a real floating dtype, got {state.dtype}")
-    if not torch.isfinite(state).all():
-        raise ValueError(f"state of shape {tuple(state.shape)} holds a NaN or an infinity")
+    finite, later = torch.isfinite(state).all(), _LATER.get()
+    if state.is_cuda and later is not None:
+        later.append((tuple(state.shape), finite))
+    else:
+        _check_finite(tuple(state.shape), finite)
+
+
+def _check_finite(shape: tuple[int, ...], finite: Tensor) -> None:
+    if not finite:
+        raise ValueError(f"state of shape {shape} holds a NaN or an infinity")
+
+
+@contextmanager
+def finite_at_the_end() -> Iterator[None]:
+    """A block in which states on a GPU are checked for NaN and infinity when it ends, since asking makes the GPU wait.
+
+    Raises:
+        ValueError: at the end, a state within was not finite.
+
+    Example:
+        >>> with finite_at_the_end():
+        ...     effective_rank(torch.eye(3)).item()
+        3
+    """
+    checks: list[tuple[tuple[int, ...], Tensor]] = []
+    token = _LATER.set(checks)
+    try:
+        yield
+    finally:
+        _LATER.reset(token)
+    for shape, finite in checks:
+        _check_finite(shape, finite)
 
 
 def decompose(
@@ -224,7 +258,7 @@ def _ranks_over(state: Tensor, rel_tol: float, factors: tuple[float, ...]) -> In
         _check(state)
         return inertia.in_chunks(inertia.ranks, state, rel_tol=rel_tol, factors=factors)
     spectrum = Spectrum(singular_values(state))
-    return torch.stack([spectrum.effective_rank(rel_tol=factor * rel_tol) for factor in factors], -1)
+    return torch.stack([spectrum.effective_rank(rel_tol=factor * rel_tol) for factor in factors], -1).to(state.device)
 
 
 def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
@@ -291,4 +325,4 @@ def entropy_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"
         >>> round(entropy_rank(torch.eye(4)).item(), 6)
         4.0
     """
-    return Spectrum(singular_values(state)).entropy_rank()
+    return Spectrum(singular_values(state)).entropy_rank().to(state.device)

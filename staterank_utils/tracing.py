@@ -19,8 +19,9 @@ from staterank_utils.budget import budget, machine_memory
 from staterank_utils.kernels import serves_kernel
 from staterank_utils.layouts import Layout, linear_layers, modeling_module
 from staterank_utils.models import make_cache, output_logits, read_tokens
+from staterank_utils.spectra import finite_at_the_end
 
-MOST_WAITING = 2**31  # bytes of states that wait on a GPU to be reduced together
+MOST_WAITING = 2**28  # bytes of states that wait on a GPU to be reduced together: a few times what fills it
 SEGMENT = 2048  # tokens that run through the model at a time; what they need of memory does not grow with the prompt
 
 
@@ -169,6 +170,7 @@ def _trace_batch(
     cache = make_cache(model)
     outputs: list[Tensor] = []
     with ExitStack() as stack:
+        stack.enter_context(finite_at_the_end())
         sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
         reducer = reduce if isinstance(reduce, Reducer) else Reducer(reduce, n_held=len(layers))
         taps = [_StateTap(*layer, reducer=reducer) for layer in layers]
@@ -188,7 +190,7 @@ def _trace_batch(
             reducer.flush()
     gates = torch.stack([layer_sums.total.cpu() for layer_sums in sums]) / positions[-1]
     return (
-        torch.stack([torch.cat(tap.kept, 1) for tap in taps]),
+        torch.stack([torch.cat(tap.kept, 1).cpu() for tap in taps]),
         gates,
         torch.cat(outputs, 1) if logits else torch.empty(0),
     )
@@ -369,14 +371,19 @@ class Reducer:
         by_kind = itertools.groupby(self._waiting, lambda item: (item[1].device, item[1].shape[2:]))
         for _, group in by_kind:
             lists, states = zip(*group, strict=True)
-            made = self._make(torch.cat([each.flatten(0, 1) for each in states])[None])[0]
+            flat = [each.flatten(0, 1) for each in states]
+            made = self._make((torch.cat(flat) if len(flat) > 1 else flat[0])[None])[0]
             parts = made.split([each.shape[0] * each.shape[1] for each in states])
             for kept, part, each in zip(lists, parts, states, strict=True):
                 kept.append(part.unflatten(0, each.shape[:2]))
         self._waiting = []
 
     def _make(self, states: Float[Tensor, "batch position head d_k d_v"]) -> Tensor:
-        return self.reduce(states) if self.reduce else states.float().cpu()
+        if self.reduce is None:
+            return states.float().cpu()
+        made = self.reduce(states)
+        # A number a state may stay on the GPU until the end, so that nothing waits for it; more of it would fill its memory.
+        return made if made.nbytes <= states.nbytes // 256 else made.cpu()
 
 
 class _GateSums:
@@ -403,7 +410,7 @@ class _GateSums:
         if len(self._seen) == len(self.layout.gate_modules):
             outputs = [self._seen[name] for name in self.layout.gate_modules]
             gates = torch.stack(self.layout.gates(self.layer, *outputs))  # (gate, batch, token, head)
-            self.total = self.total.to(gates.device) + gates.double().sum(2)
+            self.total = self.total.to(gates.device) + gates.sum(2, dtype=torch.float64)
             self._seen = {}
 
 

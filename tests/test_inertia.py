@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from staterank_utils import domain_prompts, inertia, load_model, load_tokenizer, trace_states
-from staterank_utils.spectra import effective_rank, effective_rank_bounds, nuclear_norm, rank_and_norm, stable_rank
+from staterank_utils.spectra import (
+    effective_rank,
+    effective_rank_bounds,
+    entropy_rank,
+    finite_at_the_end,
+    nuclear_norm,
+    rank_and_norm,
+    stable_rank,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = 1e-4
@@ -53,23 +61,25 @@ def test_ranks_are_those_of_an_svd_except_on_the_edge(states: Tensor, device: st
     sigma = torch.linalg.svdvals(states.double())
     exact = (sigma > TOLERANCE * sigma[:, :1]).sum(-1)
     factors = (1 + inertia.EDGE, 1.0, 1 - inertia.EDGE)
-    low, rank, high = inertia.in_chunks(inertia.ranks, states.to(device), rel_tol=TOLERANCE, factors=factors).unbind(-1)
+    low, rank, high = (
+        inertia.in_chunks(inertia.ranks, states.to(device), rel_tol=TOLERANCE, factors=factors).cpu().unbind(-1)
+    )
     sure = low == high
     assert torch.equal(rank[sure], exact[sure])
     assert (low <= exact).all()
     assert (exact <= high).all()
     assert sure.float().mean() > 0.9
     if device == "cuda":
-        assert torch.equal(effective_rank(states.to(device)), rank)
+        assert torch.equal(effective_rank(states.to(device)).cpu(), rank)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("states", STATES.values(), ids=STATES)
 def test_norms_and_stable_ranks_are_those_of_an_svd(states: Tensor, device: str) -> None:
     sigma = torch.linalg.svdvals(states.double())
-    norms = inertia.in_chunks(inertia.nuclear_norms, states.to(device))
+    norms = inertia.in_chunks(inertia.nuclear_norms, states.to(device)).cpu()
     torch.testing.assert_close(norms, sigma.sum(-1), rtol=1e-5, atol=0)
-    stable = inertia.in_chunks(inertia.stable_ranks, states.to(device))
+    stable = inertia.in_chunks(inertia.stable_ranks, states.to(device)).cpu()
     expected = torch.where(sigma[:, 0] > 0, (sigma / sigma[:, :1]).square().sum(-1), 0.0)
     torch.testing.assert_close(stable, expected, rtol=2e-4, atol=0)
 
@@ -78,14 +88,14 @@ def test_norms_and_stable_ranks_are_those_of_an_svd(states: Tensor, device: str)
 def test_the_public_measures_agree_on_every_device(device: str) -> None:
     states = STATES["real"][:24].view(2, 3, 4, 64, 64)
     here = states.to(device)
-    both = rank_and_norm(here)
+    results = rank_and_norm(here), *effective_rank_bounds(here), stable_rank(here), entropy_rank(here)
+    assert all(result.device == here.device for result in results)
+    both, low, high, stable, _ = (result.cpu() for result in results)
     assert torch.equal(both[..., 0].long(), effective_rank(states))
     torch.testing.assert_close(both[..., 1], nuclear_norm(states), rtol=1e-5, atol=0)
-    torch.testing.assert_close(stable_rank(here), stable_rank(states), rtol=2e-4, atol=0)
-    low, high = effective_rank_bounds(here)
+    torch.testing.assert_close(stable, stable_rank(states), rtol=2e-4, atol=0)
     assert (low <= both[..., 0]).all()
     assert (both[..., 0] <= high).all()
-    assert all(result.device.type == "cpu" for result in (both, low, high))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -93,6 +103,8 @@ def test_bad_states_and_tolerances_are_refused(device: str) -> None:
     broken = torch.full((1, 4, 4), torch.nan, device=device)
     for measure in (effective_rank, nuclear_norm, stable_rank):
         with pytest.raises(ValueError, match="NaN or an infinity"):
+            measure(broken)
+        with pytest.raises(ValueError, match="NaN or an infinity"), finite_at_the_end():
             measure(broken)
     with pytest.raises(ValueError, match="rel_tol must be in"):
         effective_rank(torch.ones(4, 4, device=device), rel_tol=1.0)

@@ -28,7 +28,8 @@ TOLERANCE = 1e-4 if DEVICE == "cpu" else 5e-2
 POSITIONS = [1, 2, 3, 63, 65, 96]
 NO_REMOVAL = ("RetNet", "RWKV7")
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore:According to Bo")
+# Where there is a GPU, all of this is about fla's kernels.
+pytestmark = [pytest.mark.filterwarnings("ignore:According to Bo"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
 @pytest.fixture(scope="module", params=TINY)

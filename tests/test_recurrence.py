@@ -84,4 +84,4 @@ def test_a_trace_of_every_position_is_that_of_a_few_and_of_a_cpu(name: str, monk
     torch.testing.assert_close(few.log_decay, exact.log_decay, rtol=1e-2, atol=1e-3)
     monkeypatch.setattr(tracing, "MOST_WAITING", 2**20)
     ranks = trace_states(there, prompts, positions=range(1, 131), reduce=effective_rank)
-    assert torch.equal(ranks.values, effective_rank(every.values.cuda()))
+    assert torch.equal(ranks.values, effective_rank(every.values.cuda()).cpu())
