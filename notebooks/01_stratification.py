@@ -59,6 +59,7 @@ plotting.use_style()
 # %% tags=["parameters"]
 model = "hybrid, pure"  # embedded names, folders or hub ids, separated by commas
 revision = ""  # commit or tag, for hub ids
+device = ""  # "": the GPU if there is one; "cpu", "cuda", or "auto": spread over all GPUs
 profile = "quick"  # "quick" or "full"
 seed = 0
 n_prompts = 0  # prompts; 0: what the profile says
@@ -66,17 +67,12 @@ n_tokens = 2048  # T, tokens a prompt
 results_folder = ""  # where the result is stored; "": nowhere
 
 # %%
-PARAMETER_NAMES = (
-    "model",
-    "revision",
-    "profile",
-    "seed",
-    "n_prompts",
-    "n_tokens",
-    "results_folder",
+results.check_parameters(
+    globals(),
+    known="model revision device profile seed n_prompts n_tokens results_folder".split(),
 )
-results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
+WHERE = {"revision": revision or None, "device": device or None}
 N_PROMPTS = n_prompts or {"quick": 6, "full": 16}[profile]
 N_SHUFFLES = {"quick": 2, "full": 8}[profile]
 POSITIONS = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if t < n_tokens] + [
@@ -109,12 +105,12 @@ def measure(name, positions, weights="trained", shuffle=0):
     """Singular values (layer, prompt, position, head, d) on technical prose."""
     prompts = domain_prompts(
         "prose",
-        load_tokenizer(name, revision=revision or None),
+        load_tokenizer(name, revision=WHERE["revision"]),
         n_prompts=N_PROMPTS,
         n_tokens=n_tokens,
         seed=seed,
     )
-    network = load_model(name, revision=revision or None, weights=weights, seed=seed + shuffle)
+    network = load_model(name, weights=weights, seed=seed + shuffle, **WHERE)
     return trace_states(network, prompts, positions=positions, reduce=singular_values)
 
 
@@ -347,7 +343,7 @@ Markdown(
 # %%
 def acquired(name):
     """C1c needs the weights that this very model started from."""
-    if hasattr(load_model(name, revision=revision or None).config, "initialization"):
+    if hasattr(load_model(name, **WHERE).config, "initialization"):
         return claims.judge("C1c", name, {"rho": rho_initial[name]})
     return claims.not_testable("C1c", name, why="its weights before training are not known")
 

@@ -63,6 +63,7 @@ plotting.use_style()
 # %% tags=["parameters"]
 model = "hybrid, pure"  # embedded names, folders or hub ids, separated by commas
 revision = ""  # commit or tag, for hub ids
+device = ""  # "": the GPU if there is one; "cpu", "cuda", or "auto": spread over all GPUs
 profile = "quick"  # "quick" or "full"
 seed = 0
 n_prompts = 0  # prompts a domain, at most 16; 0: what the profile says
@@ -70,17 +71,12 @@ n_tokens = 2048  # T, tokens a prompt
 results_folder = ""  # where the result is stored; "": nowhere
 
 # %%
-PARAMETER_NAMES = (
-    "model",
-    "revision",
-    "profile",
-    "seed",
-    "n_prompts",
-    "n_tokens",
-    "results_folder",
+results.check_parameters(
+    globals(),
+    known="model revision device profile seed n_prompts n_tokens results_folder".split(),
 )
-results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
+WHERE = {"revision": revision or None, "device": device or None}
 N_PROMPTS = n_prompts or {"quick": 6, "full": 16}[profile]
 N_SHUFFLES = {"quick": 2, "full": 8}[profile]
 DOMAINS = NATURAL_DOMAINS + ADVERSARIAL_DOMAINS
@@ -112,11 +108,11 @@ PARAMETERS = {
 # %%
 @cache
 def network(name, weights="trained", shuffle=0):
-    return load_model(name, revision=revision or None, weights=weights, seed=seed + shuffle)
+    return load_model(name, weights=weights, seed=seed + shuffle, **WHERE)
 
 
 def measure(name, domain, positions, weights=("trained", 0), count=N_PROMPTS):
-    tokenizer = load_tokenizer(name, revision=revision or None)
+    tokenizer = load_tokenizer(name, revision=WHERE["revision"])
     prompts = domain_prompts(domain, tokenizer, n_prompts=count, n_tokens=n_tokens, seed=seed)
     return trace_states(
         network(name, *weights), prompts, positions=positions, reduce=singular_values

@@ -59,6 +59,7 @@ plotting.use_style()
 # %% tags=["parameters"]
 model = "hybrid, pure"  # embedded names, folders or hub ids, separated by commas
 revision = ""  # commit or tag, for hub ids
+device = ""  # "": the GPU if there is one; "cpu", "cuda", or "auto": spread over all GPUs
 profile = "quick"  # "quick" or "full"
 seed = 0
 n_prompts = 0  # prompts a task; 0: what the profile says
@@ -66,17 +67,11 @@ n_draws = 0  # draws of random heads; 0: what the profile says
 results_folder = ""  # where the result is stored; "": nowhere
 
 # %% tags=["hide-input"]
-PARAMETER_NAMES = (
-    "model",
-    "revision",
-    "profile",
-    "seed",
-    "n_prompts",
-    "n_draws",
-    "results_folder",
+results.check_parameters(
+    globals(), known="model revision device profile seed n_prompts n_draws results_folder".split()
 )
-results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
+WHERE = {"revision": revision or None, "device": device or None}
 LOW, HIGH, RANK = ablation.LOW, ablation.HIGH, ablation.RANK
 QUICK = {"quick": True, "full": False}[profile]
 N_PROMPTS, N_DRAWS = n_prompts or (6 if QUICK else 500), n_draws or (8 if QUICK else 32)
@@ -120,7 +115,7 @@ PARAMETERS = {
 # %%
 studies, tables = {}, results.Tables()
 for name in MODELS:
-    pair = [load(name, revision=revision or None) for load in (load_model, load_tokenizer)]
+    pair = load_model(name, **WHERE), load_tokenizer(name, revision=WHERE["revision"])
     studies[name] = ablation.Ablation(*pair, TASKS, seed=seed, **SIZES)
 
 # %% tags=["hide-input"]
@@ -247,6 +242,7 @@ _, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=10, row_height=3.6)
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if (name, task) not in judged:
         ax.set_title(f"{name}: {task}\nnot mastered", fontsize="small")
+        ax.set_axis_off()
         continue
     estimates = {label: score_interval(values) for label, values in arms[name, task].items()}
     plotting.plot_arms(
@@ -523,6 +519,7 @@ figure, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if task not in studies[name].mastered:
         ax.set_title(f"{name}: {task}\nnot mastered", fontsize="small")
+        ax.set_axis_off()
         continue
     linear, softmax, single = (
         {part: losses[task] for part, losses in damages.items()}

@@ -73,6 +73,7 @@ plotting.use_style()
 # %% tags=["parameters"]
 model = "hybrid, pure"  # embedded names, folders or hub ids, separated by commas
 revision = ""  # commit or tag, for hub ids
+device = ""  # "": the GPU if there is one; "cpu", "cuda", or "auto": spread over all GPUs
 profile = "quick"  # "quick" or "full"
 seed = 0
 n_prompts = 0  # prompts a task; 0: what the profile says
@@ -80,17 +81,11 @@ n_draws = 0  # draws of random heads; 0: what the profile says
 results_folder = ""  # where the result is stored; "": nowhere
 
 # %% tags=["hide-input"]
-PARAMETER_NAMES = (
-    "model",
-    "revision",
-    "profile",
-    "seed",
-    "n_prompts",
-    "n_draws",
-    "results_folder",
+results.check_parameters(
+    globals(), known="model revision device profile seed n_prompts n_draws results_folder".split()
 )
-results.check_parameters(globals(), known=PARAMETER_NAMES)
 MODELS = [name.strip() for name in model.split(",")]
+WHERE = {"revision": revision or None, "device": device or None}
 SHARE = ablation.PAPER_SHARE
 QUICK = {"quick": True, "full": False}[profile]
 N_PROMPTS = n_prompts or (6 if QUICK else 500)
@@ -136,7 +131,7 @@ PARAMETERS = {
 # %%
 studies, saturation, tables = {}, {}, results.Tables()
 for name in MODELS:
-    pair = [load(name, revision=revision or None) for load in (load_model, load_tokenizer)]
+    pair = load_model(name, **WHERE), load_tokenizer(name, revision=WHERE["revision"])
     study = studies[name] = ablation.Ablation(*pair, TASKS, seed=seed, **SIZES)
     ranks, norms = study.measures["effective rank"], study.measures["nuclear norm"]
     saturation[name] = saturation_scores(ranks, norms, d=study.d)

@@ -57,7 +57,7 @@ def load_model(
             order. The last two are controls.
         seed: of the initial weights where the model's configuration names none, and of the shuffle.
         device: "cpu", "cuda", ...; by default the GPU if there is one; "auto" spreads the layers over all GPUs, and what does not
-            fit there over memory, by accelerate (trained weights only).
+            fit there over memory, by accelerate.
         dtype: of the weights; by default float32 on a CPU and the checkpoint's own dtype on a GPU.
         revision: commit or tag on the hub; required for a hub id, so that a result names what it measured.
         trust_remote_code: run Python code that comes with the weights. Off unless asked for.
@@ -68,7 +68,7 @@ def load_model(
     Raises:
         FileNotFoundError: an embedded name without the repository's checkpoints, or a folder without weights.
         ValueError: an unknown name, a hub id without a revision, weights that fail `verify_weights`, or that are not those of
-            the configuration; weights that are not trained, to be spread over devices.
+            the configuration.
         ModuleNotFoundError: "auto" without accelerate.
         OSError: a hub id that could not be fetched, for want of a network, of access, or of that revision.
 
@@ -79,8 +79,8 @@ def load_model(
     """
     source, options = _source(name_or_path, revision, trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "auto":
-        _check_spread(weights)
+    if device == "auto" and importlib.util.find_spec("accelerate") is None:
+        raise ModuleNotFoundError("device='auto' needs accelerate: pip install 'staterank-utils[large]'")
     on_cpu = not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
     chosen = dtype or (torch.float32 if on_cpu else "auto")
     if Path(source).is_dir():
@@ -88,16 +88,19 @@ def load_model(
     config = _fetched(_config, source, options)
     if weights == "initial":
         model = initial_model(config, seed=seed)
-        model = model.to(device=device, dtype=None if chosen == "auto" else chosen)
+        model = model.to(dtype=None if chosen == "auto" else chosen)
     elif weights in ("trained", "shuffled"):
-        spread = {"device_map": "auto"} if device == "auto" else {}
+        # Controls are made on a CPU, trained weights go to their devices as they are read.
+        spread = {"device_map": "auto"} if (device, weights) == ("auto", "trained") else {}
         model = _fetched(_with_weights, source, options, config=config, dtype=chosen, **spread)
-        if not spread:
-            model = model.to(device)
-        if weights == "shuffled":
-            shuffle_weights(model, seed=seed)
     else:
         raise ValueError(f"weights must be 'trained', 'initial' or 'shuffled', got {weights!r}")
+    if device != "auto":
+        model = model.to(device)
+    if weights == "shuffled":
+        shuffle_weights(model, seed=seed)
+    if device == "auto" and weights != "trained":
+        model = _spread(model)
     model.requires_grad_(False).eval()
     chosen_kernels = choose_kernels(model)
     log.info(
@@ -157,14 +160,15 @@ def _source(
     return name_or_path, {"revision": revision, "trust_remote_code": trust_remote_code}
 
 
-def _check_spread(weights: str) -> None:
-    """What "auto" needs."""
-    if weights != "trained":
-        raise ValueError(
-            f"device='auto' spreads trained weights as they are read; {weights} ones need one device that holds them all"
-        )
-    if importlib.util.find_spec("accelerate") is None:
-        raise ModuleNotFoundError("device='auto' needs accelerate: pip install 'staterank-utils[large]'")
+def _spread(model: PreTrainedModel) -> PreTrainedModel:
+    """A model in memory, its layers moved to all GPUs, and what does not fit there left where it is."""
+    import accelerate
+
+    whole = model._no_split_modules
+    memory = accelerate.utils.get_balanced_memory(model, no_split_module_classes=whole)
+    places = accelerate.infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    spread: PreTrainedModel = accelerate.dispatch_model(model, places)
+    return spread
 
 
 def _fetched(load: Callable[..., Any], source: str, options: dict[str, Any], **more: Any) -> Any:

@@ -182,14 +182,19 @@ def test_fla_kernels_give_the_states_of_the_plain_ones() -> None:
     assert (fast.values - slow.values).abs().max() < 5e-3 * slow.values.abs().max()
 
 
+@pytest.mark.parametrize("weights", ["trained", "initial", "shuffled"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_model_spread_over_devices_gives_the_same_states(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_spread_over_devices_gives_the_same_states(
+    device: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ids = torch.arange(100)[None]
-    spread, whole = (load_model("hybrid", device=where, dtype=torch.float32) for where in ("auto", device))
+    spread, whole = (
+        load_model("hybrid", weights=weights, device=where, dtype=torch.float32) for where in ("auto", device)
+    )
     if device == "cuda":
         assert len({parameter.device for parameter in spread.parameters()}) > 1
     traces = [trace_states(model, ids, positions=[3, 100], logits=True) for model in (spread, whole)]
@@ -203,9 +208,7 @@ def test_a_model_spread_over_devices_gives_the_same_states(device: str, monkeypa
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_only_trained_weights_are_spread_and_only_by_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="initial ones need one device"):
-        load_model("hybrid", device="auto", weights="initial")
+def test_a_model_is_spread_by_accelerate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="large"):
         load_model("hybrid", device="auto")
