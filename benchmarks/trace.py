@@ -4,7 +4,8 @@
 
 Each way is run in turn, several times, in one process; the table gives medians and ratios of medians. The naive way is what one
 writes first: a forward from the start for every position, an SVD for every head. On a GPU the ranks at every one of the 2,048 positions are
-taken as well. The limit is the time of the products with the weights of one forward, at the rate that a large product of their dtype
+taken as well, and the table says for how long the GPU is at work in each way and with how many kernels and copies: in the rest of the time it
+waits for the next launch. The limit is the time of the products with the weights of one forward, at the rate that a large product of their dtype
 reaches in the same process. `--store` keeps the table for the book.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.limits import operations_a_token, operations_per_second
+from benchmarks.limits import gpu_work, operations_a_token, operations_per_second
 from benchmarks.timing import options, rounds, store
 from staterank_utils import domain_prompts, effective_rank, load_model, load_tokenizer, trace_states
 from staterank_utils.claims import markdown_table
@@ -61,20 +62,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     plain = medians["one plain forward"]
     rate = operations_per_second(model.device, model.dtype)
     limit = POSITIONS[-1] * operations_a_token(model) / rate
-    rows = [
-        (
-            name,
-            f"{1000 * m:.0f}",
-            f"{m / plain:.2f}",
-            f"{1000 * min(seconds[name]):.0f} to {1000 * max(seconds[name]):.0f}",
-            f"{1000 * limit:.1f}" if "every" not in name and "naive" not in name else "–",
-        )
-        for name, m in medians.items()
-    ]
-    table = markdown_table(
-        (f"{POSITIONS[-1]:,} tokens, model {arguments.model}", "ms, median", "over one forward", "range", "limit, ms"),
-        rows,
+    rows, head = (
+        [],
+        [f"{POSITIONS[-1]:,} tokens, model {arguments.model}", "ms, median", "over one forward", "range", "limit, ms"],
     )
+    for name, m in medians.items():
+        low, high = (1000 * end for end in (min(seconds[name]), max(seconds[name])))
+        bound = f"{1000 * limit:.1f}" if "every" not in name and "naive" not in name else "–"
+        rows.append([name, f"{1000 * m:.0f}", f"{m / plain:.2f}", f"{low:.0f} to {high:.0f}", bound])
+        if work := gpu_work(ways[name]):
+            rows[-1] += [f"{1000 * work[0]:.1f}", f"{work[1]:,}"]
+    if len(rows[0]) > len(head):
+        head += ["GPU at work, ms", "kernels and copies"]
+    table = markdown_table(head, rows)
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:
         store("trace", parameters=vars(arguments) | {"positions": POSITIONS}, goal=GOAL, table=table)

@@ -147,7 +147,6 @@ def stream_states(
         target.mkdir()
         to_disk = _ToDisk(target)
         trace = trace_states(model, input_ids[i : i + 1], positions=positions, reduce=to_disk)
-        to_disk.finish()
         _save({"log_decay": trace.log_decay, "write_strength": trace.write_strength}, target / GATES)
     return stored
 
@@ -166,9 +165,6 @@ class _ToDisk(Reducer):
         kept.append(torch.empty(states.shape[:2]))
         if sum(part.nbytes for part in held) >= FILE_BYTES:
             self._write(layer)
-
-    def flush(self) -> None:
-        """Files fill beyond the end of a segment."""
 
     def finish(self) -> None:
         """Write what is left."""

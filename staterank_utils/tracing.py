@@ -4,7 +4,9 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,12 +121,8 @@ def trace_states(
             f"a trace has one axis of heads for all layers, and these have different numbers of them: {counts}. "
             "Trace the model before it is pruned, with the heads ablated"
         )
-    needed, memory = budget(model, input_ids, positions=positions), machine_memory()
-    if reduce is None and memory is not None and needed.total > memory:
-        raise MemoryError(
-            f"{needed}, and this machine has {memory / 1e9:.2f} GB of memory: reduce states at once (reduce=...), or keep them on disk "
-            "(streaming.stream_states)"
-        )
+    if reduce is None:
+        _check_memory(model, input_ids, positions)
     if batch_size is None:
         batch_size = 1 if model.device.type == "cpu" else len(input_ids)
     if batch_size < 1:
@@ -187,8 +185,8 @@ def _trace_batch(
             if logits and inside:
                 chosen = hidden[:, [position - 1 for position in inside]]
                 outputs.append(output_logits(model, chosen).float().cpu())
-            reducer.flush()
-    gates = torch.stack([layer_sums.total.cpu() for layer_sums in sums]) / positions[-1]
+        reducer.finish()
+    gates = torch.stack([layer_sums.total() for layer_sums in sums]) / positions[-1]
     return (
         torch.stack([torch.cat(tap.kept, 1).cpu() for tap in taps]),
         gates,
@@ -334,7 +332,9 @@ class _StateTap:
 
 
 class Reducer:
-    """Makes of states what a trace keeps: at once on a CPU; on a GPU, where a call makes it wait, for all layers together.
+    """Makes of states what a trace keeps: at once on a CPU; on a GPU many together, in a thread beside the one that runs the model.
+
+    A measure of states makes whoever calls it wait for the GPU; the model meanwhile goes on.
 
     Args:
         reduce: as `trace_states` takes it; None keeps the states.
@@ -351,6 +351,9 @@ class Reducer:
     def __init__(self, reduce: Callable[[Tensor], Tensor] | None, *, n_held: int):
         self.reduce, self.n_held = reduce, n_held
         self._waiting: list[tuple[list[Tensor], Tensor]] = []
+        self._n_waiting = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="staterank-reduce")
+        self._running: Future[None] | None = None
 
     @functools.cached_property
     def n_bytes(self) -> int:
@@ -358,17 +361,36 @@ class Reducer:
         return min(MOST_WAITING, torch.cuda.mem_get_info()[0] // 8)
 
     def add(self, layer: int, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
-        """Append to `kept` what is made of the states of a layer, now or when `flush` is called."""
+        """Append to `kept` what is made of the states of a layer, now or by the time that `finish` returns."""
         if not states.is_cuda:
             kept.append(self._make(states))
             return
         self._waiting.append((kept, states))
-        if sum(waiting.nbytes for _, waiting in self._waiting) > self.n_bytes:
-            self.flush()
+        self._n_waiting += states.nbytes
+        if self._n_waiting >= self.n_bytes:
+            self._hand_over()
 
-    def flush(self) -> None:
-        """Nothing waits any more."""
-        by_kind = itertools.groupby(self._waiting, lambda item: (item[1].device, item[1].shape[2:]))
+    def finish(self) -> None:
+        """Nothing waits any more, and what was made is there.
+
+        Raises:
+            Exception: what the measure of states raised.
+        """
+        self._hand_over()
+        if self._running is not None:
+            self._running.result()
+        self._running = None
+
+    def _hand_over(self) -> None:
+        """Let the thread work on what waits, once it is done with what it was given before."""
+        if self._running is not None:
+            self._running.result()
+        waiting, self._waiting, self._n_waiting = self._waiting, [], 0
+        self._running = self._thread.submit(copy_context().run, self._make_all, waiting) if waiting else None
+
+    @torch.inference_mode()
+    def _make_all(self, waiting: list[tuple[list[Tensor], Tensor]]) -> None:
+        by_kind = itertools.groupby(waiting, lambda item: (item[1].device, item[1].shape[2:]))
         for _, group in by_kind:
             lists, states = zip(*group, strict=True)
             flat = [each.flatten(0, 1) for each in states]
@@ -376,7 +398,6 @@ class Reducer:
             parts = made.split([each.shape[0] * each.shape[1] for each in states])
             for kept, part, each in zip(lists, parts, states, strict=True):
                 kept.append(part.unflatten(0, each.shape[:2]))
-        self._waiting = []
 
     def _make(self, states: Float[Tensor, "batch position head d_k d_v"]) -> Tensor:
         if self.reduce is None:
@@ -391,7 +412,7 @@ class _GateSums:
 
     def __init__(self, layer: nn.Module, layout: Layout):
         self.layer, self.layout = layer, layout
-        self.total: Tensor = torch.zeros(())
+        self._sums: list[Tensor] = []  # of each segment
 
     def __enter__(self) -> "_GateSums":
         self._seen: dict[str, Any] = {}
@@ -405,13 +426,26 @@ class _GateSums:
         for handle in self._handles:
             handle.remove()
 
+    def total(self) -> Float[Tensor, "gate batch head"]:
+        """On the CPU."""
+        return torch.stack(self._sums).sum(0).cpu()
+
     def _add(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._seen[name] = output
         if len(self._seen) == len(self.layout.gate_modules):
             outputs = [self._seen[name] for name in self.layout.gate_modules]
             gates = torch.stack(self.layout.gates(self.layer, *outputs))  # (gate, batch, token, head)
-            self.total = self.total.to(gates.device) + gates.sum(2, dtype=torch.float64)
+            self._sums.append(gates.sum(2, dtype=torch.float64))
             self._seen = {}
+
+
+def _check_memory(model: PreTrainedModel, input_ids: Tensor, positions: Sequence[int]) -> None:
+    needed, memory = budget(model, input_ids, positions=positions), machine_memory()
+    if memory is not None and needed.total > memory:
+        raise MemoryError(
+            f"{needed}, and this machine has {memory / 1e9:.2f} GB of memory: reduce states at once (reduce=...), or keep them on disk "
+            "(streaming.stream_states)"
+        )
 
 
 def _check(model: PreTrainedModel, input_ids: object, positions: Sequence[int]) -> None:

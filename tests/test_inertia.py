@@ -129,7 +129,7 @@ def test_no_crowd_of_eigenvalues_moves_the_largest_by_more_than_is_said(width: f
     generator = torch.Generator().manual_seed(0)
     basis, _ = torch.linalg.qr(torch.randn(8, 64, 64, dtype=torch.float64, generator=generator))
     found = inertia.largest_eigenvalue(basis * (1 - width * share.double()) @ basis.mT)
-    assert (1 - found).max() < 3e-4
+    assert (1 - found).max() < 4e-4
     assert (found <= 1 + 1e-12).all()
 
 

@@ -1,5 +1,7 @@
 import gc
+import itertools
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from staterank_utils.layouts import WRONG_IN_SEGMENTS, linear_layers, modeling_m
 from staterank_utils.models import make_cache
 from staterank_utils.reference import gated_delta_rule
 from staterank_utils.spectra import effective_rank
-from staterank_utils.tracing import trace_states
+from staterank_utils.tracing import Reducer, trace_states
 
 POSITIONS = [1, 2, 3, 5, 31, 63, 64, 65, 100, 129, 150]
 # float32 sums in another order; the states and logits compared are of size 1.
@@ -220,3 +222,37 @@ def test_architectures_that_are_wrong_in_segments_are_refused_by_name(model_type
     model.config.model_type = model_type
     with pytest.raises(ValueError, match=f"{model_type} cannot be traced: "):
         trace_states(model, prompts, positions=[1])
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_states_on_a_gpu_are_reduced_in_their_order_beside_the_model() -> None:
+    kept: tuple[list, list] = ([], [])
+    threads: set[int] = set()
+
+    def total(states: torch.Tensor) -> torch.Tensor:
+        threads.add(threading.get_ident())
+        return states.sum((-2, -1))
+
+    reducer = Reducer(total, n_held=1)
+    states = torch.randn(2, 12, 1, 5, 3, 4, 4)  # (layer, call, batch, position, head, d_k, d_v)
+    reducer.n_bytes = 3 * states[0, 0].nbytes
+    for call, layer in itertools.product(range(12), range(2)):
+        reducer.add(layer, kept[layer], states[layer, call].as_subclass(OnGpu))
+    reducer.finish()
+    for layer in range(2):
+        assert torch.equal(torch.stack(kept[layer]), states[layer].sum((-2, -1)))
+    assert len(threads) == 1
+    assert threads != {threading.get_ident()}
+
+
+def test_what_a_measure_raises_on_a_gpu_is_raised_by_the_trace() -> None:
+    reducer = Reducer(lambda states: states.nonsense, n_held=1)
+    reducer.n_bytes = 10**9
+    reducer.add(0, [], torch.ones(1, 1, 1, 4, 4).as_subclass(OnGpu))
+    with pytest.raises(AttributeError, match="nonsense"):
+        reducer.finish()
