@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name, m in medians.items():
         low, high = (1000 * end for end in (min(seconds[name]), max(seconds[name])))
-        bound = f"{1000 * limit:.1f}" if "every" not in name and "naive" not in name else "–"
+        bound = f"{1000 * limit:.2g}" if "every" not in name and "naive" not in name else "–"
         rows.append([name, f"{1000 * m:.0f}", f"{m / plain:.2f}", f"{low:.0f} to {high:.0f}", bound])
         if work := gpu_work(ways[name]):
             rows[-1] += [f"{1000 * work[0]:.1f}", f"{work[1]:,}"]

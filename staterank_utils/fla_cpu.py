@@ -5,7 +5,8 @@ fla computes with Triton kernels, which a CPU cannot run. `choose` puts a dispat
 torch where fla has none; all others go to the kernel as ever. Nothing is overwritten for good, and a second call changes
 nothing.
 
-Recurrences run token by token in float32. fla's Mamba-2 is also changed on a GPU where it is wrong or refuses; see `_ssd`.
+Recurrences run token by token in float32. On a GPU, calls that a kernel refuses for their dtype (`REFUSE_FLOAT32`) go to the
+naive operator as well, and fla's Mamba-2 is changed where it is wrong or refuses; see `_ssd`.
 """
 
 import functools
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Recurrence = Callable[[dict[str, Tensor], Tensor | None], tuple[Tensor, Tensor]]
+REFUSE_FLOAT32 = ("chunk_delta_rule",)  # kernels that are there for narrower dtypes alone
 
 
 def choose(*, plain: bool = False) -> None:
@@ -98,11 +100,13 @@ def _import_fla() -> None:
 
 def _dispatch(bound: Callable[..., Any], plain_version: Callable[..., Any], *, plain: bool) -> Callable[..., Any]:
     bound = getattr(bound, "staterank_bound", bound)
+    refuses_float32 = bound.__name__ in REFUSE_FLOAT32
 
     @functools.wraps(bound)
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         first = next(x for x in itertools.chain(args, kwargs.values()) if isinstance(x, Tensor))
-        return (plain_version if plain or first.device.type == "cpu" else bound)(*args, **kwargs)
+        refused = refuses_float32 and first.dtype == torch.float32
+        return (plain_version if plain or refused or first.device.type == "cpu" else bound)(*args, **kwargs)
 
     vars(dispatch)["staterank_bound"] = bound
     return dispatch

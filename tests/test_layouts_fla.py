@@ -16,6 +16,7 @@ import conformance
 from tiny_fla import TINY, tiny_fla
 from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
+from staterank_utils.fla_cpu import _dispatch
 from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.models import _config, choose_kernels, load_model, make_cache
 from staterank_utils.pruning import cache_bytes, prune_heads, removed_heads
@@ -219,8 +220,6 @@ def expected_states(model, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> list
 
 
 def test_traced_states_are_those_of_the_float64_recurrence(model, ids, monkeypatch) -> None:
-    if DEVICE != "cpu" and model.config.model_type == "delta_net":
-        pytest.skip("fla's chunk_delta_rule refuses float32")
     expected = expected_states(model, ids, monkeypatch)
     trace = trace_states(model, ids, positions=POSITIONS, logits=True)
     at = [position - 1 for position in POSITIONS]
@@ -367,6 +366,16 @@ def test_a_type_that_both_libraries_have_is_loaded_from_the_one_that_wrote_it(tm
     assert type(loaded) is Mamba2Config
     assert type(AutoModelForCausalLM.from_config(loaded)) is Mamba2ForCausalLM
     assert type(load_model(str(tmp_path / "fla"), device="cpu")).__module__.startswith("fla.")
+
+
+def test_what_a_kernel_refuses_for_its_dtype_goes_to_the_naive_operator() -> None:
+    def chunk_delta_rule(q: Tensor) -> str:
+        return "kernel"
+
+    call = _dispatch(chunk_delta_rule, lambda q: "naive", plain=False)
+    # Neither on a CPU nor on a GPU, so that only the dtype decides.
+    assert call(torch.empty(1, device="meta")) == "naive"
+    assert call(torch.empty(1, device="meta", dtype=torch.bfloat16)) == "kernel"
 
 
 # ---------------------------------------------------------------- refusals
