@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache, output_logits, read_tokens
 
 Tokens = list[int]
@@ -115,12 +116,21 @@ def pad_left(
         model: from `load_model`.
         rows: token ids, at least one row.
 
+    Raises:
+        ValueError: rows of different lengths, for a model whose layers do not see that padding is none of the text.
+
     Example:
         >>> from staterank_utils import load_model
         >>> [tensor.tolist() for tensor in pad_left(load_model("hybrid"), [[5, 6], [7]])]
         [[[5, 6], [0, 7]], [[1, 1], [0, 1]]]
     """
     length = max(map(len, rows))
+    if length > min(map(len, rows)):
+        for index, layer, layout in linear_layers(model):
+            if reason := layout.padding_refusal and layout.padding_refusal(layer):
+                raise ValueError(
+                    f"layer {index} ({layout.layer_class}) cannot read prompts of different lengths side by side: {reason}. Take batch_size=1"
+                )
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
     return ids, mask

@@ -213,7 +213,12 @@ def _keep(layer: nn.Module, layout: Layout, kept: Sequence[int]) -> None:
 def _cut_as_recorded(model: PreTrainedModel) -> None:
     """Cut the layers of a model that was just built as its configuration's record says."""
     removed = removed_heads(model.config.get_text_config())
-    for index, layer, layout in find_layers(model) if removed else ():
+    layers = find_layers(model) if removed else []
+    if layers and (unknown_layers := sorted(set(removed) - {index for index, _, _ in layers})):
+        raise ValueError(
+            f"the configuration removes heads of layers {unknown_layers}, which have no linear attention: {[index for index, _, _ in layers]} have"
+        )
+    for index, layer, layout in layers:
         names, gone = head_names(layer, layout), removed.get(index, [])
         # A model is built from the inside out: its base model has done this already.
         if hasattr(layer, "staterank_heads") or not gone:

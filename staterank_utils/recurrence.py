@@ -7,6 +7,7 @@ that works in bfloat16 within a chunk.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -82,11 +83,13 @@ def states_after(
         there = slots.pin_memory().to(key.device, non_blocking=True) if key.is_cuda else slots
         tokens = [x[:, start:stop].contiguous() for x in (key, value, g, beta)]
         kept, last = state.new_empty(n_batch, len(wanted), n_heads, d_k, d_v), torch.empty_like(state)
-        _kernel()[(n_batch * n_heads, -(-d_v // COLUMNS))](
-            *tokens, state, there, kept, last, stop - start, len(wanted), n_keys, n_heads, d_k, d_v,
-            TILE_K=max(16, 1 << (d_k - 1).bit_length()), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
-            num_warps=1,
-        )  # fmt: skip
+        # Triton launches on the current GPU, which need not be that of the tensors.
+        with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
+            _kernel()[(n_batch * n_heads, -(-d_v // COLUMNS))](
+                *tokens, state, there, kept, last, stop - start, len(wanted), n_keys, n_heads, d_k, d_v,
+                TILE_K=max(16, 1 << (d_k - 1).bit_length()), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
+                num_warps=1,
+            )  # fmt: skip
         yield kept
         state, start = last, stop
 

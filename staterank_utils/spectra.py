@@ -95,6 +95,11 @@ def finite_at_the_end() -> Iterator[None]:
     token = _LATER.set(checks)
     try:
         yield
+    except torch.linalg.LinAlgError:
+        # Whoever decomposes what is not finite learns of that alone.
+        for shape, finite in checks:
+            _check_finite(shape, finite)
+        raise
     finally:
         _LATER.reset(token)
     for shape, finite in checks:

@@ -5,7 +5,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +88,8 @@ def trace_states(
         input_ids: prompts of equal length, int64 or int32, on any device.
         positions: numbers of tokens t after which to look, increasing, in 1..token.
         reduce: applied at once to a layer's states (batch, position, head, d_k, d_v), a few positions at a time, so that no
-            state is kept: `singular_values`, `effective_rank`, ... The memory needed is then the model's and one snapshot. To keep
+            state is kept: `singular_values`, `effective_rank`, ...; on a GPU to those of several layers, as positions of one
+            batch, in another thread. It must take each state by itself. The memory needed is then the model's and one snapshot. To keep
             more states than memory holds, `streaming.stream_states`.
         logits: also keep the logits after each position.
         batch_size: prompts read side by side; by default one on a CPU, where a larger batch falls out of the cache and is
@@ -170,7 +171,7 @@ def _trace_batch(
     with ExitStack() as stack:
         stack.enter_context(finite_at_the_end())
         sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
-        reducer = reduce if isinstance(reduce, Reducer) else Reducer(reduce, n_held=len(layers))
+        reducer = stack.enter_context(reduce if isinstance(reduce, Reducer) else Reducer(reduce, n_held=len(layers)))
         taps = [_StateTap(*layer, reducer=reducer) for layer in layers]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
@@ -334,7 +335,8 @@ class _StateTap:
 class Reducer:
     """Makes of states what a trace keeps: at once on a CPU; on a GPU many together, in a thread beside the one that runs the model.
 
-    A measure of states makes whoever calls it wait for the GPU; the model meanwhile goes on.
+    A measure of states makes whoever calls it wait for the GPU; the model meanwhile goes on. Used in a `with` block, at whose end
+    nothing runs any more, whatever ended it.
 
     Args:
         reduce: as `trace_states` takes it; None keeps the states.
@@ -343,7 +345,9 @@ class Reducer:
 
     Example:
         >>> kept = []
-        >>> Reducer(lambda states: states.sum((-2, -1)), n_held=1).add(0, kept, torch.ones(1, 2, 3, 4, 4))
+        >>> with Reducer(lambda states: states.sum((-2, -1)), n_held=1) as reducer:
+        ...     reducer.add(0, kept, torch.ones(1, 2, 3, 4, 4))
+        ...     reducer.finish()
         >>> kept[0].shape
         torch.Size([1, 2, 3])
     """
@@ -352,8 +356,15 @@ class Reducer:
         self.reduce, self.n_held = reduce, n_held
         self._waiting: list[tuple[list[Tensor], Tensor]] = []
         self._n_waiting = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="staterank-reduce")
         self._running: Future[None] | None = None
+
+    def __enter__(self) -> "Reducer":
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="staterank-reduce")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+        self._waiting, self._n_waiting, self._running = [], 0, None
 
     @functools.cached_property
     def n_bytes(self) -> int:
@@ -371,30 +382,40 @@ class Reducer:
             self._hand_over()
 
     def finish(self) -> None:
-        """Nothing waits any more, and what was made is there.
+        """Wait until all is made.
 
         Raises:
             Exception: what the measure of states raised.
         """
         self._hand_over()
-        if self._running is not None:
-            self._running.result()
-        self._running = None
+        self._wait()
 
     def _hand_over(self) -> None:
         """Let the thread work on what waits, once it is done with what it was given before."""
-        if self._running is not None:
-            self._running.result()
+        self._wait()
         waiting, self._waiting, self._n_waiting = self._waiting, [], 0
-        self._running = self._thread.submit(copy_context().run, self._make_all, waiting) if waiting else None
+        if waiting:
+            # The thread queues its work where the model queued what it needs.
+            streams = {
+                states.device: torch.cuda.current_stream(states.device)
+                for _, states in waiting
+                if states.device.type == "cuda"
+            }
+            self._running = self._thread.submit(copy_context().run, self._make_all, waiting, streams)
+
+    def _wait(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
 
     @torch.inference_mode()
-    def _make_all(self, waiting: list[tuple[list[Tensor], Tensor]]) -> None:
+    def _make_all(self, waiting: list[tuple[list[Tensor], Tensor]], streams: dict[torch.device, Any]) -> None:
         by_kind = itertools.groupby(waiting, lambda item: (item[1].device, item[1].shape[2:]))
-        for _, group in by_kind:
+        for (device, _), group in by_kind:
             lists, states = zip(*group, strict=True)
-            flat = [each.flatten(0, 1) for each in states]
-            made = self._make((torch.cat(flat) if len(flat) > 1 else flat[0])[None])[0]
+            with torch.cuda.stream(streams[device]) if device in streams else nullcontext():
+                flat = [each.flatten(0, 1) for each in states]
+                made = self._make((torch.cat(flat) if len(flat) > 1 else flat[0])[None])[0]
             parts = made.split([each.shape[0] * each.shape[1] for each in states])
             for kept, part, each in zip(lists, parts, states, strict=True):
                 kept.append(part.unflatten(0, each.shape[:2]))
@@ -403,6 +424,8 @@ class Reducer:
         if self.reduce is None:
             return states.float().cpu()
         made = self.reduce(states)
+        if made.untyped_storage().nbytes() > made.nbytes:
+            made = made.clone()  # a view would keep all that it looks at
         # A number a state may stay on the GPU until the end, so that nothing waits for it; more of it would fill its memory.
         return made if made.nbytes <= states.nbytes // 256 else made.cpu()
 

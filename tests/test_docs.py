@@ -18,11 +18,11 @@ import tiny_ssd
 import staterank_utils
 from staterank_utils.results import STORED
 
-# All but one Triton kernel, which `inertia` calls: not every machine has triton.
+# All but one Triton kernel, which `recurrence` calls: not every machine has triton.
 MODULES = [
     importlib.import_module(module.name)
     for module in pkgutil.walk_packages(staterank_utils.__path__, f"{staterank_utils.__name__}.")
-    if module.name != "staterank_utils.inertia_kernel"
+    if module.name != "staterank_utils.recurrence_kernel"
 ]
 
 

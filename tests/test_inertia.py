@@ -45,6 +45,7 @@ STATES = {
     "planted, wide": with_values(planted(16, 5), 16, 40),
     "planted, high": with_values(planted(48, 47), 100, 48),
     "planted, 128": with_values(planted(128, 70), 128, 128),
+    "planted, 256": with_values(planted(256, 200), 256, 256, n=2),
     "beyond a tile": with_values(planted(160, 140), 160, 256, n=3),
     "largest repeated": with_values(torch.tensor([1.0] * 9 + [1e-2] * 4 + [0.0] * 3).double(), 16, 16),
     "rank 1": with_values(torch.tensor([5.0] + [0.0] * 31).double(), 32, 32),
@@ -115,6 +116,8 @@ def test_bad_states_and_tolerances_are_refused(device: str) -> None:
             measure(broken)
         with pytest.raises(ValueError, match="NaN or an infinity"), finite_at_the_end():
             measure(broken)
+    with pytest.raises(ValueError, match="NaN or an infinity"), finite_at_the_end():
+        entropy_rank(broken)
     with pytest.raises(ValueError, match="rel_tol must be in"):
         effective_rank(torch.ones(4, 4, device=device), rel_tol=1.0)
     with pytest.raises(ValueError, match="within must be in"):

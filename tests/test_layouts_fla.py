@@ -407,6 +407,13 @@ def test_settings_that_would_be_wrong_are_refused(name, settings, reason) -> Non
         choose_kernels(AutoModelForCausalLM.from_config(config))
 
 
+def test_hybrids_with_softmax_layers_are_refused() -> None:
+    model = tiny_fla("GLA")
+    model.config.attn = {"layers": [1], "num_heads": 2}
+    with pytest.raises(ValueError, match="gla with softmax layers .* cannot be traced"):
+        linear_layers(model)
+
+
 def test_writes_of_a_shared_value_head_stop_together(ids) -> None:
     model = tiny_fla("GLA")
     choose_kernels(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from staterank_utils.channels import order_channels
+from staterank_utils.decoding import pad_left
 from staterank_utils.layouts import Layout, head_names, linear_layers
 from staterank_utils.models import choose_kernels, make_cache, output_logits, read_tokens
 from staterank_utils.pruning import cache_bytes, prune_heads
@@ -256,7 +257,9 @@ def test_left_padding_changes_nothing(model, three) -> None:
     mask = torch.ones_like(three)
     mask[0, :9] = 0
     if getattr(model.config, "use_bias", False):
-        return  # transformers adds the bias of in_proj to padding too, which the convolution then sees
+        with pytest.raises(ValueError, match="prompts of different lengths side by side.*batch_size=1"):
+            pad_left(model, [[5, 6], [7]])
+        return
     alone, _ = in_segments(model, three[:1, 9:], [N_TOKENS - 9])
     for sizes in ([N_TOKENS], [32, 64], [90] + [1] * 6):
         padded, _ = in_segments(model, three, sizes, mask)

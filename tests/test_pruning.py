@@ -191,6 +191,20 @@ def test_generate_agrees_with_the_ablated_model(tiny_model, ids, removal, beams:
     assert torch.equal(made, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_generate_as_users_call_it_goes_on_as_without_a_cache(tiny_model, ids, removal, dtype: torch.dtype) -> None:
+    pruned = prune_heads(tiny_model, removal).to(dtype)
+    expected = ids[:1, :20]
+    for _ in range(6):
+        with torch.no_grad():
+            expected = torch.cat((expected, pruned(expected, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+    made = pruned.generate(ids[:1, :20], max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    agreed = (made == expected).all()
+    assert agreed or dtype == torch.bfloat16  # in which two nearly equal logits may change places
+    beams = pruned.generate(ids[:, :20], max_new_tokens=6, do_sample=False, num_beams=3, eos_token_id=-1)
+    assert beams.shape == (3, 26)
+
+
 def test_it_runs_in_bfloat16(tiny_model, ids, removal) -> None:
     pruned = prune_heads(tiny_model, removal).to(torch.bfloat16)
     with torch.no_grad():
@@ -262,8 +276,9 @@ def test_a_head_cannot_be_removed_twice() -> None:
         ([[0, 1]], "has format None"),
         ({"format": 1, "heads": {"0": [9]}}, "removes heads [9] of layer 0, which has 0..3"),
         ({"format": 1}, "has format None"),
+        ({"format": 1, "heads": {"1": [0]}}, "removes heads of layers [1], which have no linear attention: [0] have"),
     ],
-    ids=["another format", "none", "unknown head", "no heads"],
+    ids=["another format", "none", "unknown head", "no heads", "unknown layer"],
 )
 def test_a_record_that_cannot_be_read_is_refused(record, words: str, tmp_path: Path) -> None:
     pruned = prune_heads(tiny_qwen3_next(["linear_attention", "full_attention"]), {0: [1]})

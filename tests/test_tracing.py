@@ -2,6 +2,7 @@ import gc
 import itertools
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -238,12 +239,12 @@ def test_states_on_a_gpu_are_reduced_in_their_order_beside_the_model() -> None:
         threads.add(threading.get_ident())
         return states.sum((-2, -1))
 
-    reducer = Reducer(total, n_held=1)
     states = torch.randn(2, 12, 1, 5, 3, 4, 4)  # (layer, call, batch, position, head, d_k, d_v)
-    reducer.n_bytes = 3 * states[0, 0].nbytes
-    for call, layer in itertools.product(range(12), range(2)):
-        reducer.add(layer, kept[layer], states[layer, call].as_subclass(OnGpu))
-    reducer.finish()
+    with Reducer(total, n_held=1) as reducer:
+        reducer.n_bytes = 3 * states[0, 0].nbytes
+        for call, layer in itertools.product(range(12), range(2)):
+            reducer.add(layer, kept[layer], states[layer, call].as_subclass(OnGpu))
+        reducer.finish()
     for layer in range(2):
         assert torch.equal(torch.stack(kept[layer]), states[layer].sum((-2, -1)))
     assert len(threads) == 1
@@ -251,8 +252,40 @@ def test_states_on_a_gpu_are_reduced_in_their_order_beside_the_model() -> None:
 
 
 def test_what_a_measure_raises_on_a_gpu_is_raised_by_the_trace() -> None:
-    reducer = Reducer(lambda states: states.nonsense, n_held=1)
-    reducer.n_bytes = 10**9
-    reducer.add(0, [], torch.ones(1, 1, 1, 4, 4).as_subclass(OnGpu))
-    with pytest.raises(AttributeError, match="nonsense"):
-        reducer.finish()
+    with Reducer(lambda states: states.nonsense, n_held=1) as reducer:
+        reducer.n_bytes = 10**9
+        reducer.add(0, [], torch.ones(1, 1, 1, 4, 4).as_subclass(OnGpu))
+        with pytest.raises(AttributeError, match="nonsense"):
+            reducer.finish()
+
+
+def test_nothing_runs_or_is_held_after_a_trace_that_broke_off() -> None:
+    done: list[int] = []
+
+    def slow(states: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        done.append(1)
+        return states.sum((-2, -1))
+
+    def broken(reducer: Reducer) -> None:
+        with reducer:
+            reducer.add(0, [], torch.ones(1, 1, 1, 4, 4).as_subclass(OnGpu))
+            raise RuntimeError("broke off")
+
+    reducer = Reducer(slow, n_held=1)
+    reducer.n_bytes = 1
+    with pytest.raises(RuntimeError, match="broke off"):
+        broken(reducer)
+    assert done == [1], "what had begun came to its end"
+    assert not reducer._waiting
+    assert reducer._running is None
+
+
+def test_a_measure_that_looks_at_a_part_keeps_no_more_than_that(tiny_model) -> None:
+    ids = torch.arange(20)[None]
+    reducer = Reducer(lambda states: states[..., 0, 0], n_held=1)
+    kept: list[torch.Tensor] = []
+    reducer.add(0, kept, torch.ones(1, 2, 3, 4, 4))
+    assert kept[0].untyped_storage().nbytes() == kept[0].nbytes
+    trace = trace_states(tiny_model, ids, positions=[5, 20], reduce=lambda states: states[..., 0, 0])
+    assert torch.equal(trace.values, trace_states(tiny_model, ids, positions=[5, 20]).values[..., 0, 0])

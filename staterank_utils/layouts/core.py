@@ -147,6 +147,7 @@ class Layout:
         arguments: (model, token ids, positions, cache or None) -> what the model needs to be told besides, by name.
         logits: (model, hidden states) -> logits, where there is more to it than the output embedding.
         refusal: (layer) -> why a layer with these settings is not supported, or None.
+        padding_refusal: (layer) -> why prompts cannot be padded on the left, or None.
 
     Example:
         >>> from staterank_utils import load_model
@@ -180,6 +181,7 @@ class Layout:
     arguments: Callable[..., dict[str, Any]] | None = None
     logits: Callable[[Any, Tensor], Tensor] | None = None
     refusal: Callable[[nn.Module], str | None] | None = None
+    padding_refusal: Callable[[nn.Module], str | None] | None = None
 
     def blocks(self, layer: nn.Module) -> list[Blocks]:
         """Of `weights`, those that a layer has."""

@@ -74,6 +74,10 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
             f"{model_type} has no linear-attention layer that is supported: its layers are {', '.join(classes) or 'unknown'}, "
             f"and layouts exist for {', '.join(LAYOUTS)}. Add one to staterank_utils/layouts if it keeps a matrix-valued state."
         )
+    if type(model).__module__.startswith("fla.") and getattr(model.config, "attn", None):
+        raise ValueError(
+            f"{model_type} with softmax layers (attn={model.config.attn}) cannot be traced: no check here covers how fla's cache keeps both"
+        )
     for index, layer, layout in found:
         if reason := layout.refusal and layout.refusal(layer):
             raise ValueError(f"layer {index} ({layout.layer_class}) cannot be traced: {reason}")

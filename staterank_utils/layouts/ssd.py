@@ -198,6 +198,11 @@ def _mamba2(layer_class: str, module: str, logits: Callable[[Any, Tensor], Tenso
         d_k=lambda layer: layer.ssm_state_size,
         d_v=lambda layer: layer.head_dim,
         output=lambda layer: "out_proj" if isinstance(layer.norm, nn.Identity) else "norm",
+        padding_refusal=lambda layer: (
+            "transformers adds the bias of in_proj to padding too, which the convolution then sees"
+            if layer.in_proj.bias is not None
+            else None
+        ),
         gate_modules=("in_proj",),
         gates=_gates,
         write_module="in_proj",
