@@ -194,7 +194,7 @@ doses = {
 }
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank; dotted grey, in the full profile: random heads, with the range over draws. The numbers are evenly spaced. The lower curve shows which heads the task needs more.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank; dotted grey, in the full profile: random heads, with the range over draws. The numbers are evenly spaced. The lower curve shows which heads the task needs more; where curves cross, the dose decides.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}}
 def draw_doses(doses):
     figure, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=3)
     for ax, ((name, task), arms) in zip(axes.flat, doses.items(), strict=True):
@@ -223,10 +223,11 @@ _ = tables.keep("Doses", ("model", "task", "arm", "heads", "score"), rows)
 # The share to judge at is the paper's, 38.9 % of heads. Where neither of the two arms keeps half of the intact score there, two zeros
 # would be compared; then it is the largest registered share at which one of them does, or the smallest where none does, task by task. (The registered text says "no arm",
 # and we read it, after a first look at the doses of the hybrid, as the two arms compared: a random draw that happens to survive
-# would say nothing on their difference. A table under the verdicts says what other readings give.)
+# would say nothing on their difference. A table under the verdicts says what other readings give.) The dose is chosen on the prompts that are
+# then scored, and the intervals do not know of that choice.
 #
 # Beside the two arms stand {glue:text}`n_draws` random draws of as many heads, arms chosen by the other measures, and the two rank arms
-# with mean outputs in the place of zeros. If the low arm is no worse than most random draws, low-rank heads are not special; if
+# with mean outputs in the place of zeros. If the low arm is no worse than the mean random draw, low-rank heads are not special; if
 # the arms by decay look like the arms by rank, decay would do as well for an explanation.
 
 # %%
@@ -261,7 +262,8 @@ _ = tables.keep("Arms", ("model", "task", "heads", "arm", "score"), rows)
 
 # %% [markdown]
 # Does another measure tell the same story? Score without the heads of the highest values minus score without those of the lowest, pair by
-# pair on the same prompts; over zero, the low ones matter more. A decay that is slow is a high log-decay:
+# pair on the same prompts; over zero, the low ones matter more. A decay that is slow is a high log-decay. The number of heads was chosen for
+# the arms by rank: where both arms of another measure lie near the floor there, their order says little.
 
 # %% tags=["hide-input"]
 rows = [
@@ -302,7 +304,7 @@ for name in (name for name in MODELS if (name, "arithmetic") in judged):
         (name, label, *map(str, map(score_interval, by_steps(name, heads))))
         for label, heads in removed.items()
     ]
-Markdown(tables.keep("Steps", ("model", "heads removed", *(f"{n} steps" for n in STEPS)), rows))
+Markdown(tables.keep("Steps", ("model", "heads removed", *(f"steps: {n}" for n in STEPS)), rows))
 
 # %% [markdown]
 # ### Or is it the layer?
@@ -450,7 +452,7 @@ _ = tables.keep("Every head alone", HEAD, rows)
 #
 # ### Does it depend on distance?
 #
-# A head that forgets slowly could be one that carries a thing far. One needle, at a depth and in a prompt of a length of our
+# A head that forgets slowly could be one that carries a thing far. One needle, not three at once as in the verdicts, at a depth and in a prompt of a length of our
 # choosing: its distance to the question is (1 - depth) times the length; {glue:text}`n_needles` prompts a cell. The arms, of rank, of decay and
 # one random draw, have the smallest registered number of heads at which one of the two rank arms loses half of single needles in
 # {glue:text}`breaking_length` tokens. An interval of a cell reaches at most {glue:text}`cell_width` to either side (Wilson).
@@ -692,7 +694,8 @@ for name, ax in (plotting.model_panels(list(alone)) if alone else {}).items():
 # - **Rank or something else**: {numref}`fig-arms` sets the arms by rank beside those by norm, decay and write strength, which rank travels
 #   with; the low arm against the random draws is part of the verdict and stands in its row.
 # - **Why**: {numref}`fig-depths` tells a fault of distance from one everywhere, {numref}`fig-parts` says which layers carry the tasks, and
-#   {numref}`fig-used` how many directions of a state are read. What we read in them for the embedded models stands with the stored run.
+#   {numref}`fig-used` how many directions of a state are read. These are figures of this run, in the quick profile over few prompts; the
+#   stored run has the same in numbers, and what we read in it for the embedded models stands with it.
 #
 # An interval of no width means that all prompts agree, in a small run by chance, near 0 because nothing is left; not that nothing is
 # uncertain.

@@ -275,7 +275,7 @@ Markdown(tables.keep("Removed = ablated", HEAD, rows))
 #
 # Every order below removes the same number of heads. "Least damage alone" knows more than the others: each head was removed
 # alone, once, on other prompts of the tasks themselves, and those that cost least go first. Random draws are what any order must beat to be one:
-# {glue:text}`n_draws` of them. Registered are joint pruning at this share and, beside it, random draws and arms by decay, norm and write strength. Every
+# {glue:text}`n_draws` of them. Whole heads and whole channels come near the paper's share, not exactly on it; the table of bytes says how near. Registered are joint pruning at this share and, beside it, random draws and arms by decay, norm and write strength. Every
 # other method, share and perplexity on this page is exploratory, and so is recovery.
 
 
@@ -315,14 +315,20 @@ def smaller_model(name, method, share):
     return studies[name].pruned(heads_at(order[name][method], share))
 
 
-def kept(name, method, share=SHARE):
-    """Score over that of the intact model, each measured once."""
-    key, study = (name, method, share), studies[name]
-    if key not in MEASURED and method in OTHERS:
-        MEASURED[key] = study.over_intact(study.scores_of(smaller_model(*key)))
-    elif key not in MEASURED:
-        MEASURED[key] = study.retained(heads_at(order[name][method], share), kind="removed")
+def scores_without(name, method, share=SHARE):
+    """Scores on the tasks that count, each measured once."""
+    study, key = studies[name], (name, method, share)
+    if method not in OTHERS:
+        gone = heads_at(order[name][method], share)
+        return {task: study.score(task, gone, kind="removed") for task in study.mastered}
+    if key not in MEASURED:
+        MEASURED[key] = study.scores_of(smaller_model(*key))
     return MEASURED[key]
+
+
+def kept(name, method, share=SHARE):
+    """Score over that of the intact model."""
+    return studies[name].over_intact(scores_without(name, method, share))
 
 
 def at_random(name, share, n_draws):
@@ -339,7 +345,8 @@ def at_random(name, share, n_draws):
 # %% [markdown]
 # Accuracy is that of the four tasks of {doc}`the chapter before <03_ablation_asymmetry>`, {glue:text}`n_prompts` prompts each, answered by
 # greedy generation and scored exactly: score over that of the intact model, mean over the tasks that the intact model
-# masters. Those scores of the intact models:
+# masters, which may be fewer for one model than for the other. Scores of random draws are those of heads silenced and not cut out, which comes to the
+# same. The intact models' scores:
 
 # %% tags=["hide-input"]
 rows = [
@@ -361,7 +368,8 @@ for name, ax in plotting.model_panels(MODELS, height=4).items():
 # ## How does it fall?
 #
 # One share is one point. A curve says whether there is a knee, and whether another order would reach 38.9 % at no loss. Its random draws
-# are {glue:text}`n_draws` at that share and {glue:text}`curve_draws` at the others.
+# are {glue:text}`n_draws` at that share and {glue:text}`curve_draws` at the others, too few to say how far single draws lie apart. "Both" cuts channels of a jointly pruned
+# model; channels beside heads of least damage were not tried.
 
 # %%
 curves = {}
@@ -464,21 +472,24 @@ rows = [
 _ = tables.keep("Perplexity over intact, by share removed", HEAD, rows)
 
 # %% [markdown]
-# What the paper's share costs, method by method, scores and perplexity side by side; "freed" is read off the cache, since whole heads and
-# whole channels come near 38.9 % and not exactly on it:
+# What the paper's share costs, method by method: "freed" is read off the cache; scores are of each task, not over the intact ones, then comes their mean over
+# the intact scores, and perplexity:
+
 
 # %% tags=["hide-input"]
-rows = []
-for name, study in studies.items():
-    whole = cache_bytes(reads(study.model, 64))["recurrent"]
-    for method in (*METHODS[name], *DRAWS):
-        smaller = smaller_model(name, method, SHARE)
-        left = cache_bytes(reads(smaller, 64))["recurrent"]
-        score = str(kept(name, method)) if study.mastered and method not in DRAWS else ""
-        known = perplexities[name].get(method)
-        cost = known[SHARES.index(SHARE)] if known else times_intact(smaller, name)
-        rows.append((name, method, f"{1 - left / whole:.1%}", score, f"{cost:.3g}"))
-HEAD = ("model", "method", "freed", "score / intact", "perplexity / intact")
+def cost(name, method):
+    study, smaller = studies[name], smaller_model(name, method, SHARE)
+    left, whole = (cache_bytes(reads(x, 64))["recurrent"] for x in (smaller, study.model))
+    scores = {} if method in DRAWS or not study.mastered else scores_without(name, method)
+    found = [f"{score_interval(scores[task])}" if task in scores else "" for task in TASKS]
+    mean = str(study.over_intact(scores)) if scores else ""
+    return f"{1 - left / whole:.1%}", *found, mean, f"{times_intact(smaller, name):.3g}"
+
+
+rows = [
+    (name, method, *cost(name, method)) for name in MODELS for method in (*METHODS[name], *DRAWS)
+]
+HEAD = ("model", "method", "freed", *TASKS, "score / intact", "perplexity / intact")
 Markdown(tables.keep("What 38.9 % costs", HEAD, rows))
 
 # %% [markdown]
@@ -510,19 +521,19 @@ Markdown(tables.keep("Perplexity over intact, every reading of Eq. 14", HEAD, ro
 # or cannot quickly learn again; what was lost was mostly the balance between those that stayed. `training/recover.py` trains pruned models
 # on a GPU, each with the same new batches, and the whole model beside them: only what comes on top of what that one gains is
 # recovery. These rows are stored, not measured by this run; one training each, one random draw, one learning rate, none of them tuned, so a
-# method that recovers has shown something, and one that does not has shown little. Where at least half of the loss came back, we call
+# method that recovers has shown something, and one that does not has shown little. Where at least half of the loss came back, beyond what the whole model gained, we call
 # it balance, for the most part (a border set after the first look, and exploratory). Score over intact of the jointly pruned models:
 # {glue:text}`recovered`.
 
 # %% tags=["hide-input"]
 rows = [row for name in MODELS for row in results.stored_recovery(name)]
+points = {row[:2]: [Estimate.parse(score).point for score in row[3:5]] for row in rows}
 said = []
-for name, arm, _, *scores in (row[:5] for row in rows):
-    before, after = (Estimate.parse(score).point for score in scores)
-    if arm == "joint":
-        came_back = (after - before) / (1 - before)
-        meaning = "balance, for the most part" if came_back >= 0.5 else "not balance alone"
-        said.append(f"{name} from {before:.3f} to {after:.3f}: {meaning}")
+for name in (name for name, arm in points if arm == "joint"):
+    (before, after), (whole, trained) = points[name, "joint"], points[name, "whole"]
+    came_back = (after - before - (trained - whole)) / (whole - before)
+    meaning = "balance, for the most part" if came_back >= 0.5 else "not balance alone"
+    said.append(f"{name} from {before:.3f} to {after:.3f}: {meaning}")
 glue("recovered", "; ".join(said) or "no recovery of these models is stored", display=False)
 HEAD = (
     "model",
@@ -582,8 +593,9 @@ if stored:
 # %% [markdown]
 # ## Prune your own
 #
-# Six lines below the imports, on any model whose heads can be removed ({doc}`the list <../book/limits>`). A
-# model that was pruned is of the same class as before; `generate`, `save_pretrained` and everything else work on it, and heads keep the numbers that they had.
+# Six lines below the imports, on any model whose heads can be removed ({doc}`the list <../book/limits>`): put a folder or, with its `revision`, a hub
+# id in the place of the name. A model that was pruned is of the same class as before; `generate`, `save_pretrained` and everything else work on it, and heads
+# keep the numbers that they had.
 
 # %%
 import tempfile
@@ -591,14 +603,12 @@ import tempfile
 import staterank_utils as sr
 from staterank_utils.selection import measure_saturation
 
-name, folder = MODELS[0], tempfile.mkdtemp()  # or "hybrid" and "pruned": any model, any folder
-
-mine, words = sr.load_model(name), sr.load_tokenizer(name)
+mine, words = sr.load_model("hybrid"), sr.load_tokenizer("hybrid")
 prompts = sr.domain_prompts("code", words, n_prompts=4, n_tokens=512, seed=0)
 scores = measure_saturation(mine, prompts)
 small = sr.prune_heads(mine, sr.select_heads(scores, share=0.389, model=mine))
-small.save_pretrained(folder)
-_ = words.save_pretrained(folder)
+folder = tempfile.mkdtemp()
+_ = small.save_pretrained(folder), words.save_pretrained(folder)
 
 # %% [markdown]
 # Elsewhere, `import staterank_utils` teaches the layers to read what was removed, and `from_pretrained` does the rest, without remote code:
