@@ -5,7 +5,8 @@
 Each way is run in turn, several times, in one process; ratios are medians of the ratios within a round. Decoding continues
 prompts of equal length by a fixed number of tokens, once alone and once 32 side by side. Ten forwards are ablated by one block, as
 prompts of a task are; entering it is part of the time. "checked" is what `evaluate` does where the
-model gives the expected answer: one forward over prompt and answer. The limit is the time of the products with the weights, at the rate of a
+model gives the expected answer: one forward over prompt and answer. On a CPU `generate` is timed without our kernels as well, and operators are
+counted. The limit is the time of the products with the weights, at the rate of a
 large product, or of a step's bytes, at the rate of reading a long vector, whichever is longer. `--store` keeps the table for the book.
 """
 
@@ -16,7 +17,8 @@ from functools import partial
 import torch
 
 from benchmarks.limits import bytes_per_second, operations_a_token, operations_per_second, step_bytes
-from benchmarks.timing import options, over_first, rounds, store
+from benchmarks.profiles import where_time_goes
+from benchmarks.timing import by_transformers_alone, options, over_first, rounds, store
 from staterank_utils import domain_prompts, load_model, load_tokenizer
 from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
@@ -64,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         FORWARDS * FORWARD_TOKENS,
         FORWARDS * FORWARD_TOKENS * a_token,
     )
+    decoded: dict[str, Callable[[], object]] = {}
     for batch in BATCHES:
         ids = prompts[:batch, :PROMPT_TOKENS].to(model.device)
 
@@ -82,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"ours, batch {batch}": ours,
             f"ours, checked, batch {batch}": partial(ours, drafts=ours()),
         }
+        decoded[f"ours, batch {batch}"] = ours
+        if model.device.type == "cpu":
+            ways[f"transformers alone: generate, batch {batch}"] = by_transformers_alone(model, library)
         limit = NEW_TOKENS * max(batch * a_token, a_byte * step_bytes(model, ids))
         rows += rows_of(rounds(ways, max(1, arguments.repeats // 3)), batch * NEW_TOKENS, limit)
     head = (
@@ -92,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "limit, tokens/s",
     )
     table = markdown_table(head, rows)
+    if model.device.type == "cpu":
+        table += "\n\n" + where_time_goes(decoded)
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:
         store("ablate", parameters=vars(arguments), goal=GOAL, table=table)

@@ -1,11 +1,9 @@
 """What a machine could do at best, measured on it: the limits that times are set beside."""
 
 import statistics
-from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 from transformers import PreTrainedModel
 
 from benchmarks.timing import rounds
@@ -26,17 +24,6 @@ def bytes_per_second(device: torch.device | str) -> float:
     """Of reading a long vector once."""
     x = torch.ones(READ_BYTES // 4, device=device)
     return READ_BYTES / statistics.median(rounds({"reading": x.sum}, 5)["reading"])
-
-
-def gpu_work(way: Callable[[], object]) -> tuple[float, int] | None:
-    """Seconds that a GPU is at work in one run of a way, and the number of its kernels and copies; None where there is no GPU."""
-    if not torch.cuda.is_available():
-        return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        way()
-        torch.cuda.synchronize()
-    events = [event for event in profile.key_averages() if event.device_type == DeviceType.CUDA]
-    return sum(event.self_device_time_total for event in events) / 1e6, sum(event.count for event in events)
 
 
 def operations_a_token(model: PreTrainedModel) -> int:

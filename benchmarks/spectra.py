@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.limits import operations_per_second
+from benchmarks.profiles import where_time_goes
 from benchmarks.timing import options, over_first, rounds, store
 from staterank_utils.claims import markdown_table
 from staterank_utils.inertia import polar_steps
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"\n\nRanks that differ from the SVD's: {int(differ.sum())} of {N_STATES:,}, of these not on the edge: "
         f"{int((differ & ~edge).sum())}; on the edge: {int(edge.sum())}. Largest relative error of a nuclear norm: {error:.0e}."
     )
+    if device == "cpu":
+        table += "\n\n" + where_time_goes({"ours: rank": ways["ours: rank"]})
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:
         store("spectra", parameters=vars(arguments), goal=GOAL, table=table)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from staterank_utils.models import choose_kernels
 from staterank_utils.results import STORED, provenance, write_json
 from training.fast_forward import limit_autotuning
 
@@ -28,6 +30,19 @@ def options(
     if torch.cuda.is_available():
         limit_autotuning()
     return parser.parse_args(arguments)
+
+
+def by_transformers_alone(model: PreTrainedModel, way: Callable[[], object]) -> Callable[[], object]:
+    """A way with transformers' plain kernels in the place of ours; the order of the weights in memory stays ours."""
+
+    def alone() -> object:
+        choose_kernels(model, plain=True)
+        try:
+            return way()
+        finally:
+            choose_kernels(model)
+
+    return alone
 
 
 def rounds(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

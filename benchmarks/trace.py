@@ -3,7 +3,8 @@
     python -m benchmarks.trace [--store]
 
 Each way is run in turn, several times, in one process; the table gives medians and ratios of medians. The naive way is what one
-writes first: a forward from the start for every position, an SVD for every head. On a GPU the ranks at every one of the 2,048 positions are
+writes first: a forward from the start for every position, an SVD for every head. On a CPU transformers is timed without our kernels
+as well, and operators are counted. On a GPU the ranks at every one of the 2,048 positions are
 taken as well, and the table says for how long the GPU is at work in each way and with how many kernels and copies: in the rest of the time it
 waits for the next launch. The limit is the time of the products with the weights of one forward, at the rate that a large product of their dtype
 reaches in the same process. `--store` keeps the table for the book.
@@ -14,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.limits import gpu_work, operations_a_token, operations_per_second
-from benchmarks.timing import options, rounds, store
+from benchmarks.limits import operations_a_token, operations_per_second
+from benchmarks.profiles import gpu_work, where_time_goes
+from benchmarks.timing import by_transformers_alone, options, rounds, store
 from staterank_utils import domain_prompts, effective_rank, load_model, load_tokenizer, trace_states
 from staterank_utils.claims import markdown_table
 from staterank_utils.layouts import linear_layers
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if model.device.type == "cuda":
         ways["trace of every position, rank"] = every_position
+    else:
+        ways["transformers alone: one plain forward"] = by_transformers_alone(model, forward)
     seconds = rounds(ways, arguments.repeats)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     plain = medians["one plain forward"]
@@ -68,13 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name, m in medians.items():
         low, high = (1000 * end for end in (min(seconds[name]), max(seconds[name])))
-        bound = f"{1000 * limit:.2g}" if "every" not in name and "naive" not in name else "–"
+        bound = f"{1000 * limit:.2g}" if "one" in name or "12" in name else "–"
         rows.append([name, f"{1000 * m:.0f}", f"{m / plain:.2f}", f"{low:.0f} to {high:.0f}", bound])
         if work := gpu_work(ways[name]):
             rows[-1] += [f"{1000 * work[0]:.1f}", f"{work[1]:,}"]
     if len(rows[0]) > len(head):
         head += ["GPU at work, ms", "kernels and copies"]
     table = markdown_table(head, rows)
+    if model.device.type == "cpu":
+        table += "\n\n" + where_time_goes({name: ways[name] for name in list(ways)[:2]})
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:
         store("trace", parameters=vars(arguments) | {"positions": POSITIONS}, goal=GOAL, table=table)

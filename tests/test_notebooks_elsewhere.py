@@ -1,9 +1,11 @@
 """Every notebook on models that it was not written on: changed by one parameter, run to its end."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny_delta
+import tiny_fla
 import tiny_ssd
 import torch
 
@@ -11,7 +13,11 @@ from book.assemble import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODELS = {"kimi_linear": tiny_delta.MODELS["kimi_linear"], "mamba2": tiny_ssd.MODELS["mamba2"]}
+MODELS = {
+    "kimi_linear": tiny_delta.MODELS["kimi_linear"],
+    "mamba2": tiny_ssd.MODELS["mamba2"],
+    "fla_gated_deltanet": partial(tiny_fla.tiny_fla, "GatedDeltaNet"),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)

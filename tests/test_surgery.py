@@ -7,6 +7,7 @@ from conftest import tiny_qwen3_next
 from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache
 from staterank_utils.surgery import (
+    KINDS,
     ablate_heads,
     ablate_softmax_heads,
     all_heads,
@@ -86,28 +87,42 @@ def test_mean_is_over_all_tokens_of_all_prompts(model, ids) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["zero", "frozen"])
+def options_of(kind: str, model, ids: torch.Tensor) -> dict:
+    return {"kind": kind} | ({"means": mean_outputs(model, ids)} if kind == "mean" else {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_blocks_nest_and_restore_bit_for_bit(model, ids, kind: str) -> None:
-    before = logits(model, ids)
-    with ablate_heads(model, HEADS, kind=kind):
+    before, options = logits(model, ids), options_of(kind, model, ids)
+    with ablate_heads(model, HEADS, **options):
         together = logits(model, ids)
-    with ablate_heads(model, HEADS[:1], kind=kind):
+    with ablate_heads(model, HEADS[:1], **options):
         alone = logits(model, ids)
-        with ablate_heads(model, HEADS[1:], kind=kind):
+        with ablate_heads(model, HEADS[1:], **options):
             torch.testing.assert_close(logits(model, ids), together, rtol=0, atol=1e-6)
         assert torch.equal(logits(model, ids), alone)
     assert torch.equal(logits(model, ids), before)
 
 
-def test_an_exception_restores_the_model(model, ids) -> None:
+def test_a_head_in_two_blocks_is_ablated_by_both(model, ids) -> None:
+    with ablate_heads(model, HEADS):
+        zero = logits(model, ids)
+        with ablate_heads(model, HEADS, kind="frozen"):
+            torch.testing.assert_close(logits(model, ids), zero, rtol=0, atol=1e-6)
+            assert not trace_states(model, ids, positions=[70]).values[0, :, :, [1, 2]].any()
+        assert torch.equal(logits(model, ids), zero)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exception_restores_the_model(model, ids, kind: str) -> None:
     before = logits(model, ids)
-    with pytest.raises(KeyboardInterrupt), ablate_heads(model, HEADS):
+    with pytest.raises(KeyboardInterrupt), ablate_heads(model, HEADS, **options_of(kind, model, ids)):
         raise KeyboardInterrupt
     assert torch.equal(logits(model, ids), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", ["zero", "frozen"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "layers", [["linear_attention", "full_attention", "linear_attention"], ["linear_attention"] * 3]
 )
@@ -116,7 +131,8 @@ def test_generate_with_left_padding_equals_token_by_token(ids, kind: str, layers
     prompts = [ids[0, :9], ids[1, :5]]
     padded = torch.stack([torch.nn.functional.pad(prompt, (9 - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([torch.arange(9) >= 9 - len(prompt) for prompt in prompts]).long()
-    with ablate_heads(model, HEADS, kind=kind):
+    before = logits(model, ids, use_cache=False)
+    with ablate_heads(model, HEADS, **options_of(kind, model, ids)):
         cache = make_cache(model)
         made = model.generate(padded, attention_mask=mask, past_key_values=cache, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)  # fmt: skip
         for row, prompt in zip(made, prompts, strict=True):
@@ -124,6 +140,7 @@ def test_generate_with_left_padding_equals_token_by_token(ids, kind: str, layers
             for _ in range(6):
                 text = torch.cat([text, logits(model, text[None], use_cache=False)[0, -1].argmax()[None]])
             assert row[-6:].tolist() == text[-6:].tolist()
+    assert torch.equal(logits(model, ids, use_cache=False), before)
 
 
 def test_softmax_heads_are_ablated_apart(model, ids) -> None:
