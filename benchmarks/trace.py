@@ -52,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for head in state[0]:
                     torch.linalg.svdvals(head.double())
 
+    states = trace_states(model, prompt, positions=POSITIONS).values.to(model.device)
     ways: dict[str, Callable[[], object]] = {
         "one plain forward": forward,
         "trace of 12 positions, rank and norm": trace,
+        "of that, rank and norm of the states alone": lambda: rank_and_norm(states),
         "naive: forward a position, SVD a head": naive,
     }
     if model.device.type == "cuda":
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name, m in medians.items():
         low, high = (1000 * end for end in (min(seconds[name]), max(seconds[name])))
-        bound = f"{1000 * limit:.2g}" if "one" in name or "12" in name else "–"
+        bound = f"{1000 * limit:.2g}" if "forward" in name and "naive" not in name else "–"
         rows.append([name, f"{1000 * m:.0f}", f"{m / plain:.2f}", f"{low:.0f} to {high:.0f}", bound])
         if work := gpu_work(ways[name]):
             rows[-1] += [f"{1000 * work[0]:.1f}", f"{work[1]:,}"]
