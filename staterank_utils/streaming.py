@@ -155,7 +155,7 @@ class _ToDisk(Reducer):
     """Writes the states of one prompt, and keeps nothing of them."""
 
     def __init__(self, folder: Path):
-        super().__init__(None, n_held=1)
+        super().__init__(None)
         self.folder, self.n_bytes = folder, FILE_BYTES
         self._held: dict[int, list[Tensor]] = {}
         self._n_written: dict[int, int] = {}

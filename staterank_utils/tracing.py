@@ -24,6 +24,8 @@ from staterank_utils.models import make_cache, output_logits, read_tokens
 from staterank_utils.spectra import finite_at_the_end
 
 MOST_WAITING = 2**28  # bytes of states that wait on a GPU to be reduced together: a few times what fills it
+WAITING_ON_CPU = 2**25  # enough for all threads, and little memory
+HELD_TOGETHER = 2**24  # bytes of a layer's states at positions that a kernel tells one by one
 SEGMENT = 2048  # tokens that run through the model at a time; what they need of memory does not grow with the prompt
 
 
@@ -87,9 +89,9 @@ def trace_states(
         model: from `load_model`.
         input_ids: prompts of equal length, int64 or int32, on any device.
         positions: numbers of tokens t after which to look, increasing, in 1..token.
-        reduce: applied at once to a layer's states (batch, position, head, d_k, d_v), a few positions at a time, so that no
-            state is kept: `singular_values`, `effective_rank`, ...; on a GPU to those of several layers, as positions of one
-            batch, in another thread. It must take each state by itself. The memory needed is then the model's and one snapshot. To keep
+        reduce: applied on the way to states (1, position, head, d_k, d_v), those of several prompts, positions and layers along the
+            second axis, so that no state is kept: `singular_values`, `effective_rank`, ... It must take each state by itself; on a GPU it runs in
+            another thread. The memory needed is then the model's and one snapshot. To keep
             more states than memory holds, `streaming.stream_states`.
         logits: also keep the logits after each position.
         batch_size: prompts read side by side; by default one on a CPU, where a larger batch falls out of the cache and is
@@ -171,7 +173,7 @@ def _trace_batch(
     with ExitStack() as stack:
         stack.enter_context(finite_at_the_end())
         sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
-        reducer = stack.enter_context(reduce if isinstance(reduce, Reducer) else Reducer(reduce, n_held=len(layers)))
+        reducer = stack.enter_context(reduce if isinstance(reduce, Reducer) else Reducer(reduce))
         taps = [_StateTap(*layer, reducer=reducer) for layer in layers]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
@@ -309,7 +311,8 @@ class _StateTap:
     def _hold(self, state: Float[Tensor, "batch head d_k d_v"]) -> None:
         """The state at the next position; kept when as many are at hand as may be, or none is left to come."""
         if not self._n_held_now:
-            self._held = state.new_empty(len(state), min(self.reducer.n_held, self._n_left), *state.shape[1:])
+            n_held = min(max(1, HELD_TOGETHER // state.nbytes), self._n_left)
+            self._held = state.new_empty(len(state), n_held, *state.shape[1:])
         self._held[:, self._n_held_now] = state
         self._n_held_now, self._n_left = self._n_held_now + 1, self._n_left - 1
         if self._n_held_now == self._held.shape[1]:
@@ -333,27 +336,26 @@ class _StateTap:
 
 
 class Reducer:
-    """Makes of states what a trace keeps: at once on a CPU; on a GPU many together, in a thread beside the one that runs the model.
+    """Makes of states what a trace keeps, of many states together; on a GPU in a thread beside the one that runs the model.
 
-    A measure of states makes whoever calls it wait for the GPU; the model meanwhile goes on. Used in a `with` block, at whose end
+    On a GPU a measure of states makes whoever calls it wait; the model meanwhile goes on. On a CPU the threads of a measure and those of
+    the model's products are in each other's way, so the fewer changes between them the better. Used in a `with` block, at whose end
     nothing runs any more, whatever ended it.
 
     Args:
         reduce: as `trace_states` takes it; None keeps the states.
-        n_held: positions of a layer that are handed on together on a CPU: with as many as there are layers, that is the memory of one moment of
-            them all.
 
     Example:
         >>> kept = []
-        >>> with Reducer(lambda states: states.sum((-2, -1)), n_held=1) as reducer:
+        >>> with Reducer(lambda states: states.sum((-2, -1))) as reducer:
         ...     reducer.add(0, kept, torch.ones(1, 2, 3, 4, 4))
         ...     reducer.finish()
         >>> kept[0].shape
         torch.Size([1, 2, 3])
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] | None, *, n_held: int):
-        self.reduce, self.n_held = reduce, n_held
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None):
+        self.reduce = reduce
         self._waiting: list[tuple[list[Tensor], Tensor]] = []
         self._n_waiting = 0
         self._running: Future[None] | None = None
@@ -373,12 +375,12 @@ class Reducer:
 
     def add(self, layer: int, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
         """Append to `kept` what is made of the states of a layer, now or by the time that `finish` returns."""
-        if not states.is_cuda:
-            kept.append(self._make(states))
+        if self.reduce is None:
+            kept.append(states.float().cpu())
             return
         self._waiting.append((kept, states))
         self._n_waiting += states.nbytes
-        if self._n_waiting >= self.n_bytes:
+        if self._n_waiting >= (self.n_bytes if states.is_cuda else WAITING_ON_CPU):
             self._hand_over()
 
     def finish(self) -> None:
@@ -391,10 +393,12 @@ class Reducer:
         self._wait()
 
     def _hand_over(self) -> None:
-        """Let the thread work on what waits, once it is done with what it was given before."""
+        """Work on what waits; on a GPU let the thread do that, once it is done with what it was given before."""
         self._wait()
         waiting, self._waiting, self._n_waiting = self._waiting, [], 0
-        if waiting:
+        if not any(states.is_cuda for _, states in waiting):
+            self._make_all(waiting, {})
+        else:
             # The thread queues its work where the model queued what it needs.
             streams = {
                 states.device: torch.cuda.current_stream(states.device)
@@ -421,8 +425,7 @@ class Reducer:
                 kept.append(part.unflatten(0, each.shape[:2]))
 
     def _make(self, states: Float[Tensor, "batch position head d_k d_v"]) -> Tensor:
-        if self.reduce is None:
-            return states.float().cpu()
+        assert self.reduce is not None, "states that are kept do not wait"
         made = self.reduce(states)
         if made.untyped_storage().nbytes() > made.nbytes:
             made = made.clone()  # a view would keep all that it looks at

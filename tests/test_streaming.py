@@ -24,6 +24,7 @@ def test_what_is_measured_from_disk_is_what_is_measured_at_once(
     tiny_model, prompts, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(streaming, "FILE_BYTES", 1)  # every position in a file of its own
+    monkeypatch.setattr(tracing, "HELD_TOGETHER", 1)
     stored = stream_states(tiny_model, prompts, positions=POSITIONS, folder=tmp_path)
     kept = trace_states(tiny_model, prompts, positions=POSITIONS)
     for row, layer in enumerate(stored.layers):
