@@ -4,7 +4,9 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from staterank_utils.fla_cpu import knows
 
 GROUPED = {"head_dim": 8, "num_heads": 2, "num_v_heads": 4, "expand_v": 2.0}
 FOUR = {"num_heads": 4, "expand_k": 1.0, "expand_v": 2.0}
@@ -31,10 +33,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny_fla(name: str) -> PreTrainedModel:
     """A random model of a few thousand weights, two layers deep."""
-    from fla.models import utils  # noqa: F401  (registers the classes)
-    from transformers import AutoConfig
-
     model_type, settings = TINY[name]
+    assert knows(model_type), "fla is not installed"
     options = {} if model_type == "mamba2" else {"intermediate_size": 48}
     config = AutoConfig.for_model(model_type, vocab_size=64, hidden_size=32, num_hidden_layers=2, **options, **settings)
     with torch.random.fork_rng(), warnings.catch_warnings():
