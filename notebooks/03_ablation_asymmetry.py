@@ -242,8 +242,7 @@ for name, study in studies.items():
 _, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=10, row_height=3.6)
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if (name, task) not in judged:
-        ax.set_title(f"{name}: {task}\nnot mastered", fontsize="small")
-        ax.set_axis_off()
+        plotting.leave_empty(ax, f"{name}: {task}\nnot mastered")
         continue
     estimates = {label: score_interval(values) for label, values in arms[name, task].items()}
     plotting.plot_arms(
@@ -520,8 +519,7 @@ parts = {name: study.by_part() for name, study in studies.items()}
 figure, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=2.8)
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if task not in studies[name].mastered:
-        ax.set_title(f"{name}: {task}\nnot mastered", fontsize="small")
-        ax.set_axis_off()
+        plotting.leave_empty(ax, f"{name}: {task}\nnot mastered")
         continue
     linear, softmax, single = (
         {part: losses[task] for part, losses in damages.items()}

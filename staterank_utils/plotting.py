@@ -84,6 +84,24 @@ def panel_grid(n_rows: int, n_columns: int, *, width: float, row_height: float) 
     )
 
 
+def leave_empty(ax: Axes, title: str) -> None:
+    """A panel of a grid with nothing to show but its title; the vertical axis stays, for the row that shares it.
+
+    Args:
+        ax: the panel.
+        title: says why it is empty.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> leave_empty(ax, "pure: needle, not mastered")
+        >>> ax.get_title(), ax.xaxis.get_visible(), ax.yaxis.get_visible()
+        ('pure: needle, not mastered', False, True)
+    """
+    ax.set_title(title, fontsize="small")
+    ax.xaxis.set_visible(False)
+    ax.spines["bottom"].set_visible(False)
+
+
 def legend_above(figure: Figure) -> None:
     """One legend above all panels of a figure in constrained layout: what any of them shows, each label once.
 
