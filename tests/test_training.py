@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from staterank_utils import Spectrum, domain_prompts, load_model, prune_heads, singular_values, trace_states
-from staterank_utils.ablation import Ablation
+from staterank_utils.ablation import MEAN, Ablation
 from staterank_utils.evaluation import recall_task
 from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, choose_kernels, initial_model
@@ -188,7 +188,7 @@ def test_recovery_trains_every_arm_and_goes_on_after_a_kill(
 ) -> None:
     monkeypatch.setattr(training, "HELD_OUT_WINDOWS", 1)
     monkeypatch.setattr(
-        Ablation, "sweep", lambda self, *, seed: {head: exactly(float(i)) for i, head in enumerate(self.heads)}
+        Ablation, "sweep", lambda self, *, seed: {head: {MEAN: exactly(float(i))} for i, head in enumerate(self.heads)}
     )
     settings = Recovery("hybrid", steps=2, n_prompts=2, n_graded=1, rows=1, n_tokens=64)
     trained: list[str] = []
