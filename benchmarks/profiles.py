@@ -9,10 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 from staterank_utils.claims import markdown_table
 
 
-def gpu_work(way: Callable[[], object]) -> tuple[float, int] | None:
-    """Seconds that a GPU is at work in one run of a way, and the number of its kernels and copies; None where there is no GPU."""
-    if not torch.cuda.is_available():
-        return None
+def gpu_work(way: Callable[[], object]) -> tuple[float, int]:
+    """Seconds that a GPU is at work in one run of a way, and the number of its kernels and copies."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         way()
         torch.cuda.synchronize()

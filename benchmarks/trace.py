@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "of that, rank and norm of the states alone": lambda: rank_and_norm(states),
         "naive: forward a position, SVD a head": naive,
     }
-    if model.device.type == "cuda":
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
         ways["trace of every position, rank"] = every_position
     else:
         ways["transformers alone: one plain forward"] = by_transformers_alone(model, forward)
@@ -68,20 +69,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     plain = medians["one plain forward"]
     rate = operations_per_second(model.device, model.dtype)
     limit = POSITIONS[-1] * operations_a_token(model) / rate
-    rows, head = (
-        [],
-        [f"{POSITIONS[-1]:,} tokens, model {arguments.model}", "ms, median", "over one forward", "range", "limit, ms"],
-    )
+    head = [
+        f"{POSITIONS[-1]:,} tokens, model {arguments.model}",
+        "ms, median",
+        "over one forward",
+        "range",
+        "limit, ms",
+    ]
+    rows = []
     for name, m in medians.items():
         low, high = (1000 * end for end in (min(seconds[name]), max(seconds[name])))
         bound = f"{1000 * limit:.2g}" if "forward" in name and "naive" not in name else "–"
         rows.append([name, f"{1000 * m:.0f}", f"{m / plain:.2f}", f"{low:.0f} to {high:.0f}", bound])
-        if work := gpu_work(ways[name]):
-            rows[-1] += [f"{1000 * work[0]:.1f}", f"{work[1]:,}"]
-    if len(rows[0]) > len(head):
+    if on_gpu:
         head += ["GPU at work, ms", "kernels and copies"]
+        for row in rows:
+            busy, n_launched = gpu_work(ways[row[0]])
+            row += [f"{1000 * busy:.1f}", f"{n_launched:,}"]
     table = markdown_table(head, rows)
-    if model.device.type == "cpu":
+    if not on_gpu:
         table += "\n\n" + where_time_goes({name: ways[name] for name in list(ways)[:2]})
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:

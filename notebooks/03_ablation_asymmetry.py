@@ -674,7 +674,7 @@ for ((name, task), curves), (reading, words) in product(stored.items(), READINGS
         rows.append((name, task, reading, f"{n}", f"{high[i].point - low[i].point:.3f}"))
 HEAD = ("model", "task", "no arm: none of", "heads", "highest - lowest")
 readings = claims.markdown_table(HEAD, rows)
-Markdown(f'What other readings of "no arm" give in that run:\n\n{readings}' if rows else "")
+Markdown(f'What other readings of "no arm" give in that run:\n\n{readings}') if rows else None
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Single heads in the stored run of the full profile: added loss on right answers, with its interval, against the relative effective rank, one panel a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep-full"}, "image": {"alt": "Scatter of single-head damage against rank in the stored run, one panel a model."}}
 alone = {}

@@ -219,7 +219,8 @@ channels = {
     for name, study in studies.items()
     if refused[name] is None
 }
-Markdown("\n".join(f"- *{name}: {why}*" for name, why in refused.items() if why))
+said = "\n".join(f"- *{name}: {why}*" for name, why in refused.items() if why)
+Markdown(said) if said else None
 
 
 # %%
@@ -477,13 +478,17 @@ _ = tables.keep("Perplexity over intact, by share removed", HEAD, rows)
 
 
 # %% tags=["hide-input"]
+whole = {name: cache_bytes(reads(studies[name].model, 64))["recurrent"] for name in MODELS}
+
+
 def cost(name, method):
-    study, smaller = studies[name], smaller_model(name, method, SHARE)
-    left, whole = (cache_bytes(reads(x, 64))["recurrent"] for x in (smaller, study.model))
-    scores = {} if method in DRAWS or not study.mastered else scores_without(name, method)
+    smaller = smaller_model(name, method, SHARE)
+    left = cache_bytes(reads(smaller, 64))["recurrent"]
+    scored = studies[name].mastered and method not in DRAWS
+    scores = scores_without(name, method) if scored else {}
     found = [f"{score_interval(scores[task])}" if task in scores else "" for task in TASKS]
-    mean = str(study.over_intact(scores)) if scores else ""
-    return f"{1 - left / whole:.1%}", *found, mean, f"{times_intact(smaller, name):.3g}"
+    mean = str(kept(name, method)) if scored else ""
+    return f"{1 - left / whole[name]:.1%}", *found, mean, f"{times_intact(smaller, name):.3g}"
 
 
 rows = [

@@ -199,8 +199,13 @@ def test_generate_as_users_call_it_goes_on_as_without_a_cache(tiny_model, ids, r
         with torch.no_grad():
             expected = torch.cat((expected, pruned(expected, use_cache=False).logits[:, -1:].argmax(-1)), 1)
     made = pruned.generate(ids[:1, :20], max_new_tokens=6, do_sample=False, eos_token_id=-1)
-    agreed = (made == expected).all()
-    assert agreed or dtype == torch.bfloat16  # in which two nearly equal logits may change places
+    with torch.no_grad():
+        logits = pruned(made[:, :-1], use_cache=False).logits[:, 19:].float()
+    chosen = logits.gather(-1, made[:, 20:, None])[..., 0]
+    # In bfloat16 two nearly equal logits may change places.
+    assert (logits.amax(-1) - chosen).max() <= (0.05 if dtype == torch.bfloat16 else TOLERANCE)
+    if dtype == torch.float32:
+        assert torch.equal(made, expected)
     beams = pruned.generate(ids[:, :20], max_new_tokens=6, do_sample=False, num_beams=3, eos_token_id=-1)
     assert beams.shape == (3, 26)
 

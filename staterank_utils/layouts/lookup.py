@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from staterank_utils.fla_cpu import is_fla
 from staterank_utils.layouts import delta, fla_models, kda, ssd
 from staterank_utils.layouts.core import Layout
 
@@ -74,7 +75,7 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
             f"{model_type} has no linear-attention layer that is supported: its layers are {', '.join(classes) or 'unknown'}, "
             f"and layouts exist for {', '.join(LAYOUTS)}. Add one to staterank_utils/layouts if it keeps a matrix-valued state."
         )
-    if type(model).__module__.startswith("fla.") and getattr(model.config, "attn", None):
+    if is_fla(model) and getattr(model.config, "attn", None):
         raise ValueError(
             f"{model_type} with softmax layers (attn={model.config.attn}) cannot be traced: no check here covers how fla's cache keeps both"
         )
