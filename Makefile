@@ -9,7 +9,7 @@ PROFILE ?= quick
 MINUTES ?= 25
 TRAINED := _build/training
 TRAIN = $(BIN)/python -m training.train --corpus $(TRAINED)/corpus --tokenizer checkpoints/hybrid --bounded --minutes $(MINUTES)
-BEYOND := tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py
+BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
 CORES ?= 2
@@ -33,16 +33,16 @@ book: .venv/installed ## run the notebooks (PROFILE=quick) and build the site in
 	@echo "the book is in _build/html/index.html"
 
 test: .venv/installed ## run the tests that need no GPU, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" --ignore-glob="*/test_layouts_*" $(BEYOND:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(BEYOND:%=--ignore=%)
 
 test-architectures: .venv/installed ## run every architecture's checks on its tiny model, a sweep, and lm-evaluation-harness
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" tests/test_layouts_*.py $(BEYOND)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(BEYOND)
 
 test-gpu: .venv/installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-conformance: .venv/installed ## run every architecture's checks and store the table of differences
-	$(BIN)/python -m pytest --store-conformance tests/test_layouts_*.py
+conformance: .venv/installed ## run every architecture's checks, on a GPU where there is one, and store the table of differences
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --store-conformance tests/test_conformance.py
 
 check: .venv/installed ## lint, format, types, notebook pairs
 	$(BIN)/ruff check .

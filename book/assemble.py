@@ -124,15 +124,27 @@ def stored_benchmark(name: str) -> str:
     return "\n\n".join(tables)
 
 
-def conformance_table() -> str:
-    """What the checks of every architecture measured."""
-    data = json.loads((STORED / "conformance.json").read_text(encoding="utf-8"))
-    made, properties = data["provenance"], [name for name in data["rows"][0] if name != "model"]
-    rows = [
-        (row["model"], *(f"{row[name]:.0e}" if name in row else "–" for name in properties)) for row in data["rows"]
-    ]
-    where = f"{made['device']}, {made['date'][:10]}, torch {made['packages']['torch']}, transformers {made['packages']['transformers']}, flash-linear-attention {made['packages']['flash-linear-attention']}"
-    return f"{claims.markdown_table(('architecture', *properties), rows)}\n\nMeasured on {where}."
+def conformance_tables() -> str:
+    """What the checks of every architecture measured, on each machine and in each dtype."""
+    parts = []
+    for file in sorted(STORED.glob("conformance_?pu.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        made, rows = data["provenance"], data["rows"]
+        versions = ", ".join(
+            f"{name} {made['packages'][name]}" for name in ("torch", "transformers", "flash-linear-attention")
+        )
+        for dtype in ("float32", "bfloat16"):
+            properties = list(rows[0][dtype])
+            table = [(row["model"], *(_difference(row[dtype].get(name)) for name in properties)) for row in rows]
+            parts.append(f"**{made['device']}, {dtype}** ({made['date'][:10]}, {versions})")
+            parts.append(claims.markdown_table(("architecture", *properties), table))
+    return "\n\n".join(parts)
+
+
+def _difference(measured: float | None) -> str:
+    if measured is None:
+        return "–"
+    return f"{measured:.0e}" if measured else "0"
 
 
 def main() -> None:
@@ -158,7 +170,7 @@ def main() -> None:
         "preamble": claims.PREAMBLE,
         "controls": claims.CONTROLS,
         "status": status_tables(runs),
-        "conformance": conformance_table(),
+        "conformance": conformance_tables(),
         **{f"benchmark_{name}": stored_benchmark(name) for name in BENCHMARKS},
         **{f"card_{name}": model_card(name) for name in EMBEDDED},
     }

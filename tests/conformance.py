@@ -1,39 +1,58 @@
-"""What the checks of every architecture measured: the largest difference of each property, for the table in the book.
+"""What the checks of every architecture measured: the largest difference of each property, for the tables in the book.
 
-A check calls `keep` with what it measured. `pytest --store-conformance tests/test_layouts_*.py` writes results/conformance.json.
+A check calls `keep` with what it measured. `pytest --store-conformance tests/test_conformance.py` writes results/conformance_cpu.json, or
+conformance_gpu.json where there is a GPU; with several processes (-n), each hands what it measured to the first.
 """
 
-import os
-from collections.abc import Iterable
 from typing import Any
 
-SEGMENTS, STATES = "segments - one pass", "states - float64"
-REMOVED, PADDING = "removed - ablated", "left padding - none"
-PROPERTIES = (SEGMENTS, STATES, REMOVED, PADDING)
-MEASURED: dict[str, dict[str, float]] = {}
+SEGMENTS, TOKENS, STATES = "segments - one pass", "token by token - one pass", "states - float64"
+OTHERS, REMOVED = "ablated: other heads", "removed - ablated"
+SAVED, PADDING = "loaded - saved", "left padding - none"
+# In bfloat16 states are held against those of the same weights in float32.
+PROPERTIES = {
+    "float32": (SEGMENTS, TOKENS, STATES, OTHERS, REMOVED, SAVED, PADDING),
+    "bfloat16": (SEGMENTS, TOKENS, STATES, OTHERS, REMOVED, SAVED),
+}
+Measured = dict[str, dict[str, dict[str, float]]]
+MEASURED: Measured = {}
 
 
-def keep(measured: str, difference: float, names: Iterable[str], *, library: str = "") -> float:
-    """Remember the largest difference of a property for the model that the running test is about; return it for an assertion.
+def keep(name: str, measured: str, difference: float, *, dtype: str = "float32") -> float:
+    """Remember the largest difference of a property of an architecture; return it for an assertion.
 
     Args:
-        measured: one of `PROPERTIES`.
-        difference: in logits, absolute; of states, over the largest entry.
-        names: of the tiny models, one of which the test's own name holds.
-        library: that the models are of, where it is not transformers.
+        name: of the architecture.
+        measured: one of `PROPERTIES` of the dtype.
+        difference: in float32 of logits, absolute, and of states, over the largest entry; in bfloat16 root mean square, of logits over their
+            standard deviation, and of states over their own.
+        dtype: of the model.
     """
-    assert measured in PROPERTIES
-    inside = os.environ["PYTEST_CURRENT_TEST"].partition("[")[2]
-    name = max((name for name in names if name in inside), key=len)
-    known = MEASURED.setdefault(f"{library}{name}", {})
+    assert measured in PROPERTIES[dtype]
+    known = MEASURED.setdefault(name, {}).setdefault(dtype, {})
     known[measured] = max(difference, known.get(measured, 0.0))
     return difference
+
+
+def join(found: Measured) -> None:
+    """Take in what another process measured."""
+    for name, by_dtype in found.items():
+        for dtype, values in by_dtype.items():
+            for measured, difference in values.items():
+                keep(name, measured, difference, dtype=dtype)
 
 
 def table() -> list[dict[str, Any]]:
     """One row a model, in the order of their names, properties in theirs."""
     return [
-        {"model": model}
-        | {name: float(f"{MEASURED[model][name]:.1e}") for name in PROPERTIES if name in MEASURED[model]}
-        for model in sorted(MEASURED)
+        {"model": name}
+        | {
+            dtype: {
+                measured: float(f"{MEASURED[name][dtype][measured]:.1e}")
+                for measured in properties
+                if measured in MEASURED[name].get(dtype, {})
+            }
+            for dtype, properties in PROPERTIES.items()
+        }
+        for name in sorted(MEASURED)
     ]

@@ -1,6 +1,7 @@
 """Fixtures: tiny models of the supported class, and the embedded ones, each loaded once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import conformance
 import pytest
@@ -13,7 +14,7 @@ from training.fast_forward import limit_autotuning
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--store-conformance", action="store_true", help="write results/conformance.json")
+    parser.addoption("--store-conformance", action="store_true", help="write results/conformance_{cpu,gpu}.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,9 +23,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if session.config.getoption("store_conformance") and exitstatus == 0:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["conformance"] = conformance.MEASURED
+    elif session.config.getoption("store_conformance") and exitstatus == 0:
         made = {"provenance": provenance(parameters={}), "rows": conformance.table()}
-        write_json(STORED / "conformance.json", made)
+        write_json(STORED / f"conformance_{'gpu' if torch.cuda.is_available() else 'cpu'}.json", made)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A process of xdist is done: what it measured, if it came to its end."""
+    conformance.join(getattr(node, "workeroutput", {}).get("conformance", {}))
 
 
 def tiny_qwen3_next(

@@ -11,9 +11,7 @@ from typing import Any
 
 import conformance
 import pytest
-import tiny_delta
-import tiny_fla
-import tiny_ssd
+from architectures import ARCHITECTURES
 
 import staterank_utils
 from staterank_utils.results import STORED
@@ -88,8 +86,12 @@ def test_every_public_method_says_what_it_does(module: ModuleType) -> None:
     assert not silent
 
 
-def test_the_stored_table_of_architectures_has_every_tiny_model() -> None:
-    rows = json.loads((STORED / "conformance.json").read_text())["rows"]
-    known = {*tiny_delta.MODELS, *tiny_ssd.MODELS, *(f"fla {name}" for name in tiny_fla.TINY)}
-    assert {row["model"] for row in rows} == known
-    assert set(rows[0]) == {"model", *conformance.PROPERTIES}
+def test_the_stored_tables_of_architectures_are_complete() -> None:
+    tables = {
+        device: json.loads((STORED / f"conformance_{device}.json").read_text())["rows"] for device in ("cpu", "gpu")
+    }
+    assert {row["model"] for row in tables["cpu"]} == set(ARCHITECTURES)
+    assert {row["model"] for row in tables["gpu"]} <= set(ARCHITECTURES)
+    for rows in tables.values():
+        for dtype, properties in conformance.PROPERTIES.items():
+            assert set(rows[0][dtype]) == set(properties)

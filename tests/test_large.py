@@ -1,5 +1,5 @@
 import pytest
-import tiny_delta
+from architectures import delta
 from transformers import AutoConfig
 
 from benchmarks import large
@@ -7,7 +7,7 @@ from benchmarks import large
 
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
 def test_the_whole_path_runs_on_a_tiny_model_of_the_class(name: str) -> None:
-    config = tiny_delta.MODELS[name]().config
+    config = delta.MODELS[name]().config
     row = large.whole_path(config, "cpu", n_tokens=32, positions=(16, 32))
     assert row["layers"] == "2 linear of 3"
     assert row["state freed"] == "37.5%"  # 3 of 8 heads

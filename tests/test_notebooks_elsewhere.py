@@ -4,19 +4,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tiny_delta
-import tiny_fla
-import tiny_ssd
 import torch
+from architectures import delta, fla_models, ssd
 
 from book.assemble import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODELS = {
-    "kimi_linear": tiny_delta.MODELS["kimi_linear"],
-    "mamba2": tiny_ssd.MODELS["mamba2"],
-    "fla_gated_deltanet": partial(tiny_fla.tiny_fla, "GatedDeltaNet"),
+    "kimi_linear": delta.MODELS["kimi_linear"],
+    "mamba2": ssd.MODELS["mamba2"],
+    "fla_gated_deltanet": partial(fla_models.tiny, "GatedDeltaNet"),
 }
 
 

@@ -1,6 +1,10 @@
 """Tiny random models of the layers in `layouts.ssd`: the real classes, grouped heads, d_k != d_v where the class allows it."""
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
@@ -19,7 +23,8 @@ from transformers import (
     Zamba2ForCausalLM,
 )
 
-from staterank_utils.models import choose_kernels
+from architectures.oracle import Architecture, Expected, mixed_by, recurrence
+from staterank_utils.layouts import Layout, linear_layers
 
 COMMON = {
     "vocab_size": 64,
@@ -119,5 +124,58 @@ def tiny(name: str) -> PreTrainedModel:
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("dt_bias", "A_log", ".D", "norm.weight", ".bias")):
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    choose_kernels(model)
     return model
+
+
+@torch.no_grad()
+def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
+    """From what the first projection of every layer puts out in one full pass."""
+    found: list[Expected] = []
+    of_layer = lightning if model.config.model_type == "minimax" else mamba2
+    hooks = [
+        layer.get_submodule(layout.gate_modules[0]).register_forward_hook(
+            lambda _, __, out, layer=layer, layout=layout: found.append(of_layer(model, layer, layout, out.double()))
+        )
+        for _, layer, layout in linear_layers(model)
+    ]
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def lightning(model: PreTrainedModel, layer: nn.Module, layout: Layout, projected: Tensor) -> Expected:
+    """MiniMax: a fixed decay for every head."""
+    n_heads = layout.n_heads(layer)
+    _, key, value = F.silu(projected).unflatten(-1, (n_heads, -1)).chunk(3, -1)
+    depth = 1 - layer.layer_idx / (model.config.num_hidden_layers - 1 + 1e-5) + 1e-5
+    slope = depth * 2 ** (-8 / n_heads * torch.arange(1, n_heads + 1, device=key.device).double())
+    decay = (-slope).expand(*projected.shape[:2], -1)
+    return Expected(recurrence(key, value, decay[..., None]), decay, torch.ones_like(decay))
+
+
+def mamba2(model: PreTrainedModel, layer: nn.Module, layout: Layout, projected: Tensor) -> Expected:
+    """Mamba-2 and its kin, with the multipliers of Falcon H1 and the lower bounds of a step."""
+    n_heads, n_keys, d_k, d_v = (size(layer) for size in (layout.n_heads, layout.n_keys, layout.d_k, layout.d_v))
+    widths = [n_heads * d_v, n_heads * d_v, n_keys * d_k, n_keys * d_k, n_heads]
+    parts = [
+        part * multiplier
+        for part, multiplier in zip(
+            projected.split(widths, -1), getattr(model.config, "ssm_multipliers", None) or [1.0] * 5, strict=True
+        )
+    ]
+    value, key, _ = mixed_by(layer.conv1d, torch.cat(parts[1:4], -1)).split(widths[1:4], -1)
+    value = value.unflatten(-1, (n_heads, d_v))
+    key = key.unflatten(-1, (n_keys, d_k)).repeat_interleave(n_heads // n_keys, -2)
+    bounded = layout.layer_class.startswith(("Nemotron", "Zamba"))
+    step = F.softplus(parts[4] + layer.dt_bias.double()).clamp(min=model.config.time_step_min if bounded else 0.0)
+    decay = -layer.A_log.double().exp() * step
+    return Expected(recurrence(key, step[..., None] * value, decay[..., None]), decay, step)
+
+
+ARCHITECTURES = {
+    name: Architecture(
+        partial(tiny, name), expected, pads=name != "mamba2 with biases", wide_states=not name.startswith("minimax")
+    )
+    for name in MODELS
+}

@@ -1,11 +1,19 @@
 """Tiny random models of the architectures with a delta rule: the real classes, a few thousand weights."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from architectures.oracle import Architecture, Expected, unit
+from staterank_utils.layouts import linear_layers
+from staterank_utils.reference import gated_delta_rule
+from staterank_utils.tracing import scans_through
 
 LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 COMMON: dict[str, Any] = {
@@ -75,7 +83,8 @@ PLE = {
     "ple_layer_ids": [1], "ple_embed_dim": 32, "ngram_vocab_size_base": 50, "heads_per_ngram": 2, "split_ngram_parts": 1,
     "make_ngram_vocab_size_divisible_by": 8,
 }  # fmt: skip
-PURE = {"num_hidden_layers": 2, "layer_types": LAYERS[:1] * 2}
+# Without softmax layers, `generate` of transformers takes no cache.
+PURE = {"num_hidden_layers": 2, "layer_types": LAYERS[:1] * 2, "use_cache": False}
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3_next": lambda: transformers.Qwen3NextForCausalLM(
@@ -111,3 +120,25 @@ def tiny(name: str) -> PreTrainedModel:
         elif parameter.endswith("dt_bias"):
             value.uniform_(-3.0, 0.5)
     return model
+
+
+@torch.no_grad()
+def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
+    """From what one full pass gives to the kernels."""
+    calls: dict[int, Expected] = {}
+
+    def look(index: int, kernel, query, key, value, *, g, beta, **options):
+        spread = partial(torch.repeat_interleave, repeats=value.shape[2] // key.shape[2], dim=2)
+        decay, write = g.double(), beta.double()
+        _, states = gated_delta_rule(unit(spread(query)), unit(spread(key)), value.double(), decay, write)
+        calls[index] = Expected(states, decay.mean(-1) if decay.ndim == 4 else decay, write)
+        return kernel(query, key, value, g=g, beta=beta, **options)
+
+    with ExitStack() as stack:
+        for index, layer, layout in linear_layers(model):
+            stack.enter_context(scans_through(layer, layout, partial(look, index)))
+        model(ids, use_cache=False)
+    return list(calls.values())
+
+
+ARCHITECTURES = {name: Architecture(partial(tiny, name), expected) for name in MODELS}

@@ -1,0 +1,388 @@
+"""What must hold for every architecture, each on a tiny random model of the real class (`architectures`).
+
+Where there is a GPU, all of it runs there, flash-linear-attention's models through its kernels.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import conformance
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import ARCHITECTURES
+from architectures.oracle import Architecture
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from staterank_utils.channels import keep_channels, order_channels
+from staterank_utils.decoding import pad_left
+from staterank_utils.layouts import head_names, linear_layers
+from staterank_utils.models import choose_kernels, make_cache, output_logits, read_tokens
+from staterank_utils.pruning import cache_bytes, prune_heads, removed_heads
+from staterank_utils.surgery import ablate_heads, all_heads, forward_with_edits, mean_outputs
+from staterank_utils.tracing import trace_states
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDING = 1e-4  # float32 sums in another order, of logits with a standard deviation of about 0.5
+TF32 = 5e-2  # of fla's kernels on a GPU
+HALF = 0.05  # of a standard deviation, root mean square
+N_TOKENS = 96
+POSITIONS = [1, 2, 3, 63, 65, 96]
+CUTS = {"32+64": [32], "5+91": [5], "32+1+63": [32, 33], "token by token": [*range(1, N_TOKENS)]}
+LATE = [90, *range(91, N_TOKENS)]  # a prompt, then token by token
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:According to Bo"),
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
+]
+Removal = dict[int, list[int]]
+
+
+def _removals(first: int, last: int, n_heads: int, per_key: int) -> dict[str, Removal]:
+    heads = list(range(n_heads))
+    return {
+        "a group": {first: heads[:per_key]},
+        "one of each group": {last: [key + key // per_key % per_key for key in heads[::per_key]]},
+        "unevenly": {first: [1], last: [0, 2]},
+        "all but one": {first: heads[:-1]},
+        "a whole layer": {first: heads},
+    }
+
+
+REMOVALS = tuple(_removals(0, 1, 4, 2))
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ARCHITECTURES]
+)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def architecture(name: str) -> Architecture:
+    return ARCHITECTURES[name]
+
+
+@pytest.fixture(scope="module")
+def model(architecture: Architecture) -> PreTrainedModel:
+    torch.set_num_threads(1)
+    made = architecture.build().to(DEVICE)
+    choose_kernels(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def half(architecture: Architecture, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    return loaded(architecture.build(), tmp_path_factory.mktemp("half"), torch.bfloat16)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def of_dtype(request: pytest.FixtureRequest, model, half) -> PreTrainedModel:
+    return model if request.param == "float32" else half
+
+
+@pytest.fixture(scope="module")
+def three() -> Tensor:
+    return torch.randint(3, 56, (3, N_TOKENS), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+@pytest.fixture(params=[1, 3], ids=["batch 1", "batch 3"])
+def ids(request: pytest.FixtureRequest, three: Tensor) -> Tensor:
+    return three[: request.param]
+
+
+@pytest.fixture
+def tolerance(name: str) -> float:
+    return TF32 if DEVICE == "cuda" and name.startswith("fla ") else ROUNDING
+
+
+@pytest.fixture(params=REMOVALS)
+def removal(request: pytest.FixtureRequest, architecture: Architecture, model: PreTrainedModel) -> Removal:
+    chosen = removals(model)[request.param]
+    if request.param in architecture.refused:
+        with pytest.raises(ValueError, match="cannot be removed exactly|whole groups, or as many heads of each"):
+            prune_heads(model, chosen)
+        pytest.skip("cannot be exact, and is refused")
+    return chosen
+
+
+@pytest.fixture
+def keep(name: str) -> Callable[..., float]:
+    return partial(conformance.keep, name)
+
+
+def removals(model: PreTrainedModel) -> dict[str, Removal]:
+    layers = linear_layers(model)
+    _, layer, layout = layers[0]
+    n_heads = layout.n_heads(layer)
+    return _removals(layers[0][0], layers[-1][0], n_heads, n_heads // layout.n_keys(layer))
+
+
+def pairs(removal: Removal) -> list[tuple[int, int]]:
+    return [(layer, head) for layer, heads in removal.items() for head in heads]
+
+
+def loaded(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Saved and loaded, so that what a class keeps in float32 in a model of bfloat16 is kept so."""
+    model.save_pretrained(folder)
+    made: PreTrainedModel = type(model).from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
+    choose_kernels(made)
+    return made
+
+
+@torch.no_grad()
+def whole(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits of all tokens in one pass, as users call a model."""
+    more = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    return model(ids, use_cache=False, **more).logits
+
+
+@torch.no_grad()
+def in_pieces(
+    model: PreTrainedModel, ids: Tensor, cuts: list[int], mask: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of all tokens, read through the cache in pieces that end at the cuts, and the states in the cache after them."""
+    cache, parts = make_cache(model), []
+    positions = (torch.ones_like(ids) if mask is None else mask).cumsum(1).sub(1).clamp_min(0)
+    for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
+        seen = None if mask is None else mask[:, :stop]
+        hidden = read_tokens(model, ids[:, start:stop], positions=positions[:, start:stop], cache=cache, mask=seen)
+        parts.append(output_logits(model, hidden))
+    layers = [entry for entry in linear_layers(model) if entry[2].n_heads(entry[1])]
+    return torch.cat(parts, 1), [layout.state(cache, index).clone() for index, _, layout in layers]
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    return (found.cpu().double() - expected.cpu().double()).abs().max().item()
+
+
+def apart_of_std(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.cpu().double(), expected.cpu().double()
+    return ((found - expected).square().mean().sqrt() / expected.std()).item()
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_pieces_are_one_pass(model, ids, cuts: str, keep, tolerance) -> None:
+    logits, _ = in_pieces(model, ids, CUTS[cuts])
+    measured = conformance.TOKENS if cuts == "token by token" else conformance.SEGMENTS
+    assert keep(measured, apart(logits, whole(model, ids))) < tolerance
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_pieces_are_one_pass_in_bfloat16(architecture, half, ids, cuts: str, keep) -> None:
+    expected = whole(half, ids)
+    logits, states = in_pieces(half, ids, CUTS[cuts])
+    measured = conformance.TOKENS if cuts == "token by token" else conformance.SEGMENTS
+    assert keep(measured, apart_of_std(logits, expected), dtype="bfloat16") < (
+        HALF if architecture.wide_states else 3 * HALF
+    )
+    assert all(state.dtype == (torch.float32 if architecture.wide_states else torch.bfloat16) for state in states)
+
+
+def test_states_follow_the_float64_recurrence(architecture, model, ids, keep, tolerance) -> None:
+    trace = trace_states(model, ids, positions=POSITIONS, logits=True, batch_size=len(ids))
+    at = [position - 1 for position in POSITIONS]
+    layers = architecture.expected(model, ids)
+    assert len(layers) == len(trace.layers)
+    for row, expected in enumerate(layers):
+        states = expected.states[:, at]
+        assert trace.values[row].shape == states.shape
+        assert keep(conformance.STATES, apart(trace.values[row], states) / states.abs().max().item()) < tolerance
+        gates = (trace.log_decay[row], trace.write_strength[row])
+        for found, gate in zip(gates, (expected.log_decay, expected.write_strength), strict=True):
+            assert apart(found, gate.mean(1)) < tolerance * max(1.0, gate.abs().max().item())
+    assert trace.values.abs().max() > 0.01
+    assert apart(trace.logits, whole(model, ids)[:, at]) < tolerance
+
+
+def test_states_in_bfloat16(architecture, half, ids, tmp_path: Path, keep) -> None:
+    if not architecture.wide_states:
+        with pytest.raises(ValueError, match="keeps its states in torch.bfloat16"):
+            trace_states(half, ids, positions=POSITIONS)
+        return
+    found = trace_states(half, ids, positions=POSITIONS).values
+    expected = trace_states(loaded(half, tmp_path, torch.float32), ids, positions=POSITIONS).values
+    assert found.dtype == torch.float32
+    # Of the first layer, which reads the same embeddings; behind it, roundings add up.
+    assert keep(conformance.STATES, apart_of_std(found[0], expected[0]), dtype="bfloat16") < HALF
+
+
+def test_the_cache_holds_the_traced_state_to_read_and_to_write(model, three, tolerance) -> None:
+    _, states = in_pieces(model, three, [])
+    trace = trace_states(model, three, positions=[N_TOKENS], batch_size=3)
+    for state, traced in zip(states, trace.values, strict=True):
+        assert apart(state, traced[:, 0]) / traced.abs().max().item() < tolerance
+    run = {"heads": all_heads(model)[1:2], "every": 32}
+    kept = forward_with_edits(model, three, edit=lambda state: state, **run)
+    cleared = forward_with_edits(model, three, edit=torch.zeros_like, **run)
+    assert torch.equal(kept[:, :32], cleared[:, :32])
+    assert apart(kept[:, 32:], cleared[:, 32:]) > 10 * ROUNDING
+
+
+def test_left_padding_changes_nothing(architecture, model, three, keep, tolerance) -> None:
+    if not architecture.pads:
+        with pytest.raises(ValueError, match="prompts of different lengths side by side.*batch_size=1"):
+            pad_left(model, [[5, 6], [7]])
+        return
+    mask = torch.ones_like(three)
+    mask[0, :9], mask[1, :20] = 0, 0
+    found = [whole(model, three, mask), *(in_pieces(model, three, cuts, mask)[0] for cuts in ([32], LATE))]
+    for row, skip in ((0, 9), (1, 20)):
+        alone = whole(model, three[row : row + 1, skip:])
+        assert keep(conformance.PADDING, max(apart(logits[row, skip:], alone[0]) for logits in found)) < tolerance
+
+
+# ---------------------------------------------------------------- ablating
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "frozen"])
+def test_ablation_leaves_the_other_heads_alone(of_dtype, architecture, three, kind: str, keep) -> None:
+    model, dtype = of_dtype, str(of_dtype.dtype).removeprefix("torch.")
+    means = {"means": mean_outputs(model, three)} if kind == "mean" else {}
+    for row, (index, layer, layout) in enumerate(linear_layers(model)):
+        n_heads = layout.n_heads(layer)
+        # Heads that share a value stop writing together.
+        chosen = list(range(n_heads // layout.n_keys(layer))) if kind == "frozen" else [1]
+        others = [head for head in range(n_heads) if head not in chosen]
+        for cuts in ([], [32], LATE):
+            logits, states = in_pieces(model, three, cuts)
+            with ablate_heads(model, [(index, head) for head in chosen], kind=kind, **means):
+                ablated, inside = in_pieces(model, three, cuts)
+            after, left = in_pieces(model, three, cuts)
+            assert torch.equal(after, logits)
+            assert all(torch.equal(a, b) for a, b in zip(left, states, strict=True))
+            assert apart(ablated, logits) > 10 * ROUNDING
+            changed = [apart(a, b) for a, b in zip(inside[:row], states[:row], strict=True)]
+            if others:
+                changed.append(apart(inside[row][:, others], states[row][:, others]))
+            assert keep(conformance.OTHERS, max(changed, default=0.0), dtype=dtype) == 0
+            if kind == "frozen":
+                assert not inside[row][:, chosen].any()
+            else:
+                assert torch.equal(inside[row], states[row])
+
+
+def test_a_trace_under_ablation_is_of_the_same_states(model, three) -> None:
+    index, _, _ = linear_layers(model)[0]
+    before = trace_states(model, three, positions=POSITIONS).values
+    with ablate_heads(model, [(index, 1)]):
+        inside = trace_states(model, three, positions=POSITIONS).values
+    assert torch.equal(inside[0], before[0])
+    assert not torch.equal(inside[-1], before[-1])
+    assert torch.equal(trace_states(model, three, positions=POSITIONS).values, before)
+
+
+# ---------------------------------------------------------------- removing
+
+
+def test_removed_equals_ablated(model, three, removal, keep, tolerance) -> None:
+    pruned = prune_heads(model, removal)
+    with ablate_heads(model, pairs(removal)):
+        expected = whole(model, three)
+        alone = whole(model, three[:1])
+    assert apart(whole(model, three), expected) > 10 * ROUNDING
+    assert keep(conformance.REMOVED, apart(whole(pruned, three[:1]), alone)) < tolerance
+    for logits in (whole(pruned, three), *(in_pieces(pruned, three, cuts)[0] for cuts in ([32], [5], LATE))):
+        assert keep(conformance.REMOVED, apart(logits, expected)) < tolerance
+
+
+def test_removed_equals_ablated_with_left_padding(model, three, removal, keep, tolerance) -> None:
+    mask = torch.ones_like(three)
+    mask[0, :9] = 0
+    pruned = prune_heads(model, removal)
+    for cuts in ([], [32], LATE):
+        with ablate_heads(model, pairs(removal)):
+            expected, _ = in_pieces(model, three, cuts, mask)
+        found, _ = in_pieces(pruned, three, cuts, mask)
+        assert keep(conformance.REMOVED, apart(found[mask == 1], expected[mask == 1])) < tolerance
+
+
+def test_removed_equals_ablated_in_bfloat16(architecture, half, ids, removal, keep) -> None:
+    pruned = prune_heads(half, removal)
+    with ablate_heads(half, pairs(removal)):
+        expected = whole(half, ids)
+    assert keep(conformance.REMOVED, apart_of_std(whole(pruned, ids), expected), dtype="bfloat16") < 2 * HALF
+
+
+def test_removing_twice_is_removing_at_once(architecture, model, three, tolerance) -> None:
+    first, _, layout = linear_layers(model)[0]
+    if architecture.refused:
+        pytest.skip("which heads can be removed depends on those that are left")
+    twice = prune_heads(prune_heads(model, {first: [0, 3]}), {first: [2]})
+    once = prune_heads(model, {first: [0, 2, 3]})
+    assert not {0, 2, 3} & set(head_names(linear_layers(twice)[0][1], layout))
+    assert apart(whole(twice, three), whole(once, three)) < tolerance
+
+
+def test_the_state_shrinks(model, three, removal) -> None:
+    def recurrent(model: PreTrainedModel) -> int:
+        cache = make_cache(model)
+        with torch.no_grad():
+            read_tokens(model, three, cache=cache)
+        return cache_bytes(cache)["recurrent"]
+
+    share = len(pairs(removal)) / len(all_heads(model))
+    assert recurrent(prune_heads(model, removal)) == round(recurrent(model) * (1 - share))
+
+
+def test_saved_and_loaded_bit_for_bit(of_dtype, three, tmp_path: Path, keep) -> None:
+    model, dtype = of_dtype, str(of_dtype.dtype).removeprefix("torch.")
+    again = loaded(model, tmp_path, model.dtype)
+    for (key, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert key == other
+        assert torch.equal(a, b), key
+    assert keep(conformance.SAVED, apart(whole(again, three), whole(model, three)), dtype=dtype) == 0
+
+
+def test_pruned_saved_and_loaded_bit_for_bit(of_dtype, three, removal, tmp_path: Path, keep) -> None:
+    model, dtype = prune_heads(of_dtype, removal), str(of_dtype.dtype).removeprefix("torch.")
+    again = loaded(model, tmp_path, model.dtype)
+    assert removed_heads(again.config.get_text_config()) == removal
+    for (key, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert key == other
+        assert torch.equal(a, b), key
+    assert keep(conformance.SAVED, apart(whole(again, three), whole(model, three)), dtype=dtype) == 0
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="two nearly equal logits change places where products are in TF32")
+def test_generation(model, three, removal) -> None:
+    prompt, options = three[:, :20], {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    made = prune_heads(model, removal).generate(prompt, **options)
+    expected = prompt
+    with ablate_heads(model, pairs(removal)):
+        assert torch.equal(made, model.generate(prompt, **options))
+        for _ in range(options["max_new_tokens"]):
+            expected = torch.cat((expected, whole(model, expected)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(made, expected)
+
+
+def test_a_pruned_model_trains(name, model, three, removal) -> None:
+    if DEVICE == "cpu" and name.startswith("fla "):
+        pytest.skip("fla's layers have their gradients from Triton kernels alone")
+    pruned = prune_heads(model, removal).requires_grad_(True).train()
+    logits = pruned(three[:, :20], use_cache=False).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), three[:, 1:20].flatten()).backward()
+    for _, layer, layout in linear_layers(pruned):
+        for blocks in layout.blocks(layer):
+            weight = blocks.tensor(layer)
+            if isinstance(weight, nn.Parameter) and weight.numel():
+                assert weight.grad is not None, blocks.weight
+                assert weight.grad.any(), blocks.weight
+
+
+def test_key_channels_are_cut_or_refused(model, three, tmp_path: Path) -> None:
+    _, layer, layout = linear_layers(model)[0]
+    if layout.d_k_setting is None:
+        with pytest.raises(ValueError, match="key channels of .* cannot be cut"):
+            order_channels(model, three)
+        return
+    reduced = keep_channels(model, order_channels(model, three), share=0.25)
+    kept = 0.75 * layout.d_k(layer)
+    assert trace_states(reduced, three, positions=[N_TOKENS]).values.shape[-2:] == (kept, layout.d_v(layer))
+    assert torch.equal(whole(loaded(reduced, tmp_path, reduced.dtype), three), whole(reduced, three))

@@ -1,0 +1,62 @@
+"""What a layout may leave out, and what happens then, on each tiny model with a delta rule."""
+
+import dataclasses
+
+import pytest
+import torch
+from architectures import delta
+from transformers import PreTrainedModel
+
+from staterank_utils.layouts import LAYOUTS, linear_layers
+from staterank_utils.models import choose_kernels
+from staterank_utils.pruning import prune_heads
+from staterank_utils.surgery import ablate_heads
+from staterank_utils.tracing import trace_states
+
+POSITIONS = [1, 2, 3, 63, 65, 96]
+ROUNDING = 1e-4
+
+
+@pytest.fixture(scope="module", params=delta.MODELS)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    made = delta.tiny(request.param)
+    choose_kernels(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(3, 56, (3, 96), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_layout_without_scans_is_traced_in_segments(model, ids, monkeypatch) -> None:
+    expected = trace_states(model, ids, positions=POSITIONS, logits=True)
+    for _, _, layout in linear_layers(model):
+        monkeypatch.setitem(LAYOUTS, layout.layer_class, dataclasses.replace(layout, scans=()))
+    trace = trace_states(model, ids, positions=POSITIONS, logits=True)
+    assert (trace.values - expected.values).abs().max() < ROUNDING
+    assert (trace.logits - expected.logits).abs().max() < ROUNDING
+    torch.testing.assert_close(trace.log_decay, expected.log_decay, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_layout_leaves_out_is_refused(model, monkeypatch) -> None:
+    index, _, layout = linear_layers(model)[0]
+    bare = dataclasses.replace(layout, write_module=None, without_writes=None, idle=None)
+    monkeypatch.setitem(LAYOUTS, layout.layer_class, bare)
+    with pytest.raises(ValueError, match="cannot be stopped exactly"), ablate_heads(model, [(index, 0)], kind="frozen"):
+        pass
+    with pytest.raises(ValueError, match="must keep a head"):
+        prune_heads(model, {index: [0, 1, 2, 3]})
+    monkeypatch.setitem(LAYOUTS, layout.layer_class, dataclasses.replace(bare, weights=()))
+    with pytest.raises(ValueError, match="cannot be removed exactly"):
+        prune_heads(model, {index: [0]})
+
+
+@torch.no_grad()
+def test_under_a_delta_rule_a_head_that_writes_nothing_puts_out_nothing(model, ids) -> None:
+    index, _, _ = linear_layers(model)[0]
+    with ablate_heads(model, [(index, 1)]):
+        zero = model(ids, use_cache=False).logits
+    with ablate_heads(model, [(index, 1)], kind="frozen"):
+        frozen = model(ids, use_cache=False).logits
+    assert (frozen - zero).abs().max() < ROUNDING
