@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from benchmarks.limits import read
 from benchmarks.timing import store
 from staterank_utils import prune_heads, select_heads, trace_states
+from staterank_utils.budget import weight_bytes
 from staterank_utils.claims import markdown_table
 from staterank_utils.layouts import linear_layers
 from staterank_utils.models import choose_kernels
@@ -39,10 +40,6 @@ def on(device: str, config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.eval().requires_grad_(False)
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def cut_to(config: PreTrainedConfig, n_layers: int) -> PreTrainedConfig:

@@ -52,6 +52,7 @@ from staterank_utils import (
     strata,
     trace_states,
 )
+from staterank_utils.budget import budget
 from staterank_utils.strata import bootstrap
 
 plotting.use_style()
@@ -111,6 +112,8 @@ def measure(name, positions, weights="trained", shuffle=0):
         seed=seed,
     )
     network = load_model(name, weights=weights, seed=seed + shuffle, **WHERE)
+    if positions is POSITIONS:
+        print(f"{name}: {budget(network, prompts, positions=positions)} if they were kept")
     return trace_states(network, prompts, positions=positions, reduce=singular_values)
 
 

@@ -55,6 +55,7 @@ from staterank_utils import (
     strata,
     trace_states,
 )
+from staterank_utils.budget import budget
 from staterank_utils.strata import bootstrap, cosine, is_high, mean_kappa, mean_spearman, spearman
 from staterank_utils.tasks import ADVERSARIAL_DOMAINS, NATURAL_DOMAINS
 
@@ -111,11 +112,15 @@ def network(name, weights="trained", shuffle=0):
     return load_model(name, weights=weights, seed=seed + shuffle, **WHERE)
 
 
-def measure(name, domain, positions, weights=("trained", 0), count=N_PROMPTS):
+def prompts(name, domain, count=N_PROMPTS):
     tokenizer = load_tokenizer(name, revision=WHERE["revision"])
-    prompts = domain_prompts(domain, tokenizer, n_prompts=count, n_tokens=n_tokens, seed=seed)
+    return domain_prompts(domain, tokenizer, n_prompts=count, n_tokens=n_tokens, seed=seed)
+
+
+def measure(name, domain, positions, weights=("trained", 0), count=N_PROMPTS):
+    texts = prompts(name, domain, count)
     return trace_states(
-        network(name, *weights), prompts, positions=positions, reduce=singular_values
+        network(name, *weights), texts, positions=positions, reduce=singular_values
     )
 
 
@@ -124,6 +129,9 @@ def by_prompt(table):
     return table.double().permute(1, 2, 0, 3).flatten(2).numpy()
 
 
+for name in MODELS:
+    needed = budget(network(name), prompts(name, "prose"), positions=POSITIONS)
+    print(f"{name}, each of {len(DOMAINS)} domains: {needed} if they were kept")
 traces = {
     (name, domain): measure(name, domain, POSITIONS) for name in MODELS for domain in DOMAINS
 }

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from staterank_utils.evaluation import Task, answer_nats, evaluate, needle_task, text_nats
+from staterank_utils.budget import in_words, weight_bytes
+from staterank_utils.evaluation import Task, answer_nats, draw_instances, evaluate, needle_task, text_nats
 from staterank_utils.layouts import linear_layers
 from staterank_utils.pruning import prune_heads
 from staterank_utils.selection import (
@@ -73,6 +74,8 @@ class Ablation:
         >>> study = Ablation(*hybrid, {"recall": recall_task()}, n_prompts=2, n_graded=1, calibration=(1, 64))
         >>> study.score("recall").tolist(), study.counts
         ([1.0, 1.0], [1, 2, 5, 6, 12, 19, 24])
+        >>> study.budget.partition("; scores")[0]
+        'weights 35.9 MB; calibration reads 2 x 64 tokens'
     """
 
     def __init__(
@@ -101,6 +104,21 @@ class Ablation:
     def prompts(self, domain: str, n_prompts: int, n_tokens: int, *, seed: int = 0) -> Tensor:
         """Prompts of a domain; `seed` is added to the experiment's own."""
         return domain_prompts(domain, self.tokenizer, n_prompts=n_prompts, n_tokens=n_tokens, seed=self.seed + seed)
+
+    @property
+    def budget(self) -> str:
+        """What it takes: the model's weights, and the tokens of calibration and of the scores without some heads."""
+        n_domains, (n_prompts, n_tokens) = len(CALIBRATION_DOMAINS), self.calibration
+        drawn = [
+            instance
+            for task in self.tasks.values()
+            for instance in draw_instances(task, self.tokenizer, n_instances=self.n_prompts, seed=self.seed)
+        ]
+        read, written = (sum(len(side) for side in sides) for sides in zip(*drawn, strict=True))
+        return (
+            f"weights {in_words(weight_bytes(self.model))}; calibration reads {n_domains * n_prompts} x {n_tokens:,} tokens; "
+            f"scores without some heads read {len(drawn):,} prompts of {read:,} tokens in all and answer with {written:,}"
+        )
 
     # ---------------------------------------------------------------- heads
 

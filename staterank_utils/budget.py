@@ -16,15 +16,17 @@ class Budget:
     """What a trace will read, and keep if nothing is reduced.
 
     Attributes:
+        weights: bytes of the model's weights.
         n_prompts, n_tokens: how many prompts, and tokens of each, up to the last position.
         moment: bytes of all states of one prompt at one position, float32.
         total: bytes of all states at all positions of all prompts.
 
     Example:
-        >>> print(Budget(n_prompts=4, n_tokens=2048, moment=75_497_472, total=301_989_888))
-        4 x 2,048 = 8,192 tokens to read; states: 75.5 MB at one position of one prompt, 0.30 GB in all
+        >>> print(Budget(weights=18_350_080, n_prompts=4, n_tokens=2048, moment=75_497_472, total=301_989_888))
+        weights 18.4 MB; 4 x 2,048 = 8,192 tokens to read; states 75.5 MB at one position of one prompt, 302.0 MB in all
     """
 
+    weights: int
     n_prompts: int
     n_tokens: int
     moment: int
@@ -32,9 +34,30 @@ class Budget:
 
     def __str__(self) -> str:
         return (
-            f"{self.n_prompts} x {self.n_tokens:,} = {self.n_prompts * self.n_tokens:,} tokens to read; states: "
-            f"{self.moment / 1e6:.1f} MB at one position of one prompt, {self.total / 1e9:.2f} GB in all"
+            f"weights {in_words(self.weights)}; {self.n_prompts} x {self.n_tokens:,} = {self.n_prompts * self.n_tokens:,} tokens to read; "
+            f"states {in_words(self.moment)} at one position of one prompt, {in_words(self.total)} in all"
         )
+
+
+def in_words(n_bytes: int) -> str:
+    """A number of bytes in the unit that suits it.
+
+    Example:
+        >>> in_words(786_432), in_words(160_000_000_000)
+        ('0.8 MB', '160.0 GB')
+    """
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's weights, on whatever devices they are.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> in_words(weight_bytes(load_model("hybrid")))
+        '35.9 MB'
+    """
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def budget(model: PreTrainedModel, input_ids: Int[Tensor, "batch token"], *, positions: Sequence[int]) -> Budget:
@@ -53,7 +76,7 @@ def budget(model: PreTrainedModel, input_ids: Int[Tensor, "batch token"], *, pos
         4 * layout.n_heads(layer) * layout.d_k(layer) * layout.d_v(layer) for _, layer, layout in linear_layers(model)
     )
     n_prompts = len(input_ids)
-    return Budget(n_prompts, max(positions), moment, n_prompts * len(positions) * moment)
+    return Budget(weight_bytes(model), n_prompts, max(positions), moment, n_prompts * len(positions) * moment)
 
 
 def machine_memory() -> int | None:

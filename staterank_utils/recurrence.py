@@ -8,12 +8,12 @@ that works in bfloat16 within a chunk.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 COLUMNS = 16  # of a state that one program holds
@@ -77,21 +77,27 @@ def states_after(
     for first in range(0, len(positions), n_at_once):
         wanted = positions[first : first + n_at_once]
         stop = wanted[-1]
-        slots = torch.full((stop - start,), -1, dtype=torch.int32)
-        slots[torch.tensor(wanted) - start - 1] = torch.arange(len(wanted), dtype=torch.int32)
-        # From pinned memory, since a copy from any other waits for all that the GPU has to do.
-        there = slots.pin_memory().to(key.device, non_blocking=True) if key.is_cuda else slots
+        slots = _slots(tuple(position - start for position in wanted), key.device)
         tokens = [x[:, start:stop].contiguous() for x in (key, value, g, beta)]
         kept, last = state.new_empty(n_batch, len(wanted), n_heads, d_k, d_v), torch.empty_like(state)
         # Triton launches on the current GPU, which need not be that of the tensors.
         with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
             _kernel()[(n_batch * n_heads, -(-d_v // COLUMNS))](
-                *tokens, state, there, kept, last, stop - start, len(wanted), n_keys, n_heads, d_k, d_v,
+                *tokens, state, slots, kept, last, stop - start, len(wanted), n_keys, n_heads, d_k, d_v,
                 TILE_K=max(16, 1 << (d_k - 1).bit_length()), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
                 num_warps=1,
             )  # fmt: skip
         yield kept
         state, start = last, stop
+
+
+@lru_cache(maxsize=4)
+def _slots(wanted: tuple[int, ...], device: torch.device) -> Int[Tensor, " token"]:
+    """Which of the wanted states is the one after a token, or -1; kept, since every layer asks for the same."""
+    slots = torch.full(wanted[-1:], -1, dtype=torch.int32)
+    slots[torch.tensor(wanted) - 1] = torch.arange(len(wanted), dtype=torch.int32)
+    # From pinned memory, since a copy from any other waits for all that the GPU has to do.
+    return slots.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else slots
 
 
 @cache

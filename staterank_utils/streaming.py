@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from staterank_utils.budget import budget
+from staterank_utils.budget import budget, in_words
 from staterank_utils.layouts import linear_layers
 from staterank_utils.results import whole_or_not, write_json
 from staterank_utils.tracing import Reducer, StateTrace, trace_states
@@ -40,7 +40,7 @@ class StoredTrace:
         ...     stored = stream_states(load_model("hybrid"), torch.arange(8).reshape(1, 8), positions=[1, 8], folder=folder)
         ...     [some] = stored.states(0, layer=4)
         ...     ranks = stored.measure(effective_rank).values
-        1 x 8 = 8 tokens to read; states: 0.8 MB at one position of one prompt, 0.00 GB in all
+        weights 35.9 MB; 1 x 8 = 8 tokens to read; states 0.8 MB at one position of one prompt, 1.6 MB in all
         >>> some.shape, ranks.shape, ranks[:, :, 0].max().item()  # (position, head, d_k, d_v), (layer, prompt, position, head)
         (torch.Size([2, 8, 64, 64]), torch.Size([6, 1, 2, 8]), 1)
     """
@@ -120,7 +120,7 @@ def stream_states(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     stored = stream_states(load_model("hybrid"), torch.arange(8).reshape(2, 4), positions=[4], folder=folder)
         ...     stored.measure(nuclear_norm).values.shape
-        2 x 4 = 8 tokens to read; states: 0.8 MB at one position of one prompt, 0.00 GB in all
+        weights 35.9 MB; 2 x 4 = 8 tokens to read; states 0.8 MB at one position of one prompt, 1.6 MB in all
         torch.Size([6, 2, 1, 8])
     """
     folder = Path(folder)
@@ -137,7 +137,7 @@ def stream_states(
     missing = [i for i in range(len(input_ids)) if not (_of_prompt(folder, i) / GATES).exists()]
     room, wanted = shutil.disk_usage(folder).free, len(missing) * len(positions) * needed.moment
     if wanted > room:
-        raise OSError(f"{folder} has {room / 1e9:.2f} GB left and the states take {wanted / 1e9:.2f} GB: choose another folder, fewer prompts or fewer positions")  # fmt: skip
+        raise OSError(f"{folder} has {in_words(room)} left and the states take {in_words(wanted)}: choose another folder, fewer prompts or fewer positions")  # fmt: skip
     tqdm.write(str(needed))
     for i in tqdm(
         missing, desc="prompts to disk", initial=len(input_ids) - len(missing), total=len(input_ids), leave=False
@@ -211,5 +211,15 @@ def _digest(tensors: Sequence[Tensor]) -> str:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Of the shape and the first numbers of every weight: enough to tell two models apart, and quick for a large one."""
-    return _digest([parameter.flatten()[:16] for parameter in model.parameters()] + [torch.tensor(p.shape) for p in model.parameters()])  # fmt: skip
+    """Of every weight its shape, its sum and its first numbers: enough to tell two models apart, and quick for a large one."""
+    told = [
+        torch.cat(
+            [
+                torch.tensor(p.shape).double(),
+                p.detach().flatten()[:16].double().cpu(),
+                p.detach().sum(dtype=torch.float64).cpu()[None],
+            ]
+        )
+        for p in model.parameters()
+    ]
+    return _digest(told)

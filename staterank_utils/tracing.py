@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import recurrence
-from staterank_utils.budget import budget, machine_memory
+from staterank_utils.budget import budget, in_words, machine_memory
 from staterank_utils.kernels import serves_kernel
 from staterank_utils.layouts import Layout, linear_layers, modeling_module
 from staterank_utils.models import make_cache, output_logits, read_tokens
@@ -145,7 +145,7 @@ def trace_states(
     _, layer, layout = layers[0]
     log_decay, write_strength = torch.cat(gates, 2).unbind(1)
     return StateTrace(
-        values=torch.cat(values, 1),
+        values=torch.cat(values, 1) if len(values) > 1 else values[0],
         positions=tuple(positions),
         layers=tuple(index for index, _, _ in layers),
         d_k=layout.d_k(layer),
@@ -174,7 +174,7 @@ def _trace_batch(
         stack.enter_context(finite_at_the_end())
         sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
         reducer = stack.enter_context(reduce if isinstance(reduce, Reducer) else Reducer(reduce))
-        taps = [_StateTap(*layer, reducer=reducer) for layer in layers]
+        taps = [_StateTap(*layer, reducer=reducer, gates=gates) for layer, gates in zip(layers, sums, strict=True)]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
         for start, stop in itertools.pairwise(_borders(positions, layers)):
@@ -189,12 +189,21 @@ def _trace_batch(
                 chosen = hidden[:, [position - 1 for position in inside]]
                 outputs.append(output_logits(model, chosen).float().cpu())
         reducer.finish()
-    gates = torch.stack([layer_sums.total() for layer_sums in sums]) / positions[-1]
-    return (
-        torch.stack([torch.cat(tap.kept, 1).cpu() for tap in taps]),
-        gates,
-        torch.cat(outputs, 1) if logits else torch.empty(0),
-    )
+    totals = [layer_sums.total() for layer_sums in sums]
+    gates = torch.stack([total.to(totals[0].device) for total in totals]).cpu() / positions[-1]
+    return _stacked([tap.kept for tap in taps]), gates, torch.cat(outputs, 1) if logits else torch.empty(0)
+
+
+def _stacked(kept: list[list[Tensor]]) -> Num[Tensor, "layer batch position *made"]:
+    """What every layer kept, some positions at a time, as one tensor on the CPU; the lists are emptied on the way, to hold nothing three times."""
+    values = torch.empty(0)
+    for row, parts in enumerate(kept):
+        of_layer = torch.cat(parts, 1).cpu()
+        parts.clear()
+        if row == 0:
+            values = of_layer.new_empty(len(kept), *of_layer.shape)
+        values[row] = of_layer
+    return values
 
 
 def _borders(positions: Sequence[int], layers: list[tuple[int, nn.Module, Layout]]) -> list[int]:
@@ -261,8 +270,9 @@ class _StateTap:
         layout: Layout,
         *,
         reducer: "Reducer",
+        gates: "_GateSums",
     ):
-        self.index, self.layer, self.layout, self.reducer = index, layer, layout, reducer
+        self.index, self.layer, self.layout, self.reducer, self.gates = index, layer, layout, reducer, gates
         self.positions: list[int] = []
         self.kept: list[Tensor] = []
         self._n_held_now = self._n_left = 0
@@ -274,6 +284,7 @@ class _StateTap:
         rest = {name: value for name, value in kwargs.items() if name not in names}
         state, outputs = rest.pop("initial_state", None), []
         n_batch, n_tokens = tokens["query"].shape[:2]
+        self.gates.add(tokens["g"] if tokens["g"].ndim == 3 else tokens["g"].mean(-1), tokens["beta"])
         self._n_left = len(self.positions)
         with_states = getattr(kernel, "staterank_states", None)
         if with_states and n_batch == 1 and serves_kernel(kernel.__name__, tokens | rest):
@@ -434,17 +445,21 @@ class Reducer:
 
 
 class _GateSums:
-    """While entered, adds up log-decay and write strength of a layer over the tokens it reads."""
+    """Adds up log-decay and write strength of a layer over the tokens it reads.
+
+    A layer with `scans` gives both to its kernel, and so to `_StateTap.scan`. While entered, those of any other are found in what its
+    projections put out.
+    """
 
     def __init__(self, layer: nn.Module, layout: Layout):
         self.layer, self.layout = layer, layout
-        self._sums: list[Tensor] = []  # of each segment
+        self._sums: list[Tensor] = []  # (gate, batch, head) of each segment
+        self._seen: dict[str, Any] = {}
 
     def __enter__(self) -> "_GateSums":
-        self._seen: dict[str, Any] = {}
+        names = () if self.layout.scans else self.layout.gate_modules
         self._handles = [
-            self.layer.get_submodule(name).register_forward_hook(functools.partial(self._add, name))
-            for name in self.layout.gate_modules
+            self.layer.get_submodule(name).register_forward_hook(functools.partial(self._look, name)) for name in names
         ]
         return self
 
@@ -452,24 +467,27 @@ class _GateSums:
         for handle in self._handles:
             handle.remove()
 
-    def total(self) -> Float[Tensor, "gate batch head"]:
-        """On the CPU."""
-        return torch.stack(self._sums).sum(0).cpu()
+    def add(self, *gates: Float[Tensor, "batch token head"]) -> None:
+        """Log-decay and write strength of some tokens."""
+        self._sums.append(torch.stack([gate.sum(1, dtype=torch.float64) for gate in gates]))
 
-    def _add(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def total(self) -> Float[Tensor, "gate batch head"]:
+        """On the layer's device."""
+        return self._sums[0] if len(self._sums) == 1 else torch.stack(self._sums).sum(0)
+
+    def _look(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._seen[name] = output
         if len(self._seen) == len(self.layout.gate_modules):
-            outputs = [self._seen[name] for name in self.layout.gate_modules]
-            gates = torch.stack(self.layout.gates(self.layer, *outputs))  # (gate, batch, token, head)
-            self._sums.append(gates.sum(2, dtype=torch.float64))
+            self.add(*self.layout.gates(self.layer, *(self._seen[name] for name in self.layout.gate_modules)))
             self._seen = {}
 
 
 def _check_memory(model: PreTrainedModel, input_ids: Tensor, positions: Sequence[int]) -> None:
     needed, memory = budget(model, input_ids, positions=positions), machine_memory()
-    if memory is not None and needed.total > memory:
+    # While a trace is put together, its states are there twice.
+    if memory is not None and 2 * needed.total > memory:
         raise MemoryError(
-            f"{needed}, and this machine has {memory / 1e9:.2f} GB of memory: reduce states at once (reduce=...), or keep them on disk "
+            f"{needed}, twice while they are put together, and this machine has {in_words(memory)} of memory: reduce states at once (reduce=...), or keep them on disk "
             "(streaming.stream_states)"
         )
 
