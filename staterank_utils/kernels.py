@@ -468,25 +468,26 @@ def serves_module(module: nn.Module, x: Tensor) -> bool:
 # ---------------------------------------------------------------- memory
 
 
-def transpose_weights(model: nn.Module) -> None:
-    """Keep weight matrices column by column in memory: same values, same shapes, other strides.
+def order_weights(model: nn.Module) -> None:
+    """Keep float32 weight matrices column by column in the memory of a CPU, and row by row elsewhere: same values, same shapes, other strides.
 
-    A product with one row, as in decoding, then reads them more than twice as fast; products with many rows do not care.
+    On a CPU a product with one row, as in decoding, then reads them more than twice as fast; products with many rows do not care.
     What is saved is row by row, as ever.
 
     Example:
         >>> layer = nn.Linear(3, 2)
-        >>> transpose_weights(layer)
+        >>> order_weights(layer)
         >>> layer.weight.stride(), layer.state_dict()["weight"].stride()
         ((1, 2), (3, 1))
     """
-    if not getattr(model, "staterank_transposed", False):
-        model.staterank_transposed = True
+    if not getattr(model, "staterank_ordered", False):
+        model.staterank_ordered = True
         model.register_state_dict_post_hook(_row_by_row)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2 and parameter.device.type == "cpu" and parameter.dtype == torch.float32:
-                parameter.data = parameter.data.t().contiguous().t()
+            if parameter.ndim == 2 and parameter.dtype == torch.float32:
+                on_cpu = parameter.device.type == "cpu"
+                parameter.data = parameter.data.t().contiguous().t() if on_cpu else parameter.data.contiguous()
 
 
 def _row_by_row(model: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

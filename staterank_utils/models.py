@@ -404,9 +404,9 @@ def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
         _dispatch_forwards(modeling_module(layer), plain=plain)
     if plain:
         return "torch"
+    kernels.order_weights(model)
     if next(model.parameters()).device.type == "cpu":
         kernels.keep_freed_memory()
-        kernels.transpose_weights(model)
         return "torch"
     return "fla" if "fla" in backends else "torch, for want of fla"
 

@@ -43,7 +43,7 @@ def tiny(name: str) -> PreTrainedModel:
     assert knows(model_type), "fla is not installed"
     options = {} if model_type == "mamba2" else {"intermediate_size": 48}
     config = AutoConfig.for_model(model_type, vocab_size=64, hidden_size=32, num_hidden_layers=2, **options, **settings)
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # fla warns that the authors of RWKV do not vouch for its version.
         warnings.filterwarnings("ignore", message="According to Bo")
         torch.manual_seed(0)

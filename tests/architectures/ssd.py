@@ -37,6 +37,8 @@ COMMON = {
 SOFTMAX = {"num_attention_heads": 2, "num_key_value_heads": 1}
 # Eight heads (d_v = 8) in two groups, d_k = 12.
 JAMBA_LIKE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 12, "mamba_chunk_size": 16}
+# Every expert is chosen: near a tie, rounding would choose others in another order of sums.
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 4}
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
@@ -68,7 +70,7 @@ def _granitemoehybrid() -> PreTrainedModel:
     return GraniteMoeHybridForCausalLM(
         GraniteMoeHybridConfig(
             **COMMON, **SOFTMAX, **JAMBA_LIKE, num_hidden_layers=3, layer_types=[LINEAR, FULL, LINEAR], intermediate_size=24,
-            shared_intermediate_size=24, num_local_experts=4, logits_scaling=2.0, position_embedding_type="rope",
+            shared_intermediate_size=24, **EXPERTS, logits_scaling=2.0, position_embedding_type="rope",
         )
     )  # fmt: skip
 
@@ -95,7 +97,7 @@ def _minimax(*layers: str) -> PreTrainedModel:
     return MiniMaxForCausalLM(
         MiniMaxConfig(
             **COMMON, num_attention_heads=8, num_key_value_heads=2, head_dim=8, num_hidden_layers=len(layers), layer_types=list(layers),
-            intermediate_size=24, num_local_experts=4, block_size=16,
+            intermediate_size=24, **EXPERTS, block_size=16,
         )
     )  # fmt: skip
 
