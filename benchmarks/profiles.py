@@ -1,5 +1,6 @@
 """What a way of doing something spends its time with: the explanation of a goal that was missed."""
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -8,14 +9,31 @@ from torch.profiler import ProfilerActivity, profile
 
 from staterank_utils.claims import markdown_table
 
+Kernels = dict[str, tuple[float, int]]  # name of a GPU's kernel or copy -> seconds at it and times, the longest first
 
-def gpu_work(way: Callable[[], object]) -> tuple[float, int]:
-    """Seconds that a GPU is at work in one run of a way, and the number of its kernels and copies."""
+
+def gpu_work(way: Callable[[], object]) -> Kernels:
+    """What a GPU does in one run of a way, kernels of one name taken together."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         way()
         torch.cuda.synchronize()
-    events = [event for event in seen.key_averages() if event.device_type == DeviceType.CUDA]
-    return sum(event.self_device_time_total for event in events) / 1e6, sum(event.count for event in events)
+    found: Kernels = {}
+    for event in seen.key_averages():
+        if event.device_type == DeviceType.CUDA:
+            name = re.split(r"[<(]", event.key.removeprefix("void "))[0].rpartition("::")[2].strip()
+            seconds, times = found.get(name, (0.0, 0))
+            found[name] = seconds + event.self_device_time_total / 1e6, times + event.count
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def where_gpu_time_goes(found: Mapping[str, Kernels], *, n_kernels: int = 6) -> str:
+    """A table with a row for each way: its longest kernels with their shares of the time that the GPU is at work."""
+    rows = []
+    for name, kernels in found.items():
+        total = sum(seconds for seconds, _ in kernels.values())
+        shares = [f"{key[:40]} {seconds / total:.0%}" for key, (seconds, _) in list(kernels.items())[:n_kernels]]
+        rows.append((name, ", ".join(shares)))
+    return "Where the time goes:\n\n" + markdown_table(("", "kernels, share of the GPU's time at work"), rows)
 
 
 def where_time_goes(ways: Mapping[str, Callable[[], object]], *, n_operators: int = 6) -> str:

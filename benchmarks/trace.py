@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.limits import operations_a_token, operations_per_second
-from benchmarks.profiles import gpu_work, where_time_goes
+from benchmarks.profiles import gpu_work, where_gpu_time_goes, where_time_goes
 from benchmarks.timing import by_transformers_alone, options, rounds, store
 from staterank_utils import domain_prompts, effective_rank, load_model, load_tokenizer, trace_states
 from staterank_utils.claims import markdown_table
@@ -83,12 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append([name, f"{1000 * m:.0f}", f"{m / plain:.2f}", f"{low:.0f} to {high:.0f}", bound])
     if on_gpu:
         head += ["GPU at work, ms", "kernels and copies"]
+        work = {name: gpu_work(way) for name, way in ways.items()}
         for row in rows:
-            busy, n_launched = gpu_work(ways[row[0]])
+            busy, n_launched = (sum(numbers) for numbers in zip(*work[row[0]].values(), strict=True))
             row += [f"{1000 * busy:.1f}", f"{n_launched:,}"]
-    table = markdown_table(head, rows)
-    if not on_gpu:
-        table += "\n\n" + where_time_goes({name: ways[name] for name in list(ways)[:2]})
+        explained = where_gpu_time_goes(work)
+    else:
+        explained = where_time_goes({name: ways[name] for name in list(ways)[:2]})
+    table = markdown_table(head, rows) + "\n\n" + explained
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:
         store("trace", parameters=vars(arguments) | {"positions": POSITIONS}, goal=GOAL, table=table)

@@ -40,7 +40,7 @@ def positive_eigenvalues(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
         tensor([2])
     """
     if matrices.is_cuda:
-        factors, _, _ = torch.linalg.lu_factor_ex(matrices, pivot=False)
+        factors, _, _ = torch.linalg.lu_factor_ex(matrices.mT, pivot=False)  # by columns, as it is copied there
         return (factors.diagonal(dim1=-2, dim2=-1) > 0).sum(-1)
     factors, pivots, _ = torch.linalg.ldl_factor_ex(matrices)
     single = pivots > 0
@@ -121,11 +121,10 @@ def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> Float[Tensor, " n"]:
         >>> largest_eigenvalue(torch.diag(torch.tensor([9.0, 4.0], dtype=torch.float64))[None]).item()
         9.0
     """
-    power = (matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY)).float()
+    power = _over_trace(matrices, torch.float32)
     for squaring in range(SQUARINGS):
         if squaring and squaring % AT_ONCE == 0:
-            power = power.bfloat16()
-            power = power / power.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
+            power = _over_trace(power, torch.bfloat16)
         power = power @ power
     # The column under the largest diagonal entry is not orthogonal to the leading eigenvector.
     column = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
@@ -139,6 +138,13 @@ def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> Float[Tensor, " n"]:
     other = second.mT @ (matrices @ second)
     half = (own - other) / 2
     return (other + half + torch.hypot(half, beside))[:, 0, 0]
+
+
+def _over_trace(matrices: Float[Tensor, "n d d"], dtype: torch.dtype) -> Float[Tensor, "n d d"]:
+    """Positive semidefinite matrices with a largest eigenvalue between 1 / sqrt(d) and sqrt(d), in another dtype, by one pass over memory."""
+    d = matrices.shape[-1]
+    trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(d * torch.finfo(matrices.dtype).tiny)
+    return torch.mul(matrices, (d**0.5 / trace)[:, None, None], out=torch.empty_like(matrices, dtype=dtype))
 
 
 def ranks(
@@ -159,12 +165,13 @@ def ranks(
 
 
 def _ranks(prepared: Prepared, rel_tol: float, factors: tuple[float, ...]) -> Int[Tensor, "n factor"]:
-    matrices, largest = prepared.gram, prepared.largest
-    shifts = torch.stack([(factor * rel_tol) ** 2 * largest for factor in factors], 1)
-    shifted = matrices[:, None].repeat(1, len(factors), 1, 1)
-    shifted.diagonal(dim1=-2, dim2=-1).sub_(shifts[..., None])
-    counts = positive_eigenvalues(shifted.flatten(0, 1)).view(shifts.shape)
-    return torch.where(largest[:, None] > 0, counts, 0)
+    largest, diagonal = prepared.largest, prepared.gram.diagonal(dim1=-2, dim2=-1)
+    own, counts = diagonal.clone(), []
+    for factor in factors:
+        torch.sub(own, (factor * rel_tol) ** 2 * largest[:, None], out=diagonal)
+        counts.append(positive_eigenvalues(prepared.gram))
+    diagonal.copy_(own)
+    return torch.where(largest[:, None] > 0, torch.stack(counts, 1), 0)
 
 
 def stable_ranks(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:

@@ -46,6 +46,7 @@ STATES = {
     "planted, high": with_values(planted(48, 47), 100, 48),
     "planted, 128": with_values(planted(128, 70), 128, 128),
     "planted, 256": with_values(planted(256, 200), 256, 256, n=2),
+    "flat, 256": with_values(torch.ones(256).double(), 256, 256, n=2),
     "beyond a tile": with_values(planted(160, 140), 160, 256, n=3),
     "largest repeated": with_values(torch.tensor([1.0] * 9 + [1e-2] * 4 + [0.0] * 3).double(), 16, 16),
     "rank 1": with_values(torch.tensor([5.0] + [0.0] * 31).double(), 32, 32),
