@@ -22,8 +22,9 @@ help: ## list the targets
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true # on all cores; some packages hold files for other versions of Python
 	touch $@
 
 book: .venv/installed ## run the notebooks (PROFILE=quick) and build the site into _build/html

@@ -20,7 +20,8 @@ def gpu_work(way: Callable[[], object]) -> Kernels:
     found: Kernels = {}
     for event in seen.key_averages():
         if event.device_type == DeviceType.CUDA:
-            name = re.split(r"[<(]", event.key.removeprefix("void "))[0].rpartition("::")[2].strip()
+            plain = event.key.removeprefix("void ").replace("(anonymous namespace)::", "")
+            name = re.split(r"[<(]", plain)[0].rpartition("::")[2].strip()
             seconds, times = found.get(name, (0.0, 0))
             found[name] = seconds + event.self_device_time_total / 1e6, times + event.count
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))

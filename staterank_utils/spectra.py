@@ -67,7 +67,10 @@ def _check(state: Tensor) -> None:
         raise ValueError(f"a state has at least one row and one column, got shape {tuple(state.shape)}")
     if not state.dtype.is_floating_point:
         raise ValueError(f"expected a real floating dtype, got {state.dtype}")
-    finite, later = torch.isfinite(state).all(), _LATER.get()
+    if not state.numel():
+        return
+    # Both ends of all values: a NaN is both, and one pass finds them.
+    finite, later = torch.isfinite(torch.stack(torch.aminmax(state.detach()))).all(), _LATER.get()
     if state.is_cuda and later is not None:
         later.append((tuple(state.shape), finite))
     else:
