@@ -126,14 +126,28 @@ def pad_left(
     """
     length = max(map(len, rows))
     if length > min(map(len, rows)):
-        for index, layer, layout in linear_layers(model):
-            if reason := layout.padding_refusal and layout.padding_refusal(layer):
-                raise ValueError(
-                    f"layer {index} ({layout.layer_class}) cannot read prompts of different lengths side by side: {reason}. Take batch_size=1"
-                )
+        check_padding(model)
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
     return ids, mask
+
+
+def check_padding(model: PreTrainedModel) -> None:
+    """See that prompts of different lengths can be read side by side.
+
+    Raises:
+        ValueError: they cannot, and why.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> check_padding(load_model("hybrid")) is None
+        True
+    """
+    for index, layer, layout in linear_layers(model):
+        if reason := layout.padding_refusal and layout.padding_refusal(layer):
+            raise ValueError(
+                f"layer {index} ({layout.layer_class}) cannot read prompts of different lengths side by side: {reason}. Take batch_size=1"
+            )
 
 
 def read_padded(
@@ -228,7 +242,7 @@ def _steps_in_place(
 
     step()
     yield token[:, 0].tolist()
-    again = _captured(step) if ids.device.type == "cuda" else step
+    again = _captured(step, ids.device) if ids.device.type == "cuda" else step
     for start in range(2, room, STEPS_AT_ONCE):
         stop = min(start + STEPS_AT_ONCE, room)
         for _ in range(start, stop):
@@ -236,9 +250,10 @@ def _steps_in_place(
         yield from made[:, start:stop].T.tolist()
 
 
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
-    """A replay of what one step does on the GPU; the step is recorded, not done."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A replay of what one step does on a GPU, which need not be the current one; the step is recorded, not done."""
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
     return graph.replay

@@ -6,6 +6,7 @@ gives them all from singular values that are already at hand.
 """
 
 import functools
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -142,6 +143,11 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="staterank", initializer=torch.set_num_threads, initargs=(1,))
 
 
+# A forked process has none of the threads, and would wait for them.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """Measures of states whose singular values are known.
@@ -235,17 +241,18 @@ def effective_rank_bounds(
 
 
 def rank_and_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead 2"]:
-    """`effective_rank` and `nuclear_norm` side by side, for one pass of `trace_states`.
+    """`effective_rank` and `nuclear_norm` side by side, for one pass of `trace_states`; states and errors as there.
 
     Example:
         >>> rank_and_norm(torch.diag(torch.tensor([3.0, 1.0]))).tolist()
         [2.0, 4.0]
     """
+    _check_resolution(state, REL_TOL)
     if state.is_cuda and state.numel():
         _check(state)
         return inertia.in_chunks(inertia.ranks_and_norms, state, rel_tol=REL_TOL)
     spectrum = Spectrum(singular_values(state))
-    return torch.stack([spectrum.effective_rank().double(), spectrum.nuclear_norm()], -1)
+    return torch.stack([spectrum.effective_rank().double(), spectrum.nuclear_norm()], -1).to(state.device)
 
 
 def _check_range(rel_tol: float) -> None:
@@ -253,24 +260,29 @@ def _check_range(rel_tol: float) -> None:
         raise ValueError(f"rel_tol must be in (0, 1), got {rel_tol}")
 
 
-def _ranks_over(state: Tensor, rel_tol: float, factors: tuple[float, ...]) -> Int[Tensor, "*lead factor"]:
-    """Ranks at multiples of a threshold."""
-    _check_range(rel_tol)
+def _check_resolution(state: Tensor, rel_tol: float) -> None:
     if state.dtype.is_floating_point and rel_tol < torch.finfo(state.dtype).eps:
         raise ValueError(
             f"rel_tol={rel_tol} is below the resolution of {state.dtype}, {torch.finfo(state.dtype).eps:.1g}: the rank would count rounding; "
             "keep states in float32, or raise rel_tol"
         )
+
+
+def _ranks_over(state: Tensor, rel_tol: float, factors: tuple[float, ...]) -> Int[Tensor, "*lead factor"]:
+    """Ranks at multiples of a threshold."""
+    _check_range(rel_tol)
+    _check_resolution(state, rel_tol)
     # Counted without a decomposition where the square of the threshold is far over rounding.
     if state.is_cuda and state.numel() and rel_tol >= 1e-7:
         _check(state)
         return inertia.in_chunks(inertia.ranks, state, rel_tol=rel_tol, factors=factors)
-    spectrum = Spectrum(singular_values(state))
-    return torch.stack([spectrum.effective_rank(rel_tol=factor * rel_tol) for factor in factors], -1).to(state.device)
+    sigma = singular_values(state)
+    ranks = [(sigma > factor * rel_tol * sigma[..., :1]).sum(-1) for factor in factors]
+    return torch.stack(ranks, -1).to(state.device)
 
 
 def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
-    """Sum of the singular values, n_h(t) of arXiv:2602.02195; on a GPU by the polar factor, to 1e-5 of the largest one.
+    """Sum of the singular values, n_h(t) of arXiv:2602.02195; on a GPU by the polar factor, to 1e-5 of itself.
 
     Args:
         state: as in `singular_values`.
@@ -288,7 +300,7 @@ def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"
     if state.is_cuda and state.numel():
         _check(state)
         return inertia.in_chunks(inertia.nuclear_norms, state)
-    return Spectrum(singular_values(state)).nuclear_norm()
+    return Spectrum(singular_values(state)).nuclear_norm().to(state.device)
 
 
 def stable_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
@@ -312,7 +324,7 @@ def stable_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]
     if state.is_cuda and state.numel():
         _check(state)
         return inertia.in_chunks(inertia.stable_ranks, state)
-    return Spectrum(singular_values(state)).stable_rank()
+    return Spectrum(singular_values(state)).stable_rank().to(state.device)
 
 
 def entropy_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:

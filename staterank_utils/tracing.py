@@ -91,7 +91,7 @@ def trace_states(
         positions: numbers of tokens t after which to look, increasing, in 1..token.
         reduce: applied on the way to states (1, position, head, d_k, d_v), those of several prompts, positions and layers along the
             second axis, so that no state is kept: `singular_values`, `effective_rank`, ... It must take each state by itself; on a GPU it runs in
-            another thread. The memory needed is then the model's and one snapshot. To keep
+            another thread. The memory needed is then the model's, one snapshot, and on a GPU at most 1 GB of states that wait. To keep
             more states than memory holds, `streaming.stream_states`.
         logits: also keep the logits after each position.
         batch_size: prompts read side by side; by default one on a CPU, where a larger batch falls out of the cache and is
@@ -372,7 +372,9 @@ class Reducer:
         self._running: Future[None] | None = None
 
     def __enter__(self) -> "Reducer":
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="staterank-reduce")
+        # With as many threads of torch as whoever asks, since a thread of spectra's own leaves new ones only one.
+        n_threads = torch.get_num_threads()
+        self._thread = ThreadPoolExecutor(1, "staterank-reduce", torch.set_num_threads, (n_threads,))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -382,7 +384,8 @@ class Reducer:
     @functools.cached_property
     def n_bytes(self) -> int:
         """Of states that may wait on a GPU; asked for there alone, since the question alone takes memory of it."""
-        return min(MOST_WAITING, torch.cuda.mem_get_info()[0] // 8)
+        devices = range(torch.cuda.device_count())
+        return min(MOST_WAITING, *(torch.cuda.mem_get_info(device)[0] // 8 for device in devices))
 
     def add(self, layer: int, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
         """Append to `kept` what is made of the states of a layer, now or by the time that `finish` returns."""

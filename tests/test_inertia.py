@@ -128,22 +128,35 @@ def test_bad_states_and_tolerances_are_refused(device: str) -> None:
 def test_the_largest_eigenvalue_is_found_where_nothing_stands_out() -> None:
     values = torch.cat([torch.linspace(1, 1 + 2e-4, 64), torch.zeros(64)]).double()
     basis, _ = torch.linalg.qr(torch.randn(128, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    found = inertia.largest_eigenvalue((basis * values @ basis.T)[None]).item()
-    assert -1e-4 < found / (1 + 2e-4) - 1 <= 1e-12
+    found, bound = inertia.largest_eigenvalue((basis * values @ basis.T)[None])
+    assert -1e-4 < found.item() / (1 + 2e-4) - 1 <= 1e-12
+    assert bound.item() > 1 + 2e-4
 
 
-@pytest.mark.parametrize("width", [0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4])
-@pytest.mark.parametrize("shape", ["even", "two", "edge"])
-def test_no_crowd_of_eigenvalues_moves_the_largest_by_more_than_is_said(width: float, shape: str) -> None:
-    share = {"even": torch.linspace(0, 1, 64), "two": torch.ones(64), "edge": torch.linspace(0, 1, 64) ** 2}[
-        shape
-    ].clone()
+def test_an_eigenvector_that_no_large_column_sees_is_found() -> None:
+    """Two blocks of the Gram matrix: the largest eigenvalue is spread over one, the largest diagonal entry is in the other."""
+    state = torch.zeros(1, 128, 128)
+    state[0, 0, :127], state[0, 1, 127] = 127**-0.5, 1 - 1.1e-3
+    sigma = torch.linalg.svdvals(state.double())
+    torch.testing.assert_close(inertia.nuclear_norms(state), sigma.sum(-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(inertia.stable_ranks(state), (sigma / sigma[:, :1]).square().sum(-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("width", [0.3, 0.1, 0.03, 0.01, 5e-3, 2e-3, 1e-3, 3e-4, 1e-4, 0.0])
+@pytest.mark.parametrize("shape", ["even", "two", "edge", "root"])
+@pytest.mark.parametrize("d", [16, 64, 128, 256])
+def test_no_crowd_of_eigenvalues_moves_the_largest_by_more_than_is_said(width: float, shape: str, d: int) -> None:
+    even = torch.linspace(0, 1, d).double()
+    share = {"even": even, "two": torch.ones_like(even), "edge": even**2, "root": even**0.5}[shape].clone()
     share[0] = 0
     generator = torch.Generator().manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(8, 64, 64, dtype=torch.float64, generator=generator))
-    found = inertia.largest_eigenvalue(basis * (1 - width * share.double()) @ basis.mT)
-    assert (1 - found).max() < 4e-4
+    basis, _ = torch.linalg.qr(torch.randn(4, d, d, dtype=torch.float64, generator=generator))
+    basis = torch.cat([basis, torch.eye(d).double()[None]])
+    found, bound = inertia.largest_eigenvalue(basis * (1 - width * share) @ basis.mT)
+    assert (1 - found).max() < 1e-3
     assert (found <= 1 + 1e-12).all()
+    assert (bound > 1).all()
+    assert (bound < d ** (1 / 2**inertia.SQUARINGS) * (1 + 2 * inertia.EDGE)).all()
 
 
 def test_the_polynomials_take_few_steps_and_never_leave_their_interval() -> None:
