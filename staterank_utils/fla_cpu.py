@@ -132,10 +132,9 @@ def _plain_versions() -> list[tuple[str, str, Callable[..., Any]]]:
         ("fla.layers.linear_attn", "chunk_linear_attn", _linear_attention),
         ("fla.layers.linear_attn", "fused_chunk_linear_attn", _linear_attention),
         ("fla.layers.linear_attn", "fused_recurrent_linear_attn", _linear_attention),
+        # Also what Mamba-2 reads a prompt by, see `_ssd`.
         ("fla.layers.simple_gla", "chunk_simple_gla", _simple_gla),
         ("fla.layers.simple_gla", "fused_recurrent_simple_gla", _simple_gla),
-        ("fla.layers.hgrn2", "chunk_gla", _gla),
-        ("fla.layers.hgrn2", "fused_recurrent_gla", _gla),
         ("fla.layers.rwkv7", "chunk_rwkv7", _rwkv7),
         ("fla.layers.rwkv7", "fused_mul_recurrent_rwkv7", _rwkv7_of_kk),
         ("fla.layers.rwkv7", "fused_addcmul_rwkv7", mixed),

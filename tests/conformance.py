@@ -9,10 +9,9 @@ from typing import Any
 SEGMENTS, TOKENS, STATES = "segments - one pass", "token by token - one pass", "states - float64"
 OTHERS, REMOVED = "ablated: other heads", "removed - ablated"
 SAVED, PADDING = "loaded - saved", "left padding - none"
-# In bfloat16 states are held against those of the same weights in float32.
 PROPERTIES = {
     "float32": (SEGMENTS, TOKENS, STATES, OTHERS, REMOVED, SAVED, PADDING),
-    "bfloat16": (SEGMENTS, TOKENS, STATES, OTHERS, REMOVED, SAVED),
+    "bfloat16": (SEGMENTS, TOKENS, STATES, OTHERS, REMOVED, SAVED, PADDING),
 }
 Measured = dict[str, dict[str, dict[str, float]]]
 MEASURED: Measured = {}
@@ -24,8 +23,7 @@ def keep(name: str, measured: str, difference: float, *, dtype: str = "float32")
     Args:
         name: of the architecture.
         measured: one of `PROPERTIES` of the dtype.
-        difference: in float32 of logits, absolute, and of states, over the largest entry; in bfloat16 root mean square, of logits over their
-            standard deviation, and of states over their own.
+        difference: in float32 of logits, absolute, and of states, over the largest entry; in bfloat16 root mean square over the standard deviation.
         dtype: of the model.
     """
     assert measured in PROPERTIES[dtype]

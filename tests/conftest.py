@@ -6,6 +6,7 @@ from typing import Any
 import conformance
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from staterank_utils.models import choose_kernels, load_model, load_tokenizer
@@ -26,6 +27,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["conformance"] = conformance.MEASURED
     elif session.config.getoption("store_conformance") and exitstatus == 0:
+        if missing := sorted(set(ARCHITECTURES) - set(conformance.MEASURED)):
+            pytest.exit(f"the table needs every architecture, and these were not measured: {', '.join(missing)}", 1)
         made = {"provenance": provenance(parameters={}), "rows": conformance.table()}
         write_json(STORED / f"conformance_{'gpu' if torch.cuda.is_available() else 'cpu'}.json", made)
 
