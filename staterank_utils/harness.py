@@ -1,5 +1,6 @@
 """Benchmarks that the field knows: a model, also an ablated or pruned one, in lm-evaluation-harness."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.decoding import check_padding
 from staterank_utils.models import make_cache
 
 
@@ -26,7 +28,7 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, *, batch_size: int = 8
 
     Raises:
         ModuleNotFoundError: lm-evaluation-harness is not installed.
-        ValueError: a batch size under 1.
+        ValueError: a batch size under 1, or over 1 where a model cannot read prompts of different lengths side by side.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
@@ -41,6 +43,10 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, *, batch_size: int = 8
         ) from error
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size > 1:
+        check_padding(model)
+    # The Mamba family's own `generate` makes its cache, under another name.
+    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
 
     class WithCache(HFLM):  # type: ignore[misc, unused-ignore]
         """Gives `generate` a cache that counts tokens also where no layer has softmax attention."""
@@ -51,9 +57,8 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, *, batch_size: int = 8
             return logits
 
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-            made: Tensor = super()._model_generate(
-                context, max_length, stop, past_key_values=make_cache(self.model), **options
-            )
+            cache = {"past_key_values": make_cache(self.model)} if takes_cache else {}
+            made: Tensor = super()._model_generate(context, max_length, stop, **cache, **options)
             return made
 
     return WithCache(

@@ -29,6 +29,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from staterank_utils import fla_cpu, kernels
+from staterank_utils.budget import in_words, weight_bytes
 from staterank_utils.layouts import Layout, find_layers, linear_layers, modeling_module
 
 EMBEDDED = ("hybrid", "pure")
@@ -67,10 +68,11 @@ def load_model(
 
     Raises:
         FileNotFoundError: an embedded name without the repository's checkpoints, or a folder without weights.
-        ValueError: an unknown name, a hub id without a revision, weights that fail `verify_weights`, or that are not those of
-            the configuration.
+        ValueError: an unknown name, a hub id without a revision, a model that `linear_layers` refuses, weights that fail
+            `verify_weights`, or that are not those of the configuration.
         ModuleNotFoundError: "auto" without accelerate.
         OSError: a hub id that could not be fetched, for want of a network, of access, or of that revision.
+        torch.OutOfMemoryError: a device without room for the weights, with what to do.
 
     Example:
         >>> model = load_model("hybrid")
@@ -86,6 +88,9 @@ def load_model(
     if Path(source).is_dir():
         verify_weights(Path(source))
     config = _fetched(_config, source, options)
+    with torch.device("meta"):
+        # What cannot be measured is refused before its weights are read.
+        linear_layers(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     if weights == "initial":
         model = initial_model(config, seed=seed)
         model = model.to(dtype=None if chosen == "auto" else chosen)
@@ -96,7 +101,13 @@ def load_model(
     else:
         raise ValueError(f"weights must be 'trained', 'initial' or 'shuffled', got {weights!r}")
     if device != "auto":
-        model = model.to(device)
+        try:
+            model = model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"{device} has no room for the weights of {name_or_path}, {in_words(weight_bytes(model))} ({error}): load them with dtype=torch.bfloat16, "
+                "spread them over all GPUs with device='auto', or take a smaller model"
+            ) from error
     if weights == "shuffled":
         shuffle_weights(model, seed=seed)
     if device == "auto" and weights != "trained":
@@ -124,13 +135,14 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
     Raises:
         FileNotFoundError: an embedded name without the repository's checkpoints.
         ValueError: an unknown name, or a hub id without a revision.
+        OSError: a hub id that could not be fetched.
 
     Example:
         >>> load_tokenizer("hybrid").decode(load_tokenizer("hybrid").encode("state rank"))
         'state rank'
     """
     source, options = _source(name_or_path, revision, trust_remote_code, needs_weights=False)
-    return AutoTokenizer.from_pretrained(source, **options)
+    return _fetched(lambda source, options: AutoTokenizer.from_pretrained(source, **options), source, options)
 
 
 def _source(

@@ -185,7 +185,7 @@ def gather(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         parts: each with entries `provenance`, `rows` and, where the notebook keeps them, `tables`; of one commit, the same packages and
-            the same parameters but for the model. They may come from different machines.
+            the same parameters but for the model and its revision. They may come from different machines.
 
     Returns:
         The same entries: rows and the rows of each table, one part after the other, without repetitions; seconds added up.
@@ -214,10 +214,13 @@ def gather(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 raise ValueError(
                     f"results to gather must have one {what}, got {made[0][what]} and {each[what]}: run them again"
                 )
-        theirs, ours = ({**one["parameters"], "model": ""} for one in (each, made[0]))
+        theirs, ours = ({**one["parameters"], "model": "", "revision": ""} for one in (each, made[0]))
         if theirs != ours:
             raise ValueError(f"results to gather may differ in the model alone, got parameters {ours} and {theirs}")
+    revisions = {each["parameters"].get("revision", ""): None for each in made}
     parameters = {**made[0]["parameters"], "model": ", ".join(models)}
+    if "revision" in parameters:
+        parameters["revision"] = ", ".join(filter(None, revisions))
     return {
         "provenance": {
             **made[0],

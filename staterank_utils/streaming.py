@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from staterank_utils.budget import budget, in_words
 from staterank_utils.layouts import linear_layers
 from staterank_utils.results import whole_or_not, write_json
+from staterank_utils.surgery import ablations
 from staterank_utils.tracing import Reducer, StateTrace, trace_states
 
 FILE_BYTES = 2**26  # of states in one file, and in memory while it fills
@@ -111,7 +112,7 @@ def stream_states(
         The trace, to be measured as often as one likes.
 
     Raises:
-        ValueError: the folder holds the trace of other prompts, positions or weights; or as in `trace_states`.
+        ValueError: the folder holds the trace of other prompts, positions, weights or ablated heads; or as in `trace_states`.
         OSError: the disk has less room than the states take.
 
     Example:
@@ -130,14 +131,19 @@ def stream_states(
     stored = StoredTrace(
         folder, tuple(positions), tuple(index for index, _, _ in layers), layout.d_k(layer), layout.d_v(layer), len(input_ids)
     )  # fmt: skip
-    _agree(
-        folder / MANIFEST,
-        {"positions": list(positions), "prompts": _digest([input_ids]), "weights": _fingerprint(model)},
-    )
+    made_of = {
+        "positions": list(positions),
+        "prompts": _digest([input_ids]),
+        "weights": _fingerprint(model),
+        "ablated heads": ablations(model),
+    }
+    _check_agreement(folder / MANIFEST, made_of)
+    folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(len(input_ids)) if not (_of_prompt(folder, i) / GATES).exists()]
     room, wanted = shutil.disk_usage(folder).free, len(missing) * len(positions) * needed.moment
     if wanted > room:
         raise OSError(f"{folder} has {in_words(room)} left and the states take {in_words(wanted)}: choose another folder, fewer prompts or fewer positions")  # fmt: skip
+    write_json(folder / MANIFEST, made_of)
     tqdm.write(str(needed))
     for i in tqdm(
         missing, desc="prompts to disk", initial=len(input_ids) - len(missing), total=len(input_ids), leave=False
@@ -188,13 +194,10 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
-def _agree(manifest: Path, made: dict[str, Any]) -> None:
-    """Write what a trace is made of, or refuse to go on with one that was made of something else."""
-    if not manifest.exists():
-        write_json(manifest, made)
-        return
-    there = json.loads(manifest.read_text(encoding="utf-8"))
-    for name, value in made.items():
+def _check_agreement(manifest: Path, made_of: dict[str, Any]) -> None:
+    """Refuse to go on with a trace that was made of something else."""
+    there = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else made_of
+    for name, value in made_of.items():
         if there.get(name) != value:
             raise ValueError(
                 f"{manifest.parent} holds the trace of other {name}: choose another folder, or remove this one"
@@ -211,15 +214,7 @@ def _digest(tensors: Sequence[Tensor]) -> str:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Of every weight its shape, its sum and its first numbers: enough to tell two models apart, and quick for a large one."""
-    told = [
-        torch.cat(
-            [
-                torch.tensor(p.shape).double(),
-                p.detach().flatten()[:16].double().cpu(),
-                p.detach().sum(dtype=torch.float64).cpu()[None],
-            ]
-        )
-        for p in model.parameters()
-    ]
-    return _digest(told)
+    """Of every weight its dtype and shape, its sum and its first numbers: enough to tell two models apart, and quick for a large one."""
+    weights = [parameter.detach() for parameter in model.parameters()]
+    numbers = [torch.cat([w.sum(dtype=torch.float64)[None], w.flatten()[:16].double()]).cpu() for w in weights]
+    return _digest([*numbers, torch.tensor([ord(c) for w in weights for c in f"{w.dtype} {tuple(w.shape)};"])])

@@ -112,7 +112,31 @@ def ablate_heads(
                 put_out = means[index][chosen] if means is not None else torch.zeros(())
                 handle = projection.register_forward_pre_hook(_replaced(layout.n_heads(layer), chosen, put_out))
             stack.callback(handle.remove)
+        stack.enter_context(_noted(model, f"{kind}: {by_layer}"))
         yield
+
+
+def ablations(model: PreTrainedModel) -> list[str]:
+    """The ablations that a model is under, outermost first, as what is made of it says.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> model = load_model("hybrid")
+        >>> with ablate_heads(model, [(0, 3)]):
+        ...     ablations(model)
+        ['zero: {0: [3]}']
+    """
+    return list(getattr(model, "staterank_ablations", ()))
+
+
+@contextmanager
+def _noted(model: PreTrainedModel, ablation: str) -> Iterator[None]:
+    before = ablations(model)
+    model.staterank_ablations = [*before, ablation]
+    try:
+        yield
+    finally:
+        model.staterank_ablations = before
 
 
 def softmax_heads(model: PreTrainedModel) -> list[Head]:
@@ -152,6 +176,7 @@ def ablate_softmax_heads(model: PreTrainedModel, heads: Iterable[Head]) -> Itera
         for index, chosen in by_layer.items():
             hook = _replaced(_n_softmax_heads(model), chosen, torch.zeros(()))
             stack.callback(layers[index].get_submodule(SOFTMAX_PROJECTION).register_forward_pre_hook(hook).remove)
+        stack.enter_context(_noted(model, f"softmax: {by_layer}"))
         yield
 
 

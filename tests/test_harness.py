@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from staterank_utils import load_model, load_tokenizer, prune_heads
 from staterank_utils.evaluation import draw_instances
 from staterank_utils.harness import evaluate_in_harness, harness_model
+from staterank_utils.models import choose_kernels
 from staterank_utils.surgery import ablate_heads, all_heads
 
 N_INSTANCES = 6
@@ -74,3 +76,17 @@ def test_what_is_missing_or_wrong_is_said(hybrid, tokenizer, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(ModuleNotFoundError, match="harness"):
         harness_model(hybrid, tokenizer)
+
+
+def test_a_mamba_generates_in_the_harness(tokenizer, folder: Path) -> None:
+    """Its `generate` knows no cache of that name, and where a projection has a bias it cannot be padded."""
+    config = Mamba2Config(
+        vocab_size=8192, hidden_size=32, num_heads=8, head_dim=8, state_size=16, num_hidden_layers=2, chunk_size=32,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = Mamba2ForCausalLM(config).eval()
+    choose_kernels(model)
+    assert scores(model, tokenizer, folder)[0] == 0.0
+    config.use_bias = True
+    with pytest.raises(ValueError, match="side by side.*batch_size=1"):
+        harness_model(Mamba2ForCausalLM(config), tokenizer)

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_qwen3_next, unchecked
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from staterank_utils import models
 from staterank_utils.decoding import generate_greedily
@@ -231,15 +238,53 @@ def test_weights_of_another_configuration_are_refused(change: dict, message: str
         load_model(str(tmp_path), device="cpu")
 
 
-def test_a_hub_id_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(source: str, options: dict) -> None:
-        raise OSError("We couldn't connect to the hub\nand more")
+# What transformers makes of the errors of the hub's client.
+FETCHING = {
+    "no network": "We couldn't connect to the hub to load the files\nand more",
+    "no access": "You are trying to access a gated repo.\nMake sure to have access to it",
+    "no such revision": "v1 is not a valid git identifier (branch name, tag name or commit id) that exists for this model name",
+}
 
-    monkeypatch.setattr(models, "_config", no_network)
+
+@pytest.mark.parametrize("said", FETCHING.values(), ids=FETCHING)
+@pytest.mark.parametrize("load", [load_model, load_tokenizer], ids=["model", "tokenizer"])
+def test_a_hub_id_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.MonkeyPatch, load, said: str) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(said)
+
+    monkeypatch.setattr(models, "_config", fails)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", fails)
     with pytest.raises(
-        OSError, match=r"connect to the hub\)\. Without a network.*hf download o/n --revision v1 --local-dir FOLDER"
-    ):
-        load_model("o/n", revision="v1")
+        OSError, match=r"could not be fetched \(.*hf download o/n --revision v1.*hf auth login"
+    ) as raised:
+        load("o/n", revision="v1")
+    assert said.split("\n")[0] in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)), "llama has no linear-attention layer"),
+        (lambda: FalconMambaForCausalLM(FalconMambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=8)), "falcon_mamba cannot be traced: a continuation"),
+    ],
+    ids=["no matrix state", "wrong in segments"],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch, model, reason
+) -> None:
+    model().save_pretrained(tmp_path)
+    monkeypatch.setattr(models, "_with_weights", lambda *_, **__: pytest.fail("read the weights"))
+    with pytest.raises(ValueError, match=reason):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_a_device_without_room_for_the_weights_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PreTrainedModel, "to", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"no room for the weights of hybrid, 35\.9 MB.*device='auto'"):
+        load_model("hybrid", device="cpu")
 
 
 def test_a_trace_without_memory_says_what_to_lower(hybrid) -> None:

@@ -66,6 +66,14 @@ def test_a_result_of_other_weights_is_refused(tmp_path: Path) -> None:
         read_result(tmp_path / "a.json", parameters={}, checkpoints=[results.CHECKPOINTS / "hybrid"])
 
 
+@pytest.mark.parametrize(
+    "file", sorted(results.STORED.rglob("*.json")), ids=lambda file: str(file.relative_to(results.STORED))
+)
+def test_what_is_stored_comes_of_a_commit(file: Path) -> None:
+    made = json.loads(file.read_text()).get("provenance", {"commit": "none needed"})
+    assert not made["commit"].endswith("+changes"), "made from a tree with changes: make it again"
+
+
 STORED_RUNS = sorted(file.stem for file in (results.STORED / "full").glob("*.json"))
 
 
@@ -75,7 +83,6 @@ def test_the_stored_full_run_is_of_the_weights_that_are_embedded(notebook: str) 
     data = read_result(
         results.STORED / "full" / f"{notebook}.json", parameters={"profile": "full"}, checkpoints=folders
     )
-    assert not data["provenance"]["commit"].endswith("+changes")
     assert data["rows"]
 
 
@@ -180,6 +187,14 @@ def test_results_of_single_models_are_gathered_as_one() -> None:
     assert both["provenance"]["checkpoints"] == {"a": "0", "b": "0"}
     assert both["tables"]["Heads"].split("\n")[2:] == ["| paper | 32 |", "| a | 48 |", "| b | 48 |"]
     assert results.gather([part_of("a")])["rows"] == [{"model": "a"}]
+
+
+def test_an_embedded_model_and_one_of_a_hub_are_gathered() -> None:
+    """The one has no revision, the other must have one."""
+    parts = [part_of("a"), part_of("o/n")]
+    for part, revision in zip(parts, ("", "v1"), strict=True):
+        part["provenance"]["parameters"]["revision"] = revision
+    assert results.gather(parts)["provenance"]["parameters"] == {"model": "a, o/n", "seed": 0, "revision": "v1"}
 
 
 @pytest.mark.parametrize(

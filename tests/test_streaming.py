@@ -10,6 +10,7 @@ import torch
 from staterank_utils import budget, streaming, tracing
 from staterank_utils.spectra import rank_and_norm
 from staterank_utils.streaming import stream_states
+from staterank_utils.surgery import ablate_heads
 from staterank_utils.tracing import trace_states
 
 POSITIONS = [1, 5, 31, 64, 65, 90]
@@ -104,3 +105,20 @@ def test_states_that_are_not_there_are_refused(tiny_model, prompts, tmp_path: Pa
         next(stored.states(1, layer=0))
     with pytest.raises(ValueError, match="layer 99"):
         next(stored.states(0, layer=99))
+
+
+def test_a_folder_of_other_heads_or_another_dtype_is_refused(tiny_model, prompts, tmp_path: Path) -> None:
+    stream_states(tiny_model, prompts[:1], positions=[4], folder=tmp_path)
+    with ablate_heads(tiny_model, [(0, 1)]), pytest.raises(ValueError, match="other ablated heads"):
+        stream_states(tiny_model, prompts[:1], positions=[4], folder=tmp_path)
+    with pytest.raises(ValueError, match="other weights"):
+        stream_states(copy.deepcopy(tiny_model).double(), prompts[:1], positions=[4], folder=tmp_path)
+
+
+def test_after_a_full_disk_fewer_positions_are_taken(tiny_model, prompts, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    with monkeypatch.context() as full:
+        full.setattr(streaming.shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(OSError, match="fewer positions"):
+            stream_states(tiny_model, prompts[:1], positions=[3, 4], folder=tmp_path)
+    assert stream_states(tiny_model, prompts[:1], positions=[4], folder=tmp_path).n_prompts == 1
