@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -42,7 +43,8 @@ def where_time_goes(ways: Mapping[str, Callable[[], object]], *, n_operators: in
     rows = []
     for name, way in ways.items():
         way()
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        everywhere = _ExperimentalConfig(profile_all_threads=True)  # also in the threads of ours
+        with profile(activities=[ProfilerActivity.CPU], experimental_config=everywhere) as seen:
             way()
         events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)

@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = markdown_table(head, rows) + "\n\n" + explained
     print(f"{table}\n\ngoal: {GOAL}")
     if arguments.store:
-        store("trace", parameters=vars(arguments) | {"positions": POSITIONS}, goal=GOAL, table=table)
+        made_with = vars(arguments) | {"positions": POSITIONS, "operations per second": rate}
+        store("trace", parameters=made_with, goal=GOAL, table=table)
 
 
 if __name__ == "__main__":
