@@ -272,6 +272,7 @@ def evaluate(
 
     Raises:
         ValueError: an unknown task, or sizes under 1.
+        torch.OutOfMemoryError: with what to lower.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
@@ -286,14 +287,19 @@ def evaluate(
     starts = range(0, n_instances, batch_size)
     for start in tqdm(starts, desc=task.description, unit="batch", leave=False, disable=len(starts) == 1):
         prompts, answers = map(list, zip(*instances[start : start + batch_size], strict=True))
-        made = generate_greedily(
-            model,
-            prompts,
-            max_new_tokens=[len(answer) + SPARE for answer in answers],
-            stop=line_ends(tokenizer),
-            drafts=answers,
-            first_error_ends=task.first_error_decides,
-        )
+        try:
+            made = generate_greedily(
+                model,
+                prompts,
+                max_new_tokens=[len(answer) + SPARE for answer in answers],
+                stop=line_ends(tokenizer),
+                drafts=answers,
+                first_error_ends=task.first_error_decides,
+            )
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"not enough memory for {len(prompts)} prompts of up to {max(map(len, prompts)):,} tokens ({error}): lower batch_size"
+            ) from error
         scores += [task.score(tokens, answer, tokenizer) for tokens, answer in zip(made, answers, strict=True)]
     return np.array(scores)
 

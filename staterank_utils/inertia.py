@@ -22,6 +22,7 @@ EDGE = 1e-3  # relative distance from the threshold within which a singular valu
 CHUNK = 2**25  # numbers in the states that are measured together: nearly two moments of Qwen3-Next
 NORM_ERROR = 1e-5  # of a nuclear norm, relative
 EXCHANGES = 12  # enough for the best polynomial to rounding, whatever the interval
+HAIR = 1e-12  # of a threshold's square
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -182,7 +183,8 @@ def _ranks(prepared: Prepared, rel_tol: float, factors: tuple[float, ...]) -> In
     largest, diagonal = prepared.largest, prepared.gram.diagonal(dim1=-2, dim2=-1)
     own, counts = diagonal.clone(), []
     for factor in factors:
-        torch.sub(own, (factor * rel_tol) ** 2 * largest[:, None], out=diagonal)
+        # A hair over the threshold: a value that is equal to it does not count, and must not be a pivot of 0.
+        torch.sub(own, (1 + HAIR) * (factor * rel_tol) ** 2 * largest[:, None], out=diagonal)
         counts.append(positive_eigenvalues(prepared.gram))
     diagonal.copy_(own)
     return torch.where(largest[:, None] > 0, torch.stack(counts, 1), 0)

@@ -9,7 +9,7 @@ from conftest import tiny_qwen3_next
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from staterank_utils import decoding
+from staterank_utils import decoding, evaluation
 from staterank_utils.decoding import generate_greedily, greedy_choices, pad_left
 from staterank_utils.evaluation import (
     TASKS,
@@ -244,3 +244,14 @@ def test_intervals_of_scores() -> None:
     assert perfect.low < 0.98
     shares = score_interval(np.linspace(0.5, 1, 50))
     assert shares.low < shares.point < shares.high
+
+
+def test_an_evaluation_without_memory_says_what_to_lower(hybrid, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluation, "generate_greedily", full)
+    with pytest.raises(
+        torch.OutOfMemoryError, match="not enough memory for 2 prompts of up to .* tokens.*lower batch_size"
+    ):
+        evaluate("recall", hybrid, tokenizer, n_instances=2)

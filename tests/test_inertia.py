@@ -133,6 +133,12 @@ def test_the_largest_eigenvalue_is_found_where_nothing_stands_out() -> None:
     assert bound.item() > 1 + 2e-4
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_value_equal_to_the_threshold_does_not_count_and_spoils_nothing(device: str) -> None:
+    state = torch.diag(torch.tensor([TOLERANCE, 1.0, 0.5, 1e-6], dtype=torch.float64)).to(device)
+    assert inertia.ranks(state[None], rel_tol=TOLERANCE).tolist() == [[2]]
+
+
 def test_an_eigenvector_that_no_large_column_sees_is_found() -> None:
     """Two blocks of the Gram matrix: the largest eigenvalue is spread over one, the largest diagonal entry is in the other."""
     state = torch.zeros(1, 128, 128)

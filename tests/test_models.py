@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import delta
 from conftest import tiny_qwen3_next, unchecked
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
 )
 
 from staterank_utils import models
@@ -259,6 +262,22 @@ def test_a_hub_id_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.Mon
     ) as raised:
         load("o/n", revision="v1")
     assert said.split("\n")[0] in str(raised.value)
+
+
+def test_a_model_published_with_its_vision_is_loaded_as_the_text_model_in_it(tmp_path: Path) -> None:
+    """As Qwen3.5-0.8B is."""
+    vision = {
+        "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32, "patch_size": 4,
+        "spatial_merge_size": 1, "temporal_patch_size": 1, "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = Qwen3_5Config(text_config=delta.COMMON | delta.GROUPED, vision_config=vision)
+    whole = Qwen3_5ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu")
+    ids = torch.randint(3, 56, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, whole(ids).logits, rtol=0, atol=1e-4)
+    assert trace_states(loaded, ids, positions=[1, 40]).layers == (0, 2)
 
 
 @pytest.mark.parametrize(
