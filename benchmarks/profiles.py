@@ -33,7 +33,7 @@ def where_gpu_time_goes(found: Mapping[str, Kernels], *, n_kernels: int = 6) -> 
     rows = []
     for name, kernels in found.items():
         total = sum(seconds for seconds, _ in kernels.values())
-        shares = [f"{key[:40]} {seconds / total:.0%}" for key, (seconds, _) in list(kernels.items())[:n_kernels]]
+        shares = [f"`{key[:40]}` {seconds / total:.0%}" for key, (seconds, _) in list(kernels.items())[:n_kernels]]
         rows.append((name, ", ".join(shares)))
     return "Where the time goes:\n\n" + markdown_table(("", "kernels, share of the GPU's time at work"), rows)
 
@@ -48,6 +48,6 @@ def where_time_goes(ways: Mapping[str, Callable[[], object]], *, n_operators: in
             way()
         events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)
-        shares = [f"{e.key.removeprefix('aten::')} {e.self_cpu_time_total / total:.0%}" for e in events[:n_operators]]
+        shares = [f"`{e.key.removeprefix('aten::')}` {e.self_cpu_time_total / total:.0%}" for e in events[:n_operators]]
         rows.append((name, ", ".join(shares), f"{sum(event.count for event in events):,}"))
     return "Where the time goes:\n\n" + markdown_table(("", "operators of torch, share of their time", "calls"), rows)

@@ -131,7 +131,7 @@ def by_prompt(table):
 
 for name in MODELS:
     needed = budget(network(name), prompts(name, "prose"), positions=POSITIONS)
-    print(f"{name}, each of {len(DOMAINS)} domains: {needed} if they were kept")
+    print(f"{name}, each of {len(DOMAINS)} domains:\n{needed}")
 traces = {
     (name, domain): measure(name, domain, POSITIONS) for name in MODELS for domain in DOMAINS
 }

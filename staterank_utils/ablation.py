@@ -74,8 +74,8 @@ class Ablation:
         >>> study = Ablation(*hybrid, {"recall": recall_task()}, n_prompts=2, n_graded=1, calibration=(1, 64))
         >>> study.score("recall").tolist(), study.counts
         ([1.0, 1.0], [1, 2, 5, 6, 12, 19, 24])
-        >>> study.budget.partition("; scores")[0]
-        'weights 35.9 MB; calibration reads 2 x 64 tokens'
+        >>> study.budget.partition("; an arm")[0]
+        'weights 35.9 MB; calibration 2 x 64 tokens'
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Ablation:
 
     @property
     def budget(self) -> str:
-        """What it takes: the model's weights, and the tokens of calibration and of the scores without some heads."""
+        """What it takes: the model's weights, and the tokens of calibration and of an arm, which is the scores without some heads."""
         n_domains, (n_prompts, n_tokens) = len(CALIBRATION_DOMAINS), self.calibration
         drawn = [
             instance
@@ -116,8 +116,8 @@ class Ablation:
         ]
         read, written = (sum(len(side) for side in sides) for sides in zip(*drawn, strict=True))
         return (
-            f"weights {in_words(weight_bytes(self.model))}; calibration reads {n_domains * n_prompts} x {n_tokens:,} tokens; "
-            f"scores without some heads read {len(drawn):,} prompts of {read:,} tokens in all and answer with {written:,}"
+            f"weights {in_words(weight_bytes(self.model))}; calibration {n_domains * n_prompts} x {n_tokens:,} tokens; "
+            f"an arm: {len(drawn):,} prompts, {read:,} tokens read, {written:,} written"
         )
 
     # ---------------------------------------------------------------- heads

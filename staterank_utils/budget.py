@@ -23,7 +23,7 @@ class Budget:
 
     Example:
         >>> print(Budget(weights=18_350_080, n_prompts=4, n_tokens=2048, moment=75_497_472, total=301_989_888))
-        weights 18.4 MB; 4 x 2,048 = 8,192 tokens to read; states 75.5 MB at one position of one prompt, 302.0 MB in all
+        weights 18.4 MB; tokens 4 x 2,048 = 8,192; states 75.5 MB a moment, 302.0 MB if kept
     """
 
     weights: int
@@ -34,8 +34,8 @@ class Budget:
 
     def __str__(self) -> str:
         return (
-            f"weights {in_words(self.weights)}; {self.n_prompts} x {self.n_tokens:,} = {self.n_prompts * self.n_tokens:,} tokens to read; "
-            f"states {in_words(self.moment)} at one position of one prompt, {in_words(self.total)} in all"
+            f"weights {in_words(self.weights)}; tokens {self.n_prompts} x {self.n_tokens:,} = {self.n_prompts * self.n_tokens:,}; "
+            f"states {in_words(self.moment)} a moment, {in_words(self.total)} if kept"
         )
 
 

@@ -41,7 +41,7 @@ class StoredTrace:
         ...     stored = stream_states(load_model("hybrid"), torch.arange(8).reshape(1, 8), positions=[1, 8], folder=folder)
         ...     [some] = stored.states(0, layer=4)
         ...     ranks = stored.measure(effective_rank).values
-        weights 35.9 MB; 1 x 8 = 8 tokens to read; states 0.8 MB at one position of one prompt, 1.6 MB in all
+        weights 35.9 MB; tokens 1 x 8 = 8; states 0.8 MB a moment, 1.6 MB if kept
         >>> some.shape, ranks.shape, ranks[:, :, 0].max().item()  # (position, head, d_k, d_v), (layer, prompt, position, head)
         (torch.Size([2, 8, 64, 64]), torch.Size([6, 1, 2, 8]), 1)
     """
@@ -121,7 +121,7 @@ def stream_states(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     stored = stream_states(load_model("hybrid"), torch.arange(8).reshape(2, 4), positions=[4], folder=folder)
         ...     stored.measure(nuclear_norm).values.shape
-        weights 35.9 MB; 2 x 4 = 8 tokens to read; states 0.8 MB at one position of one prompt, 1.6 MB in all
+        weights 35.9 MB; tokens 2 x 4 = 8; states 0.8 MB a moment, 1.6 MB if kept
         torch.Size([6, 2, 1, 8])
     """
     folder = Path(folder)
