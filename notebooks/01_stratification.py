@@ -113,7 +113,7 @@ def measure(name, positions, weights="trained", shuffle=0):
     )
     network = load_model(name, weights=weights, seed=seed + shuffle, **WHERE)
     if positions is POSITIONS:
-        print(f"{name}: {budget(network, prompts, positions=positions)}")
+        print(f"{name}:\n{budget(network, prompts, positions=positions)}")
     return trace_states(network, prompts, positions=positions, reduce=singular_values)
 
 

@@ -117,7 +117,7 @@ studies, tables = {}, results.Tables()
 for name in MODELS:
     pair = load_model(name, **WHERE), load_tokenizer(name, revision=WHERE["revision"])
     studies[name] = ablation.Ablation(*pair, TASKS, seed=seed, **SIZES)
-    print(f"{name}: {studies[name].budget}")
+    print(f"{name}:\n{studies[name].budget}")
 
 # %% tags=["hide-input"]
 glue("n_prompts", f"{N_PROMPTS}", display=False)
