@@ -3,7 +3,7 @@
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
@@ -173,7 +173,8 @@ def _trace_batch(
     with ExitStack() as stack:
         stack.enter_context(finite_at_the_end())
         sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
-        reducer = stack.enter_context(reduce if isinstance(reduce, Reducer) else Reducer(reduce))
+        devices = {parameter.device for _, layer, _ in layers for parameter in layer.parameters()}
+        reducer = stack.enter_context(reduce if isinstance(reduce, Reducer) else Reducer(reduce, devices=devices))
         taps = [_StateTap(*layer, reducer=reducer, gates=gates) for layer, gates in zip(layers, sums, strict=True)]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
@@ -355,6 +356,7 @@ class Reducer:
 
     Args:
         reduce: as `trace_states` takes it; None keeps the states.
+        devices: that the states are on; of GPUs among them the free memory is asked for.
 
     Example:
         >>> kept = []
@@ -365,8 +367,9 @@ class Reducer:
         torch.Size([1, 2, 3])
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] | None):
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None, *, devices: Iterable[torch.device] = ()):
         self.reduce = reduce
+        self.devices = {device for device in devices if device.type == "cuda"}
         self._waiting: list[tuple[list[Tensor], Tensor]] = []
         self._n_waiting = 0
         self._running: Future[None] | None = None
@@ -384,8 +387,7 @@ class Reducer:
     @functools.cached_property
     def n_bytes(self) -> int:
         """Of states that may wait on a GPU; asked for there alone, since the question alone takes memory of it."""
-        devices = range(torch.cuda.device_count())
-        return min(MOST_WAITING, *(torch.cuda.mem_get_info(device)[0] // 8 for device in devices))
+        return min([MOST_WAITING, *(torch.cuda.mem_get_info(device)[0] // 8 for device in self.devices)])
 
     def add(self, layer: int, kept: list[Tensor], states: Float[Tensor, "batch position head d_k d_v"]) -> None:
         """Append to `kept` what is made of the states of a layer, now or by the time that `finish` returns."""
