@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from benchmarks.limits import read
 from benchmarks.timing import store
 from staterank_utils import prune_heads, select_heads, trace_states
-from staterank_utils.budget import weight_bytes
+from staterank_utils.budget import moment_bytes, weight_bytes
 from staterank_utils.claims import markdown_table
 from staterank_utils.layouts import linear_layers
 from staterank_utils.models import choose_kernels
@@ -114,12 +114,9 @@ def needs(config: PreTrainedConfig) -> dict[str, str]:
     """What the whole model takes, computed."""
     model = on("meta", config)
     weights = weight_bytes(model)
-    states = sum(
-        4 * layout.n_heads(layer) * layout.d_k(layer) * layout.d_v(layer) for _, layer, layout in linear_layers(model)
-    )
     return {
         "weights in bfloat16, GB": f"{weights / 1e9:.0f}",
-        "states of one prompt, MB": f"{states / 1e6:.1f}",
+        "states of one prompt, MB": f"{moment_bytes(model) / 1e6:.1f}",
         **{name: "yes" if 1.1 * weights < memory else "no" for name, memory in MACHINES.items()},
     }
 

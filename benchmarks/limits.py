@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.timing import rounds
+from staterank_utils.budget import weight_bytes
 from staterank_utils.models import make_cache
 from staterank_utils.pruning import cache_bytes
 
@@ -43,5 +44,4 @@ def read(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, int]:
 def step_bytes(model: PreTrainedModel, ids: torch.Tensor) -> int:
     """Bytes that a decoding step must move behind these prompts: weights once, states and convolution inputs twice, keys and values once."""
     held = read(model, ids)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return weights + 2 * held["recurrent"] + 2 * held["convolution"] + held["softmax"]
+    return weight_bytes(model) + 2 * held["recurrent"] + 2 * held["convolution"] + held["softmax"]

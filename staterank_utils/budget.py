@@ -1,9 +1,11 @@
 """What a trace takes, computed before it is run."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -60,6 +62,43 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+def moment_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all states of a model at one position of one prompt, in float32.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> moment_bytes(load_model("hybrid"))
+        786432
+    """
+    return sum(
+        4 * layout.n_heads(layer) * layout.d_k(layer) * layout.d_v(layer) for _, layer, layout in linear_layers(model)
+    )
+
+
+@contextmanager
+def out_of_memory(what: str, *, advice: str) -> Iterator[None]:
+    """A block in which a want of memory is said with what it was for and what to do.
+
+    Args:
+        what: begins the message, before what torch says.
+        advice: ends it.
+
+    Raises:
+        torch.OutOfMemoryError: where the block raised one.
+
+    Example:
+        >>> with out_of_memory("no room for 3 prompts", advice="lower batch_size"):
+        ...     raise torch.OutOfMemoryError("full")
+        Traceback (most recent call last):
+            ...
+        torch.OutOfMemoryError: no room for 3 prompts (full): lower batch_size
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{what} ({error}): {advice}") from error
+
+
 def budget(model: PreTrainedModel, input_ids: Int[Tensor, "batch token"], *, positions: Sequence[int]) -> Budget:
     """What `trace_states` would read, and keep if nothing is reduced; nothing is run.
 
@@ -67,14 +106,11 @@ def budget(model: PreTrainedModel, input_ids: Int[Tensor, "batch token"], *, pos
         model, input_ids, positions: as there.
 
     Example:
-        >>> import torch
         >>> from staterank_utils import load_model
         >>> budget(load_model("hybrid"), torch.ones(2, 64, dtype=torch.long), positions=[1, 64]).moment
         786432
     """
-    moment = sum(
-        4 * layout.n_heads(layer) * layout.d_k(layer) * layout.d_v(layer) for _, layer, layout in linear_layers(model)
-    )
+    moment = moment_bytes(model)
     n_prompts = len(input_ids)
     return Budget(weight_bytes(model), n_prompts, max(positions), moment, n_prompts * len(positions) * moment)
 

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from staterank_utils.budget import out_of_memory
 from staterank_utils.decoding import Tokens, generate_greedily
 from staterank_utils.models import output_logits, read_tokens
 from staterank_utils.strata import Estimate, bootstrap
@@ -287,7 +288,10 @@ def evaluate(
     starts = range(0, n_instances, batch_size)
     for start in tqdm(starts, desc=task.description, unit="batch", leave=False, disable=len(starts) == 1):
         prompts, answers = map(list, zip(*instances[start : start + batch_size], strict=True))
-        try:
+        with out_of_memory(
+            f"not enough memory for {len(prompts)} prompts of up to {max(map(len, prompts)):,} tokens",
+            advice="lower batch_size",
+        ):
             made = generate_greedily(
                 model,
                 prompts,
@@ -296,10 +300,6 @@ def evaluate(
                 drafts=answers,
                 first_error_ends=task.first_error_decides,
             )
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
-                f"not enough memory for {len(prompts)} prompts of up to {max(map(len, prompts)):,} tokens ({error}): lower batch_size"
-            ) from error
         scores += [task.score(tokens, answer, tokenizer) for tokens, answer in zip(made, answers, strict=True)]
     return np.array(scores)
 

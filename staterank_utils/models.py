@@ -29,7 +29,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from staterank_utils import fla_cpu, kernels
-from staterank_utils.budget import in_words, weight_bytes
+from staterank_utils.budget import in_words, out_of_memory, weight_bytes
 from staterank_utils.layouts import Layout, find_layers, linear_layers, modeling_module
 
 EMBEDDED = ("hybrid", "pure")
@@ -101,13 +101,11 @@ def load_model(
     else:
         raise ValueError(f"weights must be 'trained', 'initial' or 'shuffled', got {weights!r}")
     if device != "auto":
-        try:
+        with out_of_memory(
+            f"{device} has no room for the weights of {name_or_path}, {in_words(weight_bytes(model))}",
+            advice="load them with dtype=torch.bfloat16, spread them over all GPUs with device='auto', or take a smaller model",
+        ):
             model = model.to(device)
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
-                f"{device} has no room for the weights of {name_or_path}, {in_words(weight_bytes(model))} ({error}): load them with dtype=torch.bfloat16, "
-                "spread them over all GPUs with device='auto', or take a smaller model"
-            ) from error
     if weights == "shuffled":
         shuffle_weights(model, seed=seed)
     if device == "auto" and weights != "trained":

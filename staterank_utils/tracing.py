@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import recurrence
-from staterank_utils.budget import budget, in_words, machine_memory
+from staterank_utils.budget import budget, in_words, machine_memory, out_of_memory
 from staterank_utils.kernels import serves_kernel
 from staterank_utils.layouts import Layout, linear_layers, modeling_module
 from staterank_utils.models import make_cache, output_logits, read_tokens
@@ -131,16 +131,14 @@ def trace_states(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     batches = input_ids[:, : positions[-1]].split(batch_size)
-    try:
+    with out_of_memory(
+        f"not enough memory for {positions[-1]:,} tokens of {batch_size} prompts and {len(positions)} positions",
+        advice="lower batch_size, reduce states at once (reduce=...), or take fewer positions",
+    ):
         parts = [
             _trace_batch(model, layers, batch, positions, reduce, logits)
             for batch in tqdm(batches, desc="prompts", leave=False, disable=len(batches) == 1)
         ]
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(
-            f"not enough memory for {positions[-1]:,} tokens of {batch_size} prompts and {len(positions)} positions ({error}): lower batch_size, "
-            "reduce states at once (reduce=...), or take fewer positions"
-        ) from error
     values, gates, outputs = zip(*parts, strict=True)
     _, layer, layout = layers[0]
     log_decay, write_strength = torch.cat(gates, 2).unbind(1)

@@ -32,6 +32,7 @@ TOLERANCES = (
 HALF = 0.05  # of a standard deviation, root mean square
 N_TOKENS = 96
 POSITIONS = [1, 2, 3, 63, 65, 96]
+AT = [position - 1 for position in POSITIONS]
 CUTS = {"32+64": [32], "5+91": [5], "32+1+63": [32, 33], "token by token": [*range(1, N_TOKENS)]}
 LATE = [90, *range(91, N_TOKENS)]  # a prompt, then token by token
 
@@ -128,6 +129,10 @@ def pairs(removal: Removal) -> list[tuple[int, int]]:
     return [(layer, head) for layer, heads in removal.items() for head in heads]
 
 
+def dtype_of(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def loaded(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Saved and loaded, so that what a class keeps in float32 in a model of bfloat16 is kept so."""
     model.save_pretrained(folder)
@@ -170,19 +175,21 @@ def apart_of_std(found: Tensor, expected: Tensor) -> float:
 # ---------------------------------------------------------------- reading
 
 
+def property_of(cuts: str) -> str:
+    return conformance.TOKENS if cuts == "token by token" else conformance.SEGMENTS
+
+
 @pytest.mark.parametrize("cuts", CUTS)
 def test_pieces_are_one_pass(model, ids, cuts: str, keep, tolerance) -> None:
     logits, _ = in_pieces(model, ids, CUTS[cuts])
-    measured = conformance.TOKENS if cuts == "token by token" else conformance.SEGMENTS
-    assert keep(measured, apart(logits, whole(model, ids))) < tolerance
+    assert keep(property_of(cuts), apart(logits, whole(model, ids))) < tolerance
 
 
 @pytest.mark.parametrize("cuts", CUTS)
 def test_pieces_are_one_pass_in_bfloat16(architecture, half, three, cuts: str, keep) -> None:
     expected = whole(half, three)
     logits, states = in_pieces(half, three, CUTS[cuts])
-    measured = conformance.TOKENS if cuts == "token by token" else conformance.SEGMENTS
-    assert keep(measured, apart_of_std(logits, expected), dtype="bfloat16") < (
+    assert keep(property_of(cuts), apart_of_std(logits, expected), dtype="bfloat16") < (
         HALF if architecture.wide_states else 3 * HALF
     )
     assert all(state.dtype == (torch.float32 if architecture.wide_states else torch.bfloat16) for state in states)
@@ -190,18 +197,17 @@ def test_pieces_are_one_pass_in_bfloat16(architecture, half, three, cuts: str, k
 
 def test_states_follow_the_float64_recurrence(architecture, model, ids, keep, tolerance) -> None:
     trace = trace_states(model, ids, positions=POSITIONS, logits=True, batch_size=len(ids))
-    at = [position - 1 for position in POSITIONS]
     layers = architecture.expected(model, ids)
     assert len(layers) == len(trace.layers)
     for row, expected in enumerate(layers):
-        states = expected.states[:, at]
+        states = expected.states[:, AT]
         assert trace.values[row].shape == states.shape
         assert keep(conformance.STATES, apart(trace.values[row], states) / states.abs().max().item()) < tolerance
         gates = (trace.log_decay[row], trace.write_strength[row])
         for found, gate in zip(gates, (expected.log_decay, expected.write_strength), strict=True):
             assert apart(found, gate.mean(1)) < tolerance * max(1.0, gate.abs().max().item())
     assert trace.values.abs().max() > 0.01
-    assert apart(trace.logits, whole(model, ids)[:, at]) < tolerance
+    assert apart(trace.logits, whole(model, ids)[:, AT]) < tolerance
 
 
 def test_states_in_bfloat16(architecture, half, ids, keep) -> None:
@@ -213,7 +219,7 @@ def test_states_in_bfloat16(architecture, half, ids, keep) -> None:
     trace = trace_states(half, ids, positions=POSITIONS, batch_size=len(ids))
     assert trace.values.dtype == torch.float32
     for found, expected in zip(trace.values, architecture.expected(half, ids), strict=True):
-        states = expected.states[:, [position - 1 for position in POSITIONS]]
+        states = expected.states[:, AT]
         assert keep(conformance.STATES, apart_of_std(found, states), dtype="bfloat16") < HALF
 
 
@@ -243,7 +249,7 @@ def test_plain_kernels_on_a_gpu_follow_the_float64_recurrence(architecture, mode
     try:
         trace = trace_states(model, three, positions=POSITIONS)
         for found, expected in zip(trace.values, architecture.expected(model, three), strict=True):
-            states = expected.states[:, [position - 1 for position in POSITIONS]]
+            states = expected.states[:, AT]
             assert apart(found, states) / states.abs().max().item() < tolerance
     finally:
         choose_kernels(model)
@@ -281,7 +287,7 @@ def test_left_padding_changes_nothing(architecture, model, half, three, keep, to
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "frozen"])
 def test_ablation_leaves_the_other_heads_alone(of_dtype, architecture, three, kind: str, keep) -> None:
-    model, dtype = of_dtype, str(of_dtype.dtype).removeprefix("torch.")
+    model = of_dtype
     means = {"means": mean_outputs(model, three)} if kind == "mean" else {}
     for row, (index, layer, layout) in enumerate(linear_layers(model)):
         n_heads = layout.n_heads(layer)
@@ -299,7 +305,7 @@ def test_ablation_leaves_the_other_heads_alone(of_dtype, architecture, three, ki
             changed = [apart(a, b) for a, b in zip(inside[:row], states[:row], strict=True)]
             if others:
                 changed.append(apart(inside[row][:, others], states[row][:, others]))
-            assert keep(conformance.OTHERS, max(changed, default=0.0), dtype=dtype) == 0
+            assert keep(conformance.OTHERS, max(changed, default=0.0), dtype=dtype_of(model)) == 0
             if kind == "frozen":
                 assert not inside[row][:, chosen].any()
             else:
@@ -369,24 +375,26 @@ def test_removing_twice_is_removing_at_once(architecture, model, three, toleranc
     assert apart(whole(twice, three), whole(once, three)) < tolerance
 
 
-def test_saved_and_loaded_bit_for_bit(of_dtype, three, tmp_path: Path, keep) -> None:
-    model, dtype = of_dtype, str(of_dtype.dtype).removeprefix("torch.")
-    again = loaded(model, tmp_path, model.dtype)
+def is_the_same_loaded(
+    model: PreTrainedModel, ids: Tensor, folder: Path, keep: Callable[..., float]
+) -> PreTrainedModel:
+    """A model saved and loaded, which is the same bit for bit."""
+    again = loaded(model, folder, model.dtype)
     for (key, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert key == other
         assert torch.equal(a, b), key
-    assert keep(conformance.SAVED, apart(whole(again, three), whole(model, three)), dtype=dtype) == 0
+    assert keep(conformance.SAVED, apart(whole(again, ids), whole(model, ids)), dtype=dtype_of(model)) == 0
+    return again
+
+
+def test_saved_and_loaded_bit_for_bit(of_dtype, three, tmp_path: Path, keep) -> None:
+    is_the_same_loaded(of_dtype, three, tmp_path, keep)
 
 
 @few_removals
 def test_pruned_saved_and_loaded_bit_for_bit(of_dtype, three, removal, tmp_path: Path, keep) -> None:
-    model, dtype = prune_heads(of_dtype, removal), str(of_dtype.dtype).removeprefix("torch.")
-    again = loaded(model, tmp_path, model.dtype)
+    again = is_the_same_loaded(prune_heads(of_dtype, removal), three, tmp_path, keep)
     assert removed_heads(again.config.get_text_config()) == removal
-    for (key, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        assert key == other
-        assert torch.equal(a, b), key
-    assert keep(conformance.SAVED, apart(whole(again, three), whole(model, three)), dtype=dtype) == 0
 
 
 @few_removals

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from architectures.oracle import Architecture, Expected, mixed_by, recurrence, unit
+from architectures.oracle import Architecture, Expected, from_projections, mixed_by, recurrence, unit
 from staterank_utils.fla_cpu import knows
-from staterank_utils.layouts import linear_layers, modeling_module
+from staterank_utils.layouts import Layout, linear_layers, modeling_module
 
 GROUPED = {"head_dim": 8, "num_heads": 2, "num_v_heads": 4, "expand_v": 2.0}
 FOUR = {"num_heads": 4, "expand_k": 1.0, "expand_v": 2.0}
@@ -73,14 +73,7 @@ def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
     model_type, found = model.config.model_type, []
     layers = [layer for _, layer, _ in linear_layers(model)]
     if model_type == "mamba2":
-        hooks = [
-            layer.in_proj.register_forward_hook(lambda _, __, out, layer=layer: found.append(mamba2(layer, out)))
-            for layer in layers
-        ]
-        model(ids, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        return found
+        return from_projections(model, ids, mamba2)
     module = modeling_module(layers[0])
     kernel = getattr(module, KERNELS[model_type])
 
@@ -126,10 +119,10 @@ def of_kernel(model_type: str, layer: nn.Module, seen: dict[str, Tensor]) -> Exp
     return Expected(states, decay.double().mean(-1), one if write is None else write)
 
 
-def mamba2(layer: nn.Module, projected: Tensor) -> Expected:
+def mamba2(layer: nn.Module, _: Layout, projected: Tensor) -> Expected:
     """From what in_proj puts out."""
     size, n_group = layer.intermediate_size, layer.n_groups * layer.ssm_state_size
-    _, mixed, step = projected.double().split([size, layer.conv_dim, layer.num_heads], -1)
+    _, mixed, step = projected.split([size, layer.conv_dim, layer.num_heads], -1)
     value, key, _ = mixed_by(layer.conv1d, mixed).split([size, n_group, n_group], -1)
     step = F.softplus(step + layer.dt_bias.double())
     # Consecutive heads share a group, as in the paper's repository.

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from staterank_utils.layouts import Layout, linear_layers
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -72,6 +74,24 @@ def recurrence(
         state = state + k * v
         states.append(state)
     return torch.stack(states, 1)
+
+
+@torch.no_grad()
+def from_projections(
+    model: PreTrainedModel, ids: Tensor, of_layer: Callable[[nn.Module, Layout, Tensor], Expected]
+) -> list[Expected]:
+    """From what the first projection of every layer puts out in one full pass: `of_layer` is given layer, layout and that output."""
+    found: list[Expected] = []
+    hooks = [
+        layer.get_submodule(layout.gate_modules[0]).register_forward_hook(
+            lambda _, __, out, layer=layer, layout=layout: found.append(of_layer(layer, layout, out.double()))
+        )
+        for _, layer, layout in linear_layers(model)
+    ]
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def mixed_by(conv: nn.Conv1d, x: Tensor) -> Tensor:

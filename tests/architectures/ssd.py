@@ -23,8 +23,8 @@ from transformers import (
     Zamba2ForCausalLM,
 )
 
-from architectures.oracle import Architecture, Expected, mixed_by, recurrence
-from staterank_utils.layouts import Layout, linear_layers
+from architectures.oracle import Architecture, Expected, from_projections, mixed_by, recurrence
+from staterank_utils.layouts import Layout
 
 COMMON = {
     "vocab_size": 64,
@@ -129,21 +129,10 @@ def tiny(name: str) -> PreTrainedModel:
     return model
 
 
-@torch.no_grad()
 def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
-    """From what the first projection of every layer puts out in one full pass."""
-    found: list[Expected] = []
+    """From what the first projection of every layer puts out."""
     of_layer = lightning if model.config.model_type == "minimax" else mamba2
-    hooks = [
-        layer.get_submodule(layout.gate_modules[0]).register_forward_hook(
-            lambda _, __, out, layer=layer, layout=layout: found.append(of_layer(model, layer, layout, out.double()))
-        )
-        for _, layer, layout in linear_layers(model)
-    ]
-    model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return found
+    return from_projections(model, ids, partial(of_layer, model))
 
 
 def lightning(model: PreTrainedModel, layer: nn.Module, layout: Layout, projected: Tensor) -> Expected:
