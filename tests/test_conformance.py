@@ -416,7 +416,12 @@ def test_a_pruned_model_trains(name, model, three, removal) -> None:
         pytest.skip("fla's layers have their gradients from Triton kernels alone")
     pruned = prune_heads(model, removal).requires_grad_(True).train()
     logits = pruned(three[:, :20], use_cache=False).logits
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), three[:, 1:20].flatten()).backward()
+    try:
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), three[:, 1:20].flatten()).backward()
+    except RuntimeError as error:
+        if "Please upgrade Triton" not in str(error):
+            raise
+        pytest.skip(f"fla refuses the backward pass: {error}")
     for _, layer, layout in linear_layers(pruned):
         for blocks in layout.blocks(layer):
             weight = blocks.tensor(layer)

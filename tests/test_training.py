@@ -19,7 +19,7 @@ from staterank_utils.strata import exactly
 from training import recover as recovery
 from training import train as training
 from training.corpus import encode, read_books
-from training.fast_forward import FastForward
+from training.fast_forward import FastForward, limit_autotuning
 from training.mixture import ANSWER_WEIGHT, Mixture
 from training.recover import Recovery
 from training.train import LAYERS, Settings, configuration, rate, train
@@ -54,6 +54,22 @@ def test_fast_forward_is_the_model_s_own_forward(name: str) -> None:
         loss, losses = fast.loss(ids, weights)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loss, (expected * weights.flatten()).sum() / weights.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_keep_one_configuration_also_where_they_were_defined_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.runtime.autotuner import Autotuner
+
+    def kernel() -> None: ...
+
+    configs = [triton.Config({"BK": 32}, num_warps=warps, num_stages=stages) for warps in (2, 4) for stages in (2, 3)]
+    tuned = triton.autotune(configs=configs, key=[])(triton.jit(kernel))
+    taken = []
+    monkeypatch.setattr(Autotuner, "run", Autotuner.run)  # as it was again afterwards
+    monkeypatch.setattr(tuned.fn, "run", lambda **settings: taken.append(settings))
+    limit_autotuning()
+    tuned.run()
+    assert [(made["BK"], made["num_warps"], made["num_stages"]) for made in taken] == [(32, 4, 3)]
 
 
 def test_a_batch_follows_from_its_step_alone(corpus: Path, tokenizer) -> None:

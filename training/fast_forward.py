@@ -19,20 +19,21 @@ Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def limit_autotuning() -> None:
-    """Let every Triton kernel that is defined from now on keep one configuration, of four warps. Saves minutes, cold."""
+    """Let every Triton kernel of this process keep one configuration, of four warps where it has one. Saves minutes, cold."""
     from triton.runtime.autotuner import Autotuner
 
-    original = Autotuner.__init__
+    run = Autotuner.run
 
-    def limited(
-        self: Autotuner, fn: object, arg_names: list[str], configs: list[Any], *args: Any, **kwargs: Any
-    ) -> None:
-        by_preference = sorted(
-            configs, key=lambda c: (c.num_warps != 4, c.num_stages != 3, -c.kwargs.get("BK", 0), c.kwargs.get("BV", 0))
-        )
-        original(self, fn, arg_names, by_preference[:1], *args, **kwargs)
+    # Where kernels run, not where they are defined: transformers imports fla's as soon as a model's class is named.
+    def limited(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
+        if len(self.configs) > 1:
+            self.configs = sorted(
+                self.configs,
+                key=lambda c: (c.num_warps != 4, c.num_stages != 3, -c.kwargs.get("BK", 0), c.kwargs.get("BV", 0)),
+            )[:1]
+        return run(self, *args, **kwargs)
 
-    Autotuner.__init__ = limited
+    Autotuner.run = limited
 
 
 def fla_recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:

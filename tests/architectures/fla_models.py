@@ -19,14 +19,15 @@ FOUR = {"num_heads": 4, "expand_k": 1.0, "expand_v": 2.0}
 RWKV7 = {"head_dim": 8} | {f"{name}_low_rank_dim": 8 for name in ("decay", "gate", "a", "v")}
 MAMBA2 = {"head_dim": 8, "num_heads": 8, "state_size": 16, "expand": 2, "residual_in_fp32": False}
 
-# Name -> model type and settings. Four value heads on two key heads where a family knows groups.
+# Name -> model type and settings. Four value heads on two key heads where a family knows groups. KDA's kernel of bounded decay needs
+# 16 key channels or more.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GatedDeltaNet": ("gated_deltanet", GROUPED),
     "GatedDeltaNet, negative eigenvalues": ("gated_deltanet", GROUPED | {"allow_neg_eigval": True, "use_gate": False}),
     "DeltaNet": ("delta_net", FOUR),
     "DeltaNet, gated": ("delta_net", FOUR | {"use_gate": True, "qk_norm": "sum", "qk_activation": "elu"}),
     "KDA": ("kda", GROUPED),
-    "KDA, bounded decay": ("kda", GROUPED | {"safe_gate": True, "lower_bound": -5.0}),
+    "KDA, bounded decay": ("kda", GROUPED | {"safe_gate": True, "lower_bound": -5.0, "head_dim": 16}),
     "GLA": ("gla", FOUR | {"num_kv_heads": 2}),
     "GLA, short convolutions": ("gla", FOUR | {"num_kv_heads": 2, "use_short_conv": True, "fuse_norm": False}),
     "RetNet": ("retnet", FOUR | {"num_kv_heads": 2, "norm_eps": 1e-4}),
