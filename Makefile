@@ -67,7 +67,8 @@ quick: book ## build the book and store what its quick runs gave, which tests ho
 figure: .venv/installed ## store the figure of the README, from a quick run of the first notebook
 	$(BIN)/python -m book.assemble --stage _build/figure --only 01_stratification --figure book/ranks.png
 
-sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/example.yaml RUN=_build/sweep CORES=2), or go on with it
+sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/example.yaml RUN=_build/sweep CORES=2), or go on with it (UNLOCK=1 first, if make itself was killed)
+	$(if $(UNLOCK),$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --unlock)
 	$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --cores $(CORES) --rerun-incomplete
 
 train: .venv/installed ## train both embedded models, side by side on one CUDA GPU (BOOKS=folder of texts, MINUTES=25)

@@ -28,6 +28,14 @@ def tiny(folder: Path, n_layers: int) -> Path:
     return folder
 
 
+def snakemake(settings: dict, folder: Path) -> list[str]:
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(settings))
+    return [
+        sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "sweep" / "Snakefile"), "--configfile", str(folder / "sweep.yaml"),
+        "--directory", str(folder / "run"), "--cores", "2", "--rerun-incomplete",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     models = {name: {"model": name} for name in ("hybrid", "pure")}
@@ -37,11 +45,7 @@ def command(tmp_path: Path) -> list[str]:
         "notebooks": [NOTEBOOK],
         "parameters": {NOTEBOOK: {"n_prompts": 2, "n_tokens": 128}},
     }
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(settings))
-    return [
-        sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "sweep" / "Snakefile"), "--configfile", str(tmp_path / "sweep.yaml"),
-        "--directory", str(tmp_path / "run"), "--cores", "2", "--rerun-incomplete",
-    ]  # fmt: skip
+    return snakemake(settings, tmp_path)
 
 
 def results_in(run: Path) -> dict[Path, int]:
@@ -73,3 +77,32 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_one_table(command: list[str]
     assert len(rows) == len(CLAIMS)
     [bound] = [row for row in rows if row.startswith("| **C1b**")]
     assert bound.count("**holds**") == 4
+
+
+MINE = {"models": {"mine": {"model": "pure"}}, "notebooks": [NOTEBOOK]}
+
+
+def test_nothing_is_run_that_the_configuration_does_not_list(tmp_path: Path) -> None:
+    done = subprocess.run([*snakemake(MINE, tmp_path), "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    assert "results/0/mine/" in said
+    assert "results/0/hybrid/" not in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": {}}, "names no models"),
+        ({"models": {"a/b": {"model": "pure"}}}, "expected a short name"),
+        ({"models": {"a": "pure"}}, "expected a short name"),
+        ({"models": {"a": {"model": "pure"}, "b": {"model": "pure"}}}, "have the same model"),
+        ({"notebooks": ["01_stratificaton"]}, "unknown notebook 01_stratificaton"),
+        ({"parameters": {"01_stratificaton": {}}}, "unknown notebook with parameters 01_stratificaton"),
+        ({"model": {}}, "unknown entry in the configuration model"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(change: dict, message: str, tmp_path: Path) -> None:
+    done = subprocess.run([*snakemake(MINE | change, tmp_path), "--dry-run"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
