@@ -439,18 +439,19 @@ def flat(values):
     return values.transpose(0, 1).flatten(1).numpy()
 
 
-log_half_life = {
-    name: np.log10(np.log(2) / -flat(traces[name, "prose"].log_decay)) for name in MODELS
-}
+log_decay = {name: flat(traces[name, "prose"].log_decay) for name in MODELS}
+FORGETFUL = [name for name in MODELS if log_decay[name].max() < 0]  # DeltaNet has no decay
+log_half_life = {name: np.log10(np.log(2) / -log_decay[name]) for name in FORGETFUL}
 strength = {name: flat(traces[name, "prose"].write_strength) for name in MODELS}
 
 
 def explained(name, predictor):
+    if name not in predictor or np.ptp(predictor[name]) == 0:
+        return "the same for all heads"
     pair = np.stack([predictor[name], at_end[name, "prose"]], 1)
     return bootstrap(lambda x: strata.r_squared(*x.mean(0)), pair)
 
 
-log_decay = {name: flat(traces[name, "prose"].log_decay) for name in MODELS}
 by_decay = {name: explained(name, log_decay) for name in MODELS}
 by_half_life = {name: explained(name, log_half_life) for name in MODELS}
 by_strength = {name: explained(name, strength) for name in MODELS}
@@ -464,7 +465,7 @@ for key, estimates in (
     glue(key, "; ".join(f"{estimates[name]} ({name})" for name in MODELS), display=False)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank of each head on prose against the half-life that its mean log-decay gives it, mean over prompts. Dots are high heads, squares low ones. A rising curve that saturates at 1 says that rank is memory length, cut off at d.", "name": "fig-decay"}, "image": {"alt": "Scatter of relative rank against half-life on a logarithmic axis."}}
-for name, ax in plotting.model_panels(MODELS).items():
+for name, ax in plotting.model_panels(FORGETFUL).items() if FORGETFUL else ():
     values, half_life = at_end[name, "prose"].mean(0), 10 ** log_half_life[name].mean(0)
     high = is_high(values, d_of[name])
     plotting.plot_head_pairs(
