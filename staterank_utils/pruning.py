@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from staterank_utils.budget import in_words, out_of_memory, weight_bytes
 from staterank_utils.layouts import Layout, check_heads, find_layers, head_names, key_names, linear_layers
 from staterank_utils.models import choose_kernels, correct_forward
 
@@ -46,6 +47,7 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
         ValueError: a layer without linear attention, a head that the model does not have, named twice or removed before, or
             nothing left of all layers.
         TypeError: heads that are not a mapping, or not named by whole numbers.
+        torch.OutOfMemoryError: no room for the second model.
 
     Example:
         >>> import torch
@@ -67,10 +69,16 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
         raise ValueError(
             "these are all heads of all layers: a model without any is not linear attention, keep at least one"
         )
-    pruned = copy.deepcopy(model)
+    with out_of_memory(
+        f"no room for a second copy of the weights, {in_words(weight_bytes(model))}, that heads are removed from",
+        advice="move the model to a device with more, or load it with dtype=torch.bfloat16",
+    ):
+        pruned = copy.deepcopy(model)
     for index, layer, layout in linear_layers(pruned):
         if chosen.get(index) and not layout.weights:
-            raise ValueError(f"heads of {layout.layer_class} cannot be removed exactly: ablate them instead")
+            raise ValueError(
+                f"heads of {layout.layer_class} cannot be removed exactly, since {layout.kept_whole}: ablate them instead"
+            )
         if chosen.get(index) and not layout.idle and len(chosen[index]) == len(kept[index]):
             raise ValueError(f"layer {index} must keep a head: {layout.layer_class} cannot run without any")
         _keep(layer, layout, [head for head in kept[index] if head not in chosen.get(index, [])])

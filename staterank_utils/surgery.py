@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import check_heads, head_names, linear_layers
+from staterank_utils.layouts import check_heads, head_names, layer_index, linear_layers
 from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.spectra import decompose
 
@@ -261,11 +261,14 @@ def forward_with_edits(
     for segment, positions in zip(input_ids.split(every, 1), order.split(every, 1), strict=True):
         hidden.append(read_tokens(model, segment, positions=positions, cache=cache))
         for index, chosen in places.items():
-            state = layers[index][1].state(cache, index)
+            layout = layers[index][1]
+            state = layout.state(cache, index)
             edited = edit(state[:, chosen])
             if edited.shape != state[:, chosen].shape:
                 raise ValueError(f"the edit made {tuple(edited.shape)} of states {tuple(state[:, chosen].shape)}")
             state[:, chosen] = edited.to(state)
+            if layout.set_state:
+                layout.set_state(cache, index, state)
     return torch.cat(hidden, 1)
 
 
@@ -331,11 +334,11 @@ def _places(heads: list[int], names: list[int]) -> list[int]:
 
 
 def _softmax_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Decoder layer -> its softmax attention."""
+    """Decoder layer -> its softmax attention; of one that several layers share, the first of them."""
     linear = {layer for _, layer, _ in linear_layers(model)}
     return {
-        module.layer_idx: module
-        for module in model.modules()
+        layer_index(name, module): module
+        for name, module in model.named_modules()
         if hasattr(module, "layer_idx") and hasattr(module, SOFTMAX_PROJECTION) and module not in linear
     }
 

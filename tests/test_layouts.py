@@ -71,3 +71,26 @@ def test_under_a_delta_rule_a_head_that_writes_nothing_puts_out_nothing(model, i
     with ablate_heads(model, [(index, 1)], kind="frozen"):
         frozen = model(ids, use_cache=False).logits
     assert (frozen - zero).abs().max() < ROUNDING
+
+
+def test_a_class_of_the_same_name_from_elsewhere_is_refused() -> None:
+    made = delta.tiny("kimi_linear")
+    theirs = type("KimiLinearDeltaAttention", (torch.nn.Identity,), {"__module__": "theirs", "layer_idx": 0})()
+    for layer in made.model.layers:
+        if hasattr(layer, "linear_attn"):
+            layer.linear_attn = theirs
+        elif type(layer.self_attn).__name__ == "KimiLinearDeltaAttention":
+            layer.self_attn = theirs
+    with pytest.raises(ValueError, match=r"its layers are .*theirs\.KimiLinearDeltaAttention"):
+        linear_layers(made)
+
+
+@pytest.mark.parametrize("name", ["fla RetNet", "fla RWKV7", "xlstm"])
+def test_why_heads_cannot_be_removed_is_said(name: str) -> None:
+    if name not in ARCHITECTURES:
+        pytest.skip("fla is not installed")
+    with pytest.raises(
+        ValueError,
+        match="cannot be removed exactly, since .* index|cannot be removed exactly, since .* number of heads",
+    ):
+        prune_heads(ARCHITECTURES[name].build(), {0: [1]})

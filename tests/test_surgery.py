@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from architectures import ssd
 from conftest import tiny_qwen3_next
 
 from staterank_utils.layouts import linear_layers
@@ -151,6 +152,24 @@ def test_softmax_heads_are_ablated_apart(model, ids) -> None:
     assert torch.equal(logits(model, ids), before)
     assert not torch.equal(one, before)
     assert softmax_heads(tiny_qwen3_next(["linear_attention"] * 2)) == []
+
+
+def test_softmax_layers_that_share_weights_are_told_apart() -> None:
+    shared = ssd.zamba2(
+        num_hidden_layers=7,
+        layers_block_type=["linear_attention", "hybrid"] * 3 + ["linear_attention"],
+        num_mem_blocks=2,
+    )
+    assert softmax_heads(shared) == [(layer, head) for layer in (1, 3, 5) for head in (0, 1)]
+    seen = []
+    for layer in (1, 3, 5):
+        projection = shared.model.layers[layer].shared_transformer.self_attn.o_proj
+        projection.register_forward_hook(lambda _, __, output: seen.append(output.abs().max().item()))
+    ids = torch.arange(3, 43)[None]
+    with ablate_softmax_heads(shared, softmax_heads(shared)):
+        logits(shared, ids)
+    assert seen
+    assert not any(seen)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from staterank_utils.layouts.lookup import (
     find_layers,
     head_names,
     key_names,
+    layer_index,
     linear_layers,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "find_layers",
     "head_names",
     "key_names",
+    "layer_index",
     "linear_layers",
     "modeling_module",
     "recurrent_state",

@@ -133,11 +133,13 @@ class Layout:
         write_module: name of the submodule whose output `without_writes` changes; None where writes cannot be stopped exactly.
         without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.
         state: (cache, layer index) -> (batch, head, d_k, d_v), a view of what the cache holds, to read and to write.
+        set_state: (cache, layer index, states), writes them where `state` is no view.
         scans: names of the functions, in the layer's Python module, that run the recurrence over tokens: called with query, key,
             value, g and beta, each (batch, token, head, ...), and initial_state, they return outputs and the last state. Without
             any, prompts are read in segments that end where a state is wanted.
         kernels: names of all functions, in the layer's Python module, that have a Triton (or CUDA) and a plain version.
         weights: where the heads are in each weight that has a part for every head; without any, heads cannot be removed.
+        kept_whole: why they cannot.
         resize: (layer, key heads, value heads, d_k), sets the layer's own numbers to those.
         rescale: (layer, value heads before, value heads now), makes a norm across heads divide by what it divided by when
             the heads that are gone put out 0; called when the heads that are left have been named.
@@ -170,9 +172,11 @@ class Layout:
     write_module: str | None = None
     without_writes: Callable[[nn.Module, Tensor, list[int]], Tensor] | None = None
     state: Callable[[Any, int], Tensor] = recurrent_state
+    set_state: Callable[[Any, int, Tensor], None] | None = None
     scans: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     weights: tuple[Blocks, ...] = ()
+    kept_whole: str = ""
     resize: Callable[[nn.Module, int, int, int], None] = _as_it_is
     rescale: Callable[[nn.Module, int, int], None] | None = None
     idle: Callable[..., Any] | None = None

@@ -237,14 +237,13 @@ def _fixed_gates(decay: Callable[[int], Tensor]) -> Callable[[nn.Module, Tensor]
     return gates
 
 
-# RetNet's decay follows from the index of a head among all, so the heads that stay would get the decay of others: its heads
-# are ablated, not removed.
 RETNET = Layout(
     layer_class="MultiScaleRetention",
     module="fla.layers.multiscale_retention",
     gate_modules=("q_proj",),
     gates=_fixed_gates(retention_decay),
     state=_state,
+    kept_whole="a head's decay follows from its index among all, so those that stay would get the decay of others",
     refusal=lambda layer: (
         "mode 'parallel' keeps no state after a long prompt: set attn_mode='chunk'"
         if layer.mode == "parallel"
@@ -350,7 +349,6 @@ def _rwkv7_without_writes(layer: nn.Module, k: Float[Tensor, "batch token row"],
     return k.index_fill(-1, torch.tensor(places, device=k.device), 0.0)
 
 
-# Head h of every layer mixes in the values of head h of the first layer, so heads cannot be removed layer by layer.
 RWKV7 = Layout(
     layer_class="RWKV7Attention",
     module="fla.layers.rwkv7",
@@ -361,6 +359,7 @@ RWKV7 = Layout(
     write_module="k_proj",
     without_writes=_rwkv7_without_writes,
     state=_state,
+    kept_whole="a head of any layer mixes in the values of the first layer's head of the same index",
     **COMMON | {"d_k": lambda layer: layer.head_dim},
 )
 

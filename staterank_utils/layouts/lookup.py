@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from staterank_utils.fla_cpu import is_fla
-from staterank_utils.layouts import delta, fla_models, kda, ssd
+from staterank_utils.layouts import delta, fla_models, kda, mlstm, ssd
 from staterank_utils.layouts.core import Layout
 
-FAMILIES = (delta, kda, ssd, fla_models)
+FAMILIES = (delta, kda, ssd, mlstm, fla_models)
 LAYOUTS = {layout.layer_class: layout for family in FAMILIES for layout in family.LAYOUTS}
 
 # Architectures whose state is there but comes out wrong, without an error, when a prompt is read in segments.
@@ -20,7 +20,6 @@ WRONG_IN_SEGMENTS = {
     "jamba": "a continuation of several tokens ignores the state it is given",
     "zamba": "a continuation of several tokens ignores the state it is given",
     "recurrent_gemma": "a continuation of several tokens ignores the state, and the state is a vector",
-    "xlstm": "its cache keeps a matrix divided by a running maximum, in the model's dtype, and its layers do not know their index",
 }
 
 
@@ -32,17 +31,28 @@ def find_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
         []
     """
     found = [
-        (_index(name, module), module, LAYOUTS[type(module).__name__])
+        (layer_index(name, module), module, LAYOUTS[type(module).__name__])
         for name, module in model.named_modules()
-        if type(module).__name__ in LAYOUTS
+        if type(module).__name__ in LAYOUTS and type(module).__module__ == LAYOUTS[type(module).__name__].module
     ]
     return sorted(found, key=lambda entry: entry[0])
 
 
-def _index(name: str, module: nn.Module) -> int:
-    """Of a module's decoder layer: what it says itself, else the last number in its name."""
+def layer_index(name: str, module: nn.Module) -> int:
+    """Of a module's decoder layer: what it says itself, else the last number in its name. One that layers share says -1.
+
+    Args:
+        name: as `named_modules` gives it.
+        module: a layer, or a part of it.
+
+    Example:
+        >>> layer_index("model.layers.3.shared_transformer.self_attn", nn.Identity())
+        3
+    """
     index = getattr(module, "layer_idx", None)
-    return int(next(part for part in reversed(name.split(".")) if part.isdigit()) if index is None else index)
+    if index is not None and index >= 0:
+        return int(index)
+    return int(next(part for part in reversed(name.split(".")) if part.isdigit()))
 
 
 def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
@@ -70,7 +80,9 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
         )
     found = find_layers(model)
     if not found:
-        classes = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
+        classes = sorted(
+            {f"{type(m).__module__}.{type(m).__name__}" for m in model.modules() if hasattr(m, "layer_idx")}
+        )
         raise ValueError(
             f"{model_type} has no linear-attention layer that is supported: its layers are {', '.join(classes) or 'unknown'}, "
             f"and layouts exist for {', '.join(LAYOUTS)}. Add one to staterank_utils/layouts if it keeps a matrix-valued state."

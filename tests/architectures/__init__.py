@@ -2,8 +2,8 @@
 
 from importlib.util import find_spec
 
-from architectures import delta, fla_models, ssd
+from architectures import delta, fla_models, mlstm, ssd
 
-ARCHITECTURES = delta.ARCHITECTURES | ssd.ARCHITECTURES
+ARCHITECTURES = delta.ARCHITECTURES | ssd.ARCHITECTURES | mlstm.ARCHITECTURES
 if find_spec("fla") is not None:
     ARCHITECTURES |= fla_models.ARCHITECTURES

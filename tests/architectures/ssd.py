@@ -75,12 +75,12 @@ def _granitemoehybrid() -> PreTrainedModel:
     )  # fmt: skip
 
 
-def _zamba2() -> PreTrainedModel:
+def zamba2(**options: object) -> PreTrainedModel:
+    layers = {"num_hidden_layers": 3, "layers_block_type": [LINEAR, "hybrid", LINEAR]}
     return Zamba2ForCausalLM(
         Zamba2Config(
-            **COMMON, num_attention_heads=2, num_hidden_layers=3, layers_block_type=[LINEAR, "hybrid", LINEAR], intermediate_size=48,
-            n_mamba_heads=8, mamba_d_state=12, mamba_ngroups=2, chunk_size=16, time_step_min=0.3, adapter_rank=4,
-            use_mem_rope=True,
+            **COMMON, num_attention_heads=2, intermediate_size=48, n_mamba_heads=8, mamba_d_state=12, mamba_ngroups=2, chunk_size=16,
+            time_step_min=0.3, adapter_rank=4, use_mem_rope=True, **layers | options,
         )
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ MODELS = {
     "falcon_h1 with norm behind the gate": lambda: _falcon_h1(mamba_rms_norm=True, mamba_norm_before_gate=False),
     "nemotron_h": _nemotron_h,
     "granitemoehybrid": _granitemoehybrid,
-    "zamba2": _zamba2,
+    "zamba2": zamba2,
     "bamba": _bamba,
     "minimax": lambda: _minimax(LINEAR, FULL, LINEAR),
     "minimax, softmax first": lambda: _minimax(FULL, LINEAR, LINEAR),
