@@ -84,7 +84,7 @@ def out_of_memory(what: str, *, advice: str) -> Iterator[None]:
         advice: ends it.
 
     Raises:
-        torch.OutOfMemoryError: where the block raised one.
+        torch.OutOfMemoryError: where the block raised one, or what torch raises in its place for a CPU.
 
     Example:
         >>> with out_of_memory("no room for 3 prompts", advice="lower batch_size"):
@@ -95,7 +95,9 @@ def out_of_memory(what: str, *, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise torch.OutOfMemoryError(f"{what} ({error}): {advice}") from error
 
 

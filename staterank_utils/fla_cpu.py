@@ -1,7 +1,7 @@
 """flash-linear-attention's own models (package `fla`) on a machine without a GPU: slow, exact, each call where its tensors are.
 
 fla computes with Triton kernels, which a CPU cannot run. `choose` puts a dispatcher before each kernel that the models of
-`staterank_utils.layouts_fla` call: tensors on a CPU go to fla's own naive operator (`fla.ops.*.naive`), or to a few lines of
+`staterank_utils.layouts.fla_models` call: tensors on a CPU go to fla's own naive operator (`fla.ops.*.naive`), or to a few lines of
 torch where fla has none; all others go to the kernel as ever. Nothing is overwritten for good, and a second call changes
 nothing.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
     PreTrainedConfig,
@@ -34,6 +35,11 @@ from staterank_utils.layouts import Layout, find_layers, linear_layers, modeling
 
 EMBEDDED = ("hybrid", "pure")
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+MORE_ROOM = (
+    "load them with dtype=torch.bfloat16, spread them over more GPUs with device='auto', or take a smaller model"
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +63,7 @@ def load_model(
         weights: "trained"; "initial", as before training; or "shuffled", the trained values of each tensor in random
             order. The last two are controls.
         seed: of the initial weights where the model's configuration names none, and of the shuffle.
-        device: "cpu", "cuda", ...; by default the GPU if there is one; "auto" spreads the layers over all GPUs, and what does not
-            fit there over memory, by accelerate.
+        device: "cpu", "cuda", ...; by default the GPU if there is one; "auto" spreads the layers over all GPUs, by accelerate.
         dtype: of the weights; by default float32 on a CPU and the checkpoint's own dtype on a GPU.
         revision: commit or tag on the hub; required for a hub id, so that a result names what it measured.
         trust_remote_code: run Python code that comes with the weights. Off unless asked for.
@@ -68,11 +73,11 @@ def load_model(
 
     Raises:
         FileNotFoundError: an embedded name without the repository's checkpoints, or a folder without weights.
-        ValueError: an unknown name, a hub id without a revision, a model that `linear_layers` refuses, weights that fail
-            `verify_weights`, or that are not those of the configuration.
+        ValueError: an unknown name or device, a hub id without a revision or another model with one, a model that `linear_layers` refuses,
+            weights that fail `verify_weights`, or that are not those of the configuration.
         ModuleNotFoundError: "auto" without accelerate.
         OSError: a hub id that could not be fetched, for want of a network, of access, or of that revision.
-        torch.OutOfMemoryError: a device without room for the weights, with what to do.
+        torch.OutOfMemoryError: a device, or all of them, without room for the weights, with what to do.
 
     Example:
         >>> model = load_model("hybrid")
@@ -81,6 +86,7 @@ def load_model(
     """
     source, options = _source(name_or_path, revision, trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     if device == "auto" and importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError("device='auto' needs accelerate: pip install 'staterank-utils[large]'")
     on_cpu = not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
@@ -90,26 +96,31 @@ def load_model(
     config = _fetched(_config, source, options)
     with torch.device("meta"):
         # What cannot be measured is refused before its weights are read.
-        linear_layers(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        linear_layers(_auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
     if weights == "initial":
         model = initial_model(config, seed=seed)
         model = model.to(dtype=None if chosen == "auto" else chosen)
     elif weights in ("trained", "shuffled"):
         # Controls are made on a CPU, trained weights go to their devices as they are read.
         spread = {"device_map": "auto"} if (device, weights) == ("auto", "trained") else {}
-        model = _fetched(_with_weights, source, options, config=config, dtype=chosen, **spread)
+        with out_of_memory(f"no room for the weights of {name_or_path}", advice=MORE_ROOM):
+            model = _fetched(_with_weights, source, options, config=config, dtype=chosen, **spread)
     else:
         raise ValueError(f"weights must be 'trained', 'initial' or 'shuffled', got {weights!r}")
     if device != "auto":
         with out_of_memory(
-            f"{device} has no room for the weights of {name_or_path}, {in_words(weight_bytes(model))}",
-            advice="load them with dtype=torch.bfloat16, spread them over all GPUs with device='auto', or take a smaller model",
+            f"{device} has no room for the weights of {name_or_path}, {in_words(weight_bytes(model))}", advice=MORE_ROOM
         ):
             model = model.to(device)
     if weights == "shuffled":
         shuffle_weights(model, seed=seed)
     if device == "auto" and weights != "trained":
         model = _spread(model)
+    if left := sum(parameter.nbytes for parameter in model.parameters() if parameter.is_meta):
+        # accelerate would bring them in and out module by module, past what reads a layer's weights directly.
+        raise torch.OutOfMemoryError(
+            f"device='auto' found no room for {in_words(left)} of the {in_words(weight_bytes(model))} of weights of {name_or_path}: {MORE_ROOM}"
+        )
     model.requires_grad_(False).eval()
     chosen_kernels = choose_kernels(model)
     log.info(
@@ -132,7 +143,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
 
     Raises:
         FileNotFoundError: an embedded name without the repository's checkpoints.
-        ValueError: an unknown name, or a hub id without a revision.
+        ValueError: as in `load_model`, or a folder without a tokenizer.
         OSError: a hub id that could not be fetched.
 
     Example:
@@ -140,12 +151,41 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
         'state rank'
     """
     source, options = _source(name_or_path, revision, trust_remote_code, needs_weights=False)
-    return _fetched(lambda source, options: AutoTokenizer.from_pretrained(source, **options), source, options)
+    tokenizer = _fetched(lambda source, options: AutoTokenizer.from_pretrained(source, **options), source, options)
+    if not tokenizer.encode("a", add_special_tokens=False):
+        # For want of its files, transformers makes an empty one.
+        raise ValueError(f"{name_or_path} has no tokenizer: save one with its save_pretrained, or copy tokenizer.json")
+    return tokenizer
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that torch does not know, or that this machine does not have."""
+    if device == "auto":
+        return
+    expected = "expected 'cpu', 'cuda', 'cuda:0', ... or 'auto'"
+    try:
+        known = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: {expected}") from error
+    if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} is not there, torch sees {torch.cuda.device_count()} CUDA devices: {expected}"
+        )
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class of a configuration: some models are known to transformers with their vision part alone."""
+    both = AutoModelForImageTextToText
+    with_vision = type(config) in both._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping
+    return both if with_vision else AutoModelForCausalLM
 
 
 def _source(
     name_or_path: str, revision: str | None, trust_remote_code: bool, *, needs_weights: bool = True
 ) -> tuple[str, dict[str, Any]]:
+    folder = Path(name_or_path)
+    if revision is not None and (name_or_path in EMBEDDED or folder.is_dir()):
+        raise ValueError(f"{name_or_path} is here and has no revisions, got revision={revision!r}: leave it out")
     if name_or_path in EMBEDDED:
         folder = CHECKPOINTS / name_or_path
         if not folder.is_dir():
@@ -154,7 +194,6 @@ def _source(
                 f"and install it with `pip install -e .`, or pass the path of its folder checkpoints/{name_or_path} (looked in {CHECKPOINTS})"
             )
         return str(folder), {"local_files_only": True}
-    folder = Path(name_or_path)
     if name_or_path and folder.is_dir():
         if needs_weights and not any(folder.glob("*.safetensors")):
             raise FileNotFoundError(f"{folder} has no .safetensors file: expected a folder written by save_pretrained")
@@ -195,16 +234,20 @@ def _fetched(load: Callable[..., Any], source: str, options: dict[str, Any], **m
         ) from error
 
 
-def _with_weights(source: str, options: dict[str, Any], **more: Any) -> PreTrainedModel:
+def _with_weights(source: str, options: dict[str, Any], *, config: PreTrainedConfig, **more: Any) -> PreTrainedModel:
     """A model whose weights are all there, and of the configuration's shapes."""
-    model, found = AutoModelForCausalLM.from_pretrained(
-        source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **more, **options
-    )
+    model, found = _auto_class(config).from_pretrained(
+        source, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **more, **options
+    )  # fmt: skip
+    text = config.get_text_config()
+    # Layers behind the last one, for guesses of tokens further on, which transformers leaves out.
+    n_further = max(getattr(text, name, None) or 0 for name in FURTHER_LAYERS)
+    further = tuple(f".layers.{text.num_hidden_layers + i}." for i in range(n_further))
     wrong = {
         "missing": sorted(found["missing_keys"]),
         "of another shape": sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"]),
         "of layers that the configuration does not have": sorted(
-            key for key in found["unexpected_keys"] if ".layers." in key
+            key for key in found["unexpected_keys"] if ".layers." in key and not any(part in key for part in further)
         ),
     }
     if any(wrong.values()):
@@ -306,7 +349,7 @@ def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = _auto_class(config).from_config(config, dtype=torch.float32)
     scheme = getattr(config, "initialization", None)
     if scheme is None:
         return model

@@ -19,7 +19,7 @@ from staterank_utils.budget import budget, in_words
 from staterank_utils.layouts import linear_layers
 from staterank_utils.results import whole_or_not, write_json
 from staterank_utils.surgery import ablations
-from staterank_utils.tracing import Reducer, StateTrace, trace_states
+from staterank_utils.tracing import Reducer, StateTrace, check_prompts, trace_states
 
 FILE_BYTES = 2**26  # of states in one file, and in memory while it fills
 MANIFEST, GATES = "trace.json", "gates.safetensors"
@@ -112,7 +112,8 @@ def stream_states(
         The trace, to be measured as often as one likes.
 
     Raises:
-        ValueError: the folder holds the trace of other prompts, positions, weights or ablated heads; or as in `trace_states`.
+        ValueError: the folder holds the trace of other prompts, positions, weights or ablated heads.
+        TypeError, ValueError: as in `trace_states`, before anything is written.
         OSError: the disk has less room than the states take.
 
     Example:
@@ -125,6 +126,7 @@ def stream_states(
         torch.Size([6, 2, 1, 8])
     """
     folder = Path(folder)
+    check_prompts(model, input_ids, positions)
     layers = linear_layers(model)
     _, layer, layout = layers[0]
     needed = budget(model, input_ids, positions=positions)

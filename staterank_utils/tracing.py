@@ -117,7 +117,7 @@ def trace_states(
     """
     layers = linear_layers(model)
     positions = [operator.index(position) for position in positions]
-    _check(model, input_ids, positions)
+    check_prompts(model, input_ids, positions)
     counts = {index: layout.n_heads(layer) for index, layer, layout in layers}
     if len(set(counts.values())) > 1:
         raise ValueError(
@@ -131,9 +131,16 @@ def trace_states(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     batches = input_ids[:, : positions[-1]].split(batch_size)
+    side_by_side = min(batch_size, len(input_ids))
+    advice = {
+        "lower batch_size": side_by_side > 1,
+        "reduce states at once (reduce=...)": reduce is None,
+        "take fewer positions": len(positions) > 1,
+        "take shorter prompts or a model of fewer bytes (dtype=torch.bfloat16)": True,
+    }
     with out_of_memory(
-        f"not enough memory for {positions[-1]:,} tokens of {batch_size} prompts and {len(positions)} positions",
-        advice="lower batch_size, reduce states at once (reduce=...), or take fewer positions",
+        f"not enough memory for {positions[-1]:,} tokens of {side_by_side} prompts and {len(positions)} positions",
+        advice=", or ".join(what for what, applies in advice.items() if applies),
     ):
         parts = [
             _trace_batch(model, layers, batch, positions, reduce, logits)
@@ -495,7 +502,22 @@ def _check_memory(model: PreTrainedModel, input_ids: Tensor, positions: Sequence
         )
 
 
-def _check(model: PreTrainedModel, input_ids: object, positions: Sequence[int]) -> None:
+def check_prompts(model: PreTrainedModel, input_ids: object, positions: Sequence[int]) -> None:
+    """Refuse what `trace_states` cannot trace.
+
+    Args:
+        model, input_ids, positions: as there.
+
+    Raises:
+        TypeError, ValueError: as there.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> check_prompts(load_model("hybrid"), torch.ones(1, 4, dtype=torch.long), [5])
+        Traceback (most recent call last):
+            ...
+        ValueError: positions must increase and lie in 1..4, the prompt's length; got [5]
+    """
     if not isinstance(input_ids, Tensor):
         raise TypeError(
             f"expected token ids as a tensor of shape (batch, token), got {type(input_ids).__name__}: make one with "

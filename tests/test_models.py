@@ -10,6 +10,7 @@ import pytest
 import torch
 from architectures import delta
 from conftest import tiny_qwen3_next, unchecked
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     FalconMambaConfig,
@@ -21,7 +22,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from staterank_utils import models
+from staterank_utils import models, pruning
 from staterank_utils.decoding import generate_greedily
 from staterank_utils.evaluation import answer_nats
 from staterank_utils.models import (
@@ -32,6 +33,7 @@ from staterank_utils.models import (
     load_tokenizer,
     parameters_hash,
 )
+from staterank_utils.pruning import prune_heads
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tracing import trace_states
 
@@ -306,10 +308,76 @@ def test_a_device_without_room_for_the_weights_says_what_to_do(monkeypatch: pyte
         load_model("hybrid", device="cpu")
 
 
-def test_a_trace_without_memory_says_what_to_lower(hybrid) -> None:
+# What torch raises for want of memory on a GPU and on a CPU.
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=["GPU", "CPU"])
+def test_a_trace_without_memory_says_what_to_lower(hybrid, error: RuntimeError) -> None:
     def full(states: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     ids = torch.zeros(2, 4, dtype=torch.long)
-    with pytest.raises(torch.OutOfMemoryError, match="4 tokens of 2 prompts.*lower batch_size"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match="4 tokens of 2 prompts and 1 positions.*: lower batch_size, or take shorter"
+    ):
         trace_states(hybrid, ids, positions=[4], reduce=full, batch_size=2)
+
+
+@pytest.mark.parametrize("error", FULL, ids=["GPU", "CPU"])
+def test_pruning_without_memory_says_what_to_do(hybrid, error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pruning.copy, "deepcopy", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"second copy of the weights, 35\.9 MB.*bfloat16"):
+        prune_heads(hybrid, {0: [1]})
+
+
+def test_a_model_that_the_gpus_have_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate leaves what it brings in layer by layer on the device "meta"."""
+    offloaded = tiny_qwen3_next(["linear_attention", "full_attention"])
+    offloaded.model.layers[1].to("meta")
+    monkeypatch.setattr(models, "_with_weights", lambda *_, **__: offloaded)
+    with pytest.raises(
+        torch.OutOfMemoryError, match="device='auto' found no room for .* of the .* of weights of hybrid"
+    ):
+        load_model("hybrid", device="auto")
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda: load_model("hybrid", device="gpu"), "unknown device 'gpu': expected 'cpu', 'cuda'"),
+        (lambda: load_model("hybrid", device="cuda:99"), "device 'cuda:99' is not there, torch sees"),
+        (lambda: load_model("hybrid", revision="v1"), "hybrid is here and has no revisions, got revision='v1'"),
+        (lambda: load_tokenizer(str(CHECKPOINTS / "pure"), revision="v1"), "has no revisions, got revision='v1'"),
+    ],
+    ids=["device", "absent device", "revision of a name", "revision of a folder"],
+)
+def test_what_cannot_be_meant_is_refused(load, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    tiny_qwen3_next(["linear_attention"]).save_pretrained(tmp_path)
+    with pytest.raises((ValueError, OSError), match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("n_further", [1, 0])
+def test_layers_for_tokens_further_on_are_left_out(tmp_path: Path, n_further: int) -> None:
+    tiny_qwen3_next(["linear_attention", "full_attention"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": n_further}))
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.2.eh_proj.weight": torch.zeros(4, 4)}, file, metadata={"format": "pt"})
+    if n_further:
+        assert len(load_model(str(tmp_path), device="cpu").model.layers) == 2
+    else:
+        with pytest.raises(ValueError, match=r"configuration does not have, such as model\.layers\.2\."):
+            load_model(str(tmp_path), device="cpu")

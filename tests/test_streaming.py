@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import unchecked
 
 from staterank_utils import budget, streaming, tracing
 from staterank_utils.spectra import rank_and_norm
@@ -79,6 +80,15 @@ def test_a_folder_of_another_trace_is_refused(tiny_model, prompts, tmp_path: Pat
         stream_states(tiny_model, prompts[1:2], positions=[4], folder=tmp_path)
     with pytest.raises(ValueError, match="other weights"):
         stream_states(other, prompts[:1], positions=[4], folder=tmp_path)
+
+
+@pytest.mark.parametrize("positions", [[], [4, 3], [0], [999]])
+def test_what_cannot_be_traced_leaves_nothing_behind(tiny_model, prompts, tmp_path: Path, positions) -> None:
+    with pytest.raises(ValueError, match="positions must increase"):
+        stream_states(tiny_model, prompts[:1], positions=positions, folder=tmp_path / "states")
+    with pytest.raises(TypeError, match="token ids as a tensor"):
+        unchecked(stream_states)(tiny_model, [[1, 2]], positions=[1], folder=tmp_path / "states")
+    assert not (tmp_path / "states").exists()
 
 
 def test_too_little_room_is_said_before_anything_is_read(tiny_model, prompts, tmp_path: Path, monkeypatch) -> None:
