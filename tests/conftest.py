@@ -1,6 +1,9 @@
 """Fixtures: tiny models of the supported class, and the embedded ones, each loaded once."""
 
+import importlib
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import conformance
@@ -21,6 +24,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if torch.cuda.is_available():
         limit_autotuning()  # else every shape of every kernel is tuned, for minutes
+        full_precision()
+
+
+def full_precision() -> None:
+    """Let kernels make up float32 with three products of TF32, whose three digits alone would hide what is compared."""
+    os.environ["TRITON_F32_DEFAULT"] = "tf32x3"
+    torch.backends.cudnn.allow_tf32 = False
+    if find_spec("fla") is not None:
+        # These name their precision themselves, for triangular systems.
+        for module in ("fla.ops.gated_delta_rule.chunk_fwd", "fla.ops.kda.chunk_intra"):
+            precision: Any = importlib.import_module(module)
+            precision.SOLVE_TRIL_DOT_PRECISION = type(precision.SOLVE_TRIL_DOT_PRECISION)("tf32x3")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -19,17 +19,17 @@ from transformers import PreTrainedModel
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.decoding import pad_left
 from staterank_utils.layouts import head_names, linear_layers
-from staterank_utils.models import choose_kernels, make_cache, output_logits, read_tokens
+from staterank_utils.models import choose_kernels, load_model, make_cache, output_logits, read_tokens
 from staterank_utils.pruning import cache_bytes, prune_heads, removed_heads
 from staterank_utils.surgery import ablate_heads, all_heads, forward_with_edits, mean_outputs
 from staterank_utils.tracing import trace_states
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = 1e-4  # float32 sums in another order, of logits with a standard deviation of about 0.5
-TOLERANCES = (
-    {"fla": 5e-2, "transformers": 1e-3} if DEVICE == "cuda" else {"fla": ROUNDING, "transformers": ROUNDING}
-)  # TF32 in kernels
-HALF = 0.05  # of a standard deviation, root mean square
+TOLERANCE = {"cpu": ROUNDING, "cuda": 1e-3}[DEVICE]
+# Of a standard deviation, root mean square. What kernels on a GPU pass on to each other is in bfloat16 too.
+HALF, HALF_OF_LOGITS = 0.05, {"cpu": 0.05, "cuda": 0.1}[DEVICE]
+NARROW_STATES = 0.15
 N_TOKENS = 96
 POSITIONS = [1, 2, 3, 63, 65, 96]
 AT = [position - 1 for position in POSITIONS]
@@ -38,6 +38,7 @@ LATE = [90, *range(91, N_TOKENS)]  # a prompt, then token by token
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:According to Bo"),
+    pytest.mark.filterwarnings("ignore:ChunkDeltaRuleFunction does not support float32"),  # on all platforms, RWKV-7's
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
 Removal = dict[int, list[int]]
@@ -98,11 +99,6 @@ def ids(request: pytest.FixtureRequest, three: Tensor) -> Tensor:
     return three[: request.param]
 
 
-@pytest.fixture
-def tolerance(name: str) -> float:
-    return TOLERANCES["fla" if name.startswith("fla ") else "transformers"]
-
-
 @pytest.fixture(params=REMOVALS)
 def removal(request: pytest.FixtureRequest, architecture: Architecture, model: PreTrainedModel) -> Removal:
     chosen = removals(model)[request.param]
@@ -136,9 +132,7 @@ def dtype_of(model: PreTrainedModel) -> str:
 def loaded(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Saved and loaded, so that what a class keeps in float32 in a model of bfloat16 is kept so."""
     model.save_pretrained(folder)
-    made: PreTrainedModel = type(model).from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
-    choose_kernels(made)
-    return made
+    return load_model(str(folder), dtype=dtype, device=DEVICE)
 
 
 @torch.no_grad()
@@ -180,9 +174,9 @@ def property_of(cuts: str) -> str:
 
 
 @pytest.mark.parametrize("cuts", CUTS)
-def test_pieces_are_one_pass(model, ids, cuts: str, keep, tolerance) -> None:
+def test_pieces_are_one_pass(model, ids, cuts: str, keep) -> None:
     logits, _ = in_pieces(model, ids, CUTS[cuts])
-    assert keep(property_of(cuts), apart(logits, whole(model, ids))) < tolerance
+    assert keep(property_of(cuts), apart(logits, whole(model, ids))) < TOLERANCE
 
 
 @pytest.mark.parametrize("cuts", CUTS)
@@ -190,24 +184,24 @@ def test_pieces_are_one_pass_in_bfloat16(architecture, half, three, cuts: str, k
     expected = whole(half, three)
     logits, states = in_pieces(half, three, CUTS[cuts])
     assert keep(property_of(cuts), apart_of_std(logits, expected), dtype="bfloat16") < (
-        HALF if architecture.wide_states else 3 * HALF
+        HALF_OF_LOGITS if architecture.wide_states else NARROW_STATES
     )
     assert all(state.dtype == (torch.float32 if architecture.wide_states else torch.bfloat16) for state in states)
 
 
-def test_states_follow_the_float64_recurrence(architecture, model, ids, keep, tolerance) -> None:
+def test_states_follow_the_float64_recurrence(architecture, model, ids, keep) -> None:
     trace = trace_states(model, ids, positions=POSITIONS, logits=True, batch_size=len(ids))
     layers = architecture.expected(model, ids)
     assert len(layers) == len(trace.layers)
     for row, expected in enumerate(layers):
         states = expected.states[:, AT]
         assert trace.values[row].shape == states.shape
-        assert keep(conformance.STATES, apart(trace.values[row], states) / states.abs().max().item()) < tolerance
+        assert keep(conformance.STATES, apart(trace.values[row], states) / states.abs().max().item()) < TOLERANCE
         gates = (trace.log_decay[row], trace.write_strength[row])
         for found, gate in zip(gates, (expected.log_decay, expected.write_strength), strict=True):
-            assert apart(found, gate.mean(1)) < tolerance * max(1.0, gate.abs().max().item())
+            assert apart(found, gate.mean(1)) < TOLERANCE * max(1.0, gate.abs().max().item())
     assert trace.values.abs().max() > 0.01
-    assert apart(trace.logits, whole(model, ids)[:, AT]) < tolerance
+    assert apart(trace.logits, whole(model, ids)[:, AT]) < TOLERANCE
 
 
 def test_states_in_bfloat16(architecture, half, ids, keep) -> None:
@@ -223,7 +217,7 @@ def test_states_in_bfloat16(architecture, half, ids, keep) -> None:
         assert keep(conformance.STATES, apart_of_std(found, states), dtype="bfloat16") < HALF
 
 
-def test_a_layout_reads_the_gates_off_the_projections(architecture, model, three, tolerance) -> None:
+def test_a_layout_reads_the_gates_off_the_projections(architecture, model, three) -> None:
     """Also where a trace takes them from the kernel's arguments."""
     layers, seen = linear_layers(model), {}
     hooks = [
@@ -240,26 +234,26 @@ def test_a_layout_reads_the_gates_off_the_projections(architecture, model, three
         found = layout.gates(layer, *(seen[row, name] for name in layout.gate_modules))
         for read, gate in zip(found, (gates.log_decay, gates.write_strength), strict=True):
             assert read.shape == gate.shape
-            assert apart(read, gate) < tolerance * max(1.0, gate.abs().max().item())
+            assert apart(read, gate) < TOLERANCE * max(1.0, gate.abs().max().item())
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU all of the checks are about the plain kernels")
-def test_plain_kernels_on_a_gpu_follow_the_float64_recurrence(architecture, model, three, tolerance) -> None:
+def test_plain_kernels_on_a_gpu_follow_the_float64_recurrence(architecture, model, three) -> None:
     choose_kernels(model, plain=True)
     try:
         trace = trace_states(model, three, positions=POSITIONS)
         for found, expected in zip(trace.values, architecture.expected(model, three), strict=True):
             states = expected.states[:, AT]
-            assert apart(found, states) / states.abs().max().item() < tolerance
+            assert apart(found, states) / states.abs().max().item() < TOLERANCE
     finally:
         choose_kernels(model)
 
 
-def test_the_cache_holds_the_traced_state_to_read_and_to_write(model, three, tolerance) -> None:
+def test_the_cache_holds_the_traced_state_to_read_and_to_write(model, three) -> None:
     _, states = in_pieces(model, three, [])
     trace = trace_states(model, three, positions=[N_TOKENS], batch_size=3)
     for state, traced in zip(states, trace.values, strict=True):
-        assert apart(state, traced[:, 0]) / traced.abs().max().item() < tolerance
+        assert apart(state, traced[:, 0]) / traced.abs().max().item() < TOLERANCE
     run = {"heads": all_heads(model)[1:2], "every": 32}
     kept = forward_with_edits(model, three, edit=lambda state: state, **run)
     cleared = forward_with_edits(model, three, edit=torch.zeros_like, **run)
@@ -267,7 +261,7 @@ def test_the_cache_holds_the_traced_state_to_read_and_to_write(model, three, tol
     assert apart(kept[:, 32:], cleared[:, 32:]) > 10 * ROUNDING
 
 
-def test_left_padding_changes_nothing(architecture, model, half, three, keep, tolerance) -> None:
+def test_left_padding_changes_nothing(architecture, model, half, three, keep) -> None:
     if not architecture.pads:
         with pytest.raises(ValueError, match="prompts of different lengths side by side.*batch_size=1"):
             pad_left(model, [[5, 6], [7]])
@@ -277,9 +271,9 @@ def test_left_padding_changes_nothing(architecture, model, half, three, keep, to
     found = [whole(model, three, mask), *(in_pieces(model, three, cuts, mask)[0] for cuts in ([32], LATE))]
     for row, skip in ((0, 9), (1, 20)):
         alone = whole(model, three[row : row + 1, skip:])
-        assert keep(conformance.PADDING, max(apart(logits[row, skip:], alone[0]) for logits in found)) < tolerance
+        assert keep(conformance.PADDING, max(apart(logits[row, skip:], alone[0]) for logits in found)) < TOLERANCE
         in_half, alone = whole(half, three, mask)[row, skip:], whole(half, three[row : row + 1, skip:])[0]
-        assert keep(conformance.PADDING, apart_of_std(in_half, alone), dtype="bfloat16") < HALF
+        assert keep(conformance.PADDING, apart_of_std(in_half, alone), dtype="bfloat16") < HALF_OF_LOGITS
 
 
 # ---------------------------------------------------------------- ablating
@@ -332,7 +326,7 @@ def state_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     return cache_bytes(cache)["recurrent"]
 
 
-def test_removed_equals_ablated(model, three, removal, keep, tolerance) -> None:
+def test_removed_equals_ablated(model, three, removal, keep) -> None:
     pruned = prune_heads(model, removal)
     with ablate_heads(model, pairs(removal)):
         expected = whole(model, three)
@@ -340,12 +334,12 @@ def test_removed_equals_ablated(model, three, removal, keep, tolerance) -> None:
     assert apart(whole(model, three), expected) > 10 * ROUNDING
     share = 1 - len(pairs(removal)) / len(all_heads(model))
     assert state_bytes(pruned, three) == round(share * state_bytes(model, three))
-    assert keep(conformance.REMOVED, apart(whole(pruned, three[:1]), alone)) < tolerance
+    assert keep(conformance.REMOVED, apart(whole(pruned, three[:1]), alone)) < TOLERANCE
     for logits in (whole(pruned, three), *(in_pieces(pruned, three, cuts)[0] for cuts in ([32], [5], LATE))):
-        assert keep(conformance.REMOVED, apart(logits, expected)) < tolerance
+        assert keep(conformance.REMOVED, apart(logits, expected)) < TOLERANCE
 
 
-def test_removed_equals_ablated_with_left_padding(model, three, removal, keep, tolerance) -> None:
+def test_removed_equals_ablated_with_left_padding(model, three, removal, keep) -> None:
     mask = torch.ones_like(three)
     mask[0, :9] = 0
     pruned = prune_heads(model, removal)
@@ -353,7 +347,7 @@ def test_removed_equals_ablated_with_left_padding(model, three, removal, keep, t
         with ablate_heads(model, pairs(removal)):
             expected, _ = in_pieces(model, three, cuts, mask)
         found, _ = in_pieces(pruned, three, cuts, mask)
-        assert keep(conformance.REMOVED, apart(found[mask == 1], expected[mask == 1])) < tolerance
+        assert keep(conformance.REMOVED, apart(found[mask == 1], expected[mask == 1])) < TOLERANCE
 
 
 @few_removals
@@ -362,17 +356,19 @@ def test_removed_equals_ablated_in_bfloat16(half, three, removal, keep) -> None:
     for ids in (three[:1], three):
         with ablate_heads(half, pairs(removal)):
             expected = whole(half, ids)
-        assert keep(conformance.REMOVED, apart_of_std(whole(pruned, ids), expected), dtype="bfloat16") < 2 * HALF
+        assert (
+            keep(conformance.REMOVED, apart_of_std(whole(pruned, ids), expected), dtype="bfloat16") < 2 * HALF
+        )  # two models
 
 
-def test_removing_twice_is_removing_at_once(architecture, model, three, tolerance) -> None:
+def test_removing_twice_is_removing_at_once(architecture, model, three) -> None:
     first, _, layout = linear_layers(model)[0]
     if architecture.refused:
         pytest.skip("which heads can be removed depends on those that are left")
     twice = prune_heads(prune_heads(model, {first: [0, 3]}), {first: [2]})
     once = prune_heads(model, {first: [0, 2, 3]})
     assert not {0, 2, 3} & set(head_names(linear_layers(twice)[0][1], layout))
-    assert apart(whole(twice, three), whole(once, three)) < tolerance
+    assert apart(whole(twice, three), whole(once, three)) < TOLERANCE
 
 
 def is_the_same_loaded(

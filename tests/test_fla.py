@@ -52,7 +52,9 @@ def test_a_fresh_process_loads_a_pruned_model(ids, tmp_path: Path) -> None:
     script = (
         "import sys, torch, logging\n"
         "from staterank_utils import load_model\n"
+        "from training.fast_forward import limit_autotuning\n"
         "torch.set_num_threads(1)\n"
+        "torch.cuda.is_available() and limit_autotuning()  # to the configurations that were taken here\n"
         "logging.basicConfig(level=logging.INFO)\n"
         "model = load_model(sys.argv[1], dtype=torch.float32)\n"
         "ids, logits = torch.load(sys.argv[1] + '/expected')\n"

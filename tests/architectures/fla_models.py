@@ -68,7 +68,6 @@ KERNELS = {
 }
 
 
-@torch.enable_grad()  # without which fla's linear attention takes another kernel
 def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
     """From what one full pass gives to the kernels; of Mamba-2, from what its first projection puts out."""
     model_type, found = model.config.model_type, []
@@ -82,7 +81,8 @@ def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
         found.append(of_kernel(model_type, layers[len(found)], seen))
         return kernel(**seen)
 
-    with patch.object(module, KERNELS[model_type], look):
+    with_gradients = model_type == "linear_attn"  # without, it takes another kernel
+    with patch.object(module, KERNELS[model_type], look), torch.set_grad_enabled(with_gradients):
         model(ids, use_cache=False)
     return found
 
