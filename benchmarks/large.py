@@ -83,13 +83,14 @@ def whole_path(config: PreTrainedConfig, device: str, *, n_tokens: int, position
     def forward() -> None:
         read(model, prompt.to(device))
 
-    def trace() -> Any:
-        return trace_states(model, prompt, positions=positions, reduce=rank_and_norm)
+    def trace(n: int = n_tokens) -> Any:
+        return trace_states(model, prompt[:, :n], positions=[p for p in positions if p <= n], reduce=rank_and_norm)
 
     timed(device, trace)  # compiles kernels
     timed(device, forward)
     _, plain, _ = timed(device, forward)
     traced, seconds, memory = timed(device, trace)
+    _, _, memory_of_half = timed(device, lambda: trace(n_tokens // 2))
     ranks = traced.values[:, 0, -1, :, 0]  # (layer, head)
     found = two_groups(ranks.flatten()[None].numpy() / traced.d)
     scores = measure_saturation(model, prompt[:, : positions[0]])
@@ -102,7 +103,8 @@ def whole_path(config: PreTrainedConfig, device: str, *, n_tokens: int, position
         "weights, GB": f"{weight_bytes(model) / 1e9:.1f}",
         "forward, s per 1,000 tokens": f"{plain * per_thousand:.3f}",
         "trace, s per 1,000 tokens": f"{seconds * per_thousand:.3f}",
-        "memory of the trace, GB": f"{memory:.2f}",
+        f"memory of a trace of {n_tokens:,} tokens, GB": f"{memory:.2f}",
+        "memory of 1,000 tokens more, GB": f"{2 * (memory - memory_of_half) * per_thousand:.3f}",
         "mean r/d": f"{ranks.mean().item() / traced.d:.2f}",
         "share outside (0.2, 0.8)": f"{found['share outside'].point:.2f}",
         "pruning, s": f"{pruning:.1f}",
