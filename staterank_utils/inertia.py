@@ -3,27 +3,23 @@
 The rank is an inertia: by Sylvester's law, the number of eigenvalues of S^T S over a threshold is the number of positive pivots when
 the threshold is taken from the diagonal and the matrix eliminated symmetrically, with no eigenvalue computed. The nuclear norm is
 the trace of Q^T S with Q the polar factor of S, which products alone converge to. All in float64, by batched products and one batched
-elimination, or for smaller states all but the norm by one kernel (`count`). `staterank_utils.spectra` chooses between these and
-decompositions; on a CPU the products and eliminations run as well, through LAPACK, so that tests can compare.
+elimination. `staterank_utils.spectra` chooses between these and decompositions; on a CPU everything here runs as well, through
+LAPACK, so that tests can compare.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SQUARINGS, AT_ONCE = 11, 4  # of the Gram matrix, and how many of them before it is scaled again
-STARTS = 16  # vectors that the power is given
-KERNEL_UP_TO = 64  # singular values of a state, whose Gram matrix then has room in the registers of one program
-WARPS = 2  # of a program: from four on, Triton 3.6 compiles its products for a Hopper GPU to reads of memory that is not theirs
+SQUARINGS, AT_ONCE = 11, 4  # of the Gram matrix, and how many of them at most before it is scaled again
+WIDE_SQUARINGS = 3  # of them the first, in float32
+STARTS = 8  # vectors that the power is given
 EDGE = 1e-3  # relative distance from the threshold within which a singular value is called on the edge; over the rounding of a bound
 CHUNK = 2**25  # numbers in the states that are measured together: nearly two moments of Qwen3-Next
 NORM_ERROR = 1e-5  # of a nuclear norm, relative
@@ -56,86 +52,40 @@ def positive_eigenvalues(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Of some states, what all measures of them begin with.
+class Prepared:
+    """What all measures of states begin with.
 
     Attributes:
-        largest, bound: the largest eigenvalue of S^T S and one that it cannot be over, as `largest_eigenvalue` finds them.
-        ranks: how many singular values are over each of some multiples of a threshold.
+        wide, scale: as `scaled` makes them.
+        gram: wide^T wide.
+        largest, bound: its largest eigenvalue and one that it cannot be over, as `largest_eigenvalue` finds them.
 
     Example:
-        >>> counted = count(torch.eye(3)[None], rel_tol=1e-4, factors=(1.0,))
-        >>> counted.largest.round(decimals=9).tolist(), counted.ranks.tolist()
-        ([1.0], [[3]])
+        >>> prepare(torch.eye(2)[None]).largest.round(decimals=9).tolist()
+        [1.0]
     """
 
+    wide: Float[Tensor, "n rows d"]
+    scale: Float[Tensor, " n"]
+    gram: Float[Tensor, "n d d"]
     largest: Float[Tensor, " n"]
     bound: Float[Tensor, " n"]
-    ranks: Int[Tensor, "n factor"]
 
 
-def count(states: Float[Tensor, "n d_k d_v"], *, rel_tol: float = 0.0, factors: tuple[float, ...] = ()) -> Counted:
-    """The largest eigenvalues of states' Gram matrices, and the ranks at multiples of `rel_tol`.
-
-    On a GPU with triton, states of up to KERNEL_UP_TO singular values are gone through by one kernel, each in the registers of
-    one program (`staterank_utils.inertia_kernel`); all others by products and eliminations of many together.
+def prepare(states: Float[Tensor, "n d_k d_v"]) -> Prepared:
+    """Scaled states, their Gram matrices and the largest eigenvalues of these.
 
     Args:
-        states: real floating dtype, finite, on any device. Of float64 ones, the eigenvalues are those of what `scaled` makes of them.
-        rel_tol, factors: as in `ranks`.
+        states: real floating dtype, finite, on any device.
 
     Example:
-        >>> count(torch.tensor([[[0.0, 4.0, 0.0]]])).largest.tolist()
-        [16.0]
+        >>> prepared = prepare(torch.tensor([[[0.0, 4.0, 0.0]]]))
+        >>> prepared.gram.tolist(), prepared.scale.tolist(), prepared.largest.tolist()
+        ([[[16.0]]], [1.0], [16.0])
     """
-    if states.is_cuda and min(states.shape[1:]) <= KERNEL_UP_TO and find_spec("triton") is not None:
-        return _by_kernel(states, rel_tol, factors)
-    wide, _ = scaled(states)
-    gram = wide.mT @ wide
-    largest, bound = largest_eigenvalue(gram)
-    return Counted(largest, bound, _eigenvalues_over(gram, largest, _squares(rel_tol, factors)))
-
-
-def _by_kernel(states: Float[Tensor, "n d_k d_v"], rel_tol: float, factors: tuple[float, ...]) -> Counted:
-    if states.dtype == torch.float64:
-        states, _ = scaled(states)
-    if states.shape[1] < states.shape[2]:
-        states = states.mT
-    (n, n_rows, d), device = states.shape, states.device
-    tile = max(16, 1 << (d - 1).bit_length())
-    largest, bound = states.new_empty(2, n, dtype=torch.float64)
-    counted = Counted(largest, bound, states.new_empty(n, len(factors), dtype=torch.int64))
-    # Triton launches on the current GPU, which need not be that of the states.
-    with torch.cuda.device(device) if states.is_cuda else nullcontext():
-        _kernel()[(n,)](
-            states, _starts(d, device, tile), _on(_squares(rel_tol, factors), device), largest, bound, counted.ranks, *states.stride(),
-            n_rows, d, EDGE, HAIR, TILE=tile, STARTS=STARTS, FACTORS=len(factors), SQUARINGS=SQUARINGS, AT_ONCE=AT_ONCE,
-            NARROW=_narrow(), num_warps=WARPS, num_stages=1,
-        )  # fmt: skip
-    return counted
-
-
-@cache
-def _kernel() -> Any:
-    from staterank_utils import inertia_kernel  # triton is there only where torch was built for a GPU
-
-    return inertia_kernel.count
-
-
-@cache
-def _narrow() -> Any:
-    import triton.language as tl
-
-    return tl.bfloat16
-
-
-@lru_cache(maxsize=16)
-def _on(numbers: tuple[float, ...], device: torch.device) -> Float[Tensor, " number"]:
-    return torch.tensor(numbers, dtype=torch.float64).to(device)
-
-
-def _squares(rel_tol: float, factors: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple((factor * rel_tol) ** 2 for factor in factors)
+    wide, scale = scaled(states)
+    matrices = wide.mT @ wide
+    return Prepared(wide, scale, matrices, *largest_eigenvalue(matrices))
 
 
 def scaled(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n rows d"], Float[Tensor, " n"]]:
@@ -181,14 +131,13 @@ def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, 
     """
     power, logarithm = matrices, matrices.new_zeros(len(matrices))
     for squaring in range(SQUARINGS):
-        if squaring % AT_ONCE == 0:
+        if squaring == 0 or squaring % AT_ONCE == WIDE_SQUARINGS:
             power, scale = _over_trace(power, torch.bfloat16 if squaring else torch.float32)
             logarithm = logarithm - scale.double().log() / 2**squaring
         power = power @ power
     trace = power.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).clamp_min(TINY)
     bound = (trace.log() / 2**SQUARINGS + logarithm + EDGE).exp()
-    d = power.shape[-1]
-    grown = (power @ _starts(d, power.device, d)).double()
+    grown = (power @ _starts(power.shape[-1], power.device)).double()
     length, most = grown.norm(dim=-2, keepdim=True).max(-1, keepdim=True)
     first = grown.take_along_dim(most, -1) / length.clamp_min(TINY)
     image = matrices @ first
@@ -212,10 +161,8 @@ def _over_trace(matrices: Float[Tensor, "n d d"], dtype: torch.dtype) -> tuple[T
 
 
 @cache
-def _starts(d: int, device: torch.device, n_rows: int) -> Float[Tensor, "row start"]:
-    """For states of d singular values, with rows of 0 behind them."""
-    starts = torch.randn(d, STARTS, generator=torch.Generator().manual_seed(0))
-    return F.pad(starts, (0, 0, 0, n_rows - d)).to(device, torch.bfloat16)
+def _starts(d: int, device: torch.device) -> Float[Tensor, "d start"]:
+    return torch.randn(d, STARTS, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
 
 
 def ranks(
@@ -232,21 +179,16 @@ def ranks(
         >>> ranks(torch.diag(torch.tensor([1.0, 1.0005e-2, 1e-6]))[None], rel_tol=1e-2, factors=(1.001, 1.0, 0.999)).tolist()
         [[1, 2, 2]]
     """
-    return count(states, rel_tol=rel_tol, factors=factors).ranks
+    return _ranks(prepare(states), rel_tol, factors)
 
 
-def _eigenvalues_over(
-    gram: Float[Tensor, "n d d"], largest: Float[Tensor, " n"], shares: tuple[float, ...]
-) -> Int[Tensor, "n share"]:
-    """How many eigenvalues are over each of some shares of the largest; the diagonal is used in place."""
-    if not shares:
-        return torch.empty(len(gram), 0, dtype=torch.int64, device=gram.device)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+def _ranks(prepared: Prepared, rel_tol: float, factors: tuple[float, ...]) -> Int[Tensor, "n factor"]:
+    largest, diagonal = prepared.largest, prepared.gram.diagonal(dim1=-2, dim2=-1)
     own, counts = diagonal.clone(), []
-    for share in shares:
+    for factor in factors:
         # A hair over the threshold: a value that is equal to it does not count, and must not be a pivot of 0.
-        torch.sub(own, (1 + HAIR) * share * largest[:, None], out=diagonal)
-        counts.append(positive_eigenvalues(gram))
+        torch.sub(own, (1 + HAIR) * (factor * rel_tol) ** 2 * largest[:, None], out=diagonal)
+        counts.append(positive_eigenvalues(prepared.gram))
     diagonal.copy_(own)
     return torch.where(largest[:, None] > 0, torch.stack(counts, 1), 0)
 
@@ -261,8 +203,9 @@ def stable_ranks(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
         >>> stable_ranks(torch.eye(3)[None]).tolist()
         [3.0]
     """
-    largest, (wide, _) = count(states).largest, scaled(states)
-    return torch.where(largest > 0, wide.square().sum((-2, -1)) / largest.clamp_min(TINY), 0.0)
+    prepared = prepare(states)
+    matrices, largest = prepared.gram, prepared.largest
+    return torch.where(largest > 0, matrices.diagonal(dim1=-2, dim2=-1).sum(-1) / largest.clamp_min(TINY), 0.0)
 
 
 def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
@@ -282,16 +225,16 @@ def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
         >>> nuclear_norms(torch.diag(torch.tensor([3.0, -4.0]))[None]).round(decimals=4).tolist()
         [7.0]
     """
-    return _nuclear_norms(states, count(states).bound)
+    return _nuclear_norms(prepare(states))
 
 
-def _nuclear_norms(states: Float[Tensor, "n d_k d_v"], bound: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    wide, scale = scaled(states)
-    factor = wide / bound.sqrt()[:, None, None]
+def _nuclear_norms(prepared: Prepared) -> Float[Tensor, " n"]:
+    wide = prepared.wide
+    factor = wide / prepared.bound.sqrt()[:, None, None]
     for a, b, c in polar_steps(wide.shape[-1]):
         square = factor.mT @ factor
         factor = torch.baddbmm(factor, factor, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
-    return (factor * wide).sum((-2, -1)) * scale
+    return (factor * wide).sum((-2, -1)) * prepared.scale
 
 
 def polar_steps(d: int) -> tuple[tuple[float, float, float], ...]:
@@ -305,7 +248,7 @@ def polar_steps(d: int) -> tuple[tuple[float, float, float], ...]:
 
 
 def ranks_and_norms(states: Float[Tensor, "n d_k d_v"], *, rel_tol: float) -> Float[Tensor, "n 2"]:
-    """`ranks` at one threshold and `nuclear_norms`, side by side in float64, from one count.
+    """`ranks` at one threshold and `nuclear_norms`, side by side in float64, from one preparation.
 
     Args:
         states, rel_tol: as there.
@@ -314,8 +257,8 @@ def ranks_and_norms(states: Float[Tensor, "n d_k d_v"], *, rel_tol: float) -> Fl
         >>> ranks_and_norms(torch.diag(torch.tensor([3.0, -4.0]))[None], rel_tol=1e-4).round(decimals=4).tolist()
         [[2.0, 7.0]]
     """
-    counted = count(states, rel_tol=rel_tol, factors=(1.0,))
-    return torch.stack([counted.ranks[:, 0].double(), _nuclear_norms(states, counted.bound)], 1)
+    prepared = prepare(states)
+    return torch.stack([_ranks(prepared, rel_tol, (1.0,))[:, 0].double(), _nuclear_norms(prepared)], 1)
 
 
 @cache
