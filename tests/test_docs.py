@@ -86,8 +86,10 @@ def test_every_public_method_says_what_it_does(module: ModuleType) -> None:
     assert not silent
 
 
-def test_the_stored_table_of_architectures_is_complete() -> None:
-    rows = json.loads((STORED / "conformance_cpu.json").read_text())["rows"]
-    assert {row["model"] for row in rows} == set(ARCHITECTURES)
+# transformers 5.17, which was on the GPU's machine, does not know the one that is absent there.
+@pytest.mark.parametrize(("device", "absent"), [("cpu", set()), ("gpu", {"bailing_hybrid"})])
+def test_the_stored_tables_of_architectures_are_complete(device: str, absent: set[str]) -> None:
+    rows = json.loads((STORED / f"conformance_{device}.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == set(ARCHITECTURES) - absent
     for dtype, properties in conformance.PROPERTIES.items():
         assert set(rows[0][dtype]) == set(properties)
