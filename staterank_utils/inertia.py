@@ -58,7 +58,8 @@ class Prepared:
     Attributes:
         wide, scale: as `scaled` makes them.
         gram: wide^T wide.
-        largest, bound: its largest eigenvalue and one that it cannot be over, as `largest_eigenvalue` finds them.
+        largest: its largest eigenvalue.
+        scales: what `upper_bound` makes a bound on it of.
 
     Example:
         >>> prepare(torch.eye(2)[None]).largest.round(decimals=9).tolist()
@@ -69,7 +70,7 @@ class Prepared:
     scale: Float[Tensor, " n"]
     gram: Float[Tensor, "n d d"]
     largest: Float[Tensor, " n"]
-    bound: Float[Tensor, " n"]
+    scales: Float[Tensor, "n scale"]
 
 
 def prepare(states: Float[Tensor, "n d_k d_v"]) -> Prepared:
@@ -108,7 +109,7 @@ def scaled(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n rows d"
     return wide / scale[:, None, None], scale
 
 
-def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n scale"]]:
     """The largest eigenvalue of positive semidefinite matrices, by repeated squaring and two steps of Lanczos.
 
     The squarings only find a direction, to whose error the eigenvalue answers with its square. The first of them, which tell
@@ -121,22 +122,21 @@ def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, 
 
     Returns:
         The eigenvalue from below: exact to rounding where one or two stand out, and where many crowd at the top, in the worst
-        spectrum of the tests, 1e-3 of itself too small. And a bound that it does not exceed, from the trace of the
-        power: at most d^(1 / 2^SQUARINGS) times the eigenvalue, and as much again for rounding.
+        spectrum of the tests, 1e-3 of itself too small. And what the power was multiplied by on the way, and the trace that it ended with, of
+        which `upper_bound` makes a bound.
 
     Example:
-        >>> largest, bound = largest_eigenvalue(torch.diag(torch.tensor([9.0, 4.0], dtype=torch.float64))[None])
-        >>> largest.item(), 9.0 < bound.item() < 9.05
+        >>> largest, scales = largest_eigenvalue(torch.diag(torch.tensor([9.0, 4.0], dtype=torch.float64))[None])
+        >>> largest.item(), 9.0 < upper_bound(scales).item() < 9.05
         (9.0, True)
     """
-    power, logarithm = matrices, matrices.new_zeros(len(matrices))
+    power, scales = matrices, []
     for squaring in range(SQUARINGS):
-        if squaring == 0 or squaring % AT_ONCE == WIDE_SQUARINGS:
+        if _is_scaled(squaring):
             power, scale = _over_trace(power, torch.bfloat16 if squaring else torch.float32)
-            logarithm = logarithm - scale.double().log() / 2**squaring
+            scales.append(scale.double())
         power = power @ power
-    trace = power.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).clamp_min(TINY)
-    bound = (trace.log() / 2**SQUARINGS + logarithm + EDGE).exp()
+    scales.append(power.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).clamp_min(TINY))
     grown = (power @ _starts(power.shape[-1], power.device)).double()
     length, most = grown.norm(dim=-2, keepdim=True).max(-1, keepdim=True)
     first = grown.take_along_dim(most, -1) / length.clamp_min(TINY)
@@ -147,7 +147,27 @@ def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, 
     second = rest / beside.clamp_min(TINY)
     other = second.mT @ (matrices @ second)
     half = (own - other) / 2
-    return (other + half + torch.hypot(half, beside))[:, 0, 0], bound
+    return (other + half + torch.hypot(half, beside))[:, 0, 0], torch.stack(scales, 1)
+
+
+def upper_bound(scales: Float[Tensor, "n scale"]) -> Float[Tensor, " n"]:
+    """What the largest eigenvalue does not exceed, from the trace of the power: at most d^(1 / 2^SQUARINGS) times the eigenvalue, and as
+    much again for rounding.
+
+    Args:
+        scales: from `largest_eigenvalue`.
+
+    Example:
+        >>> _, scales = largest_eigenvalue(torch.eye(16, dtype=torch.float64)[None])
+        >>> 1.0 < upper_bound(scales).item() < 1.003
+        True
+    """
+    return (scales.log() @ _roots(scales.device) + EDGE).exp()
+
+
+def _is_scaled(squaring: int) -> bool:
+    """Whether the power is put over its trace before this squaring."""
+    return squaring == 0 or squaring % AT_ONCE == WIDE_SQUARINGS
 
 
 def _over_trace(matrices: Float[Tensor, "n d d"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -158,6 +178,13 @@ def _over_trace(matrices: Float[Tensor, "n d d"], dtype: torch.dtype) -> tuple[T
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(d * torch.finfo(matrices.dtype).tiny)
     scale = d**0.5 / trace
     return torch.mul(matrices, scale[:, None, None], out=torch.empty_like(matrices, dtype=dtype)), scale
+
+
+@cache
+def _roots(device: torch.device) -> Float[Tensor, " scale"]:
+    """Of the power, that undo what it was multiplied by before each squaring, and the power itself."""
+    undone = [-(2.0**-squaring) for squaring in range(SQUARINGS) if _is_scaled(squaring)]
+    return torch.tensor([*undone, 2.0**-SQUARINGS], dtype=torch.float64, device=device)
 
 
 @cache
@@ -200,7 +227,7 @@ def stable_ranks(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
         states: real floating dtype, finite, on any device.
 
     Example:
-        >>> stable_ranks(torch.eye(3)[None]).tolist()
+        >>> stable_ranks(torch.eye(3)[None]).round(decimals=9).tolist()
         [3.0]
     """
     prepared = prepare(states)
@@ -230,7 +257,7 @@ def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
 
 def _nuclear_norms(prepared: Prepared) -> Float[Tensor, " n"]:
     wide = prepared.wide
-    factor = wide / prepared.bound.sqrt()[:, None, None]
+    factor = wide / upper_bound(prepared.scales).sqrt()[:, None, None]
     for a, b, c in polar_steps(wide.shape[-1]):
         square = factor.mT @ factor
         factor = torch.baddbmm(factor, factor, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
