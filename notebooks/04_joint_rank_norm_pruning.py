@@ -133,7 +133,7 @@ studies, saturation, tables = {}, {}, results.Tables()
 for name in MODELS:
     pair = load_model(name, **WHERE), load_tokenizer(name, revision=WHERE["revision"])
     study = studies[name] = ablation.Ablation(*pair, TASKS, seed=seed, **SIZES)
-    print(f"{name}:\n{study.budget}")
+    print(f"{name}:\n{study.budget}\nlater up to three pruned copies of these weights at once")
     ranks, norms = study.measures["effective rank"], study.measures["nuclear norm"]
     saturation[name] = saturation_scores(ranks, norms, d=study.d)
 

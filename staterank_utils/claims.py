@@ -393,19 +393,20 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> str:
     return markdown_table(("claim", "measure", "holds if", "paper", "model", "measured", "verdict"), cells)
 
 
-def overview_table(folders: Mapping[str, Path], models: Sequence[str]) -> str:
+def overview_table(folders: Mapping[str, Path], models: Sequence[str] | Mapping[str, str]) -> str:
     """The book's claims table: one row a claim, one column a model, from the stored results of every notebook.
 
     Args:
         folders: where results lie, `NOTEBOOK.json`, by what they are called, the most telling first. The first that has a
             verdict shows it with its numbers, the others below it with the verdict alone.
-        models: column heads, in order. A claim without a result shows as not yet tested.
+        models: column heads, in order; or column head -> model, as results name it. A claim without a result shows as not yet tested.
 
     Example:
         >>> table = overview_table({}, ["hybrid"])
         >>> table.splitlines()[0], table.count("not yet tested") == len(CLAIMS)
         ('| claim | holds if | paper | hybrid |', True)
     """
+    columns = models if isinstance(models, Mapping) else {model: model for model in models}
     cells: dict[tuple[str, str], list[str]] = {}
     for label, folder in folders.items():
         for notebook in sorted({claim.notebook for claim in CLAIMS.values()}):
@@ -422,11 +423,11 @@ def overview_table(folders: Mapping[str, Path], models: Sequence[str]) -> str:
             f"**{key}** {claim.statement}",
             claim.holds,
             claim.paper,
-            *("<br>".join(cells.get((key, model), ["not yet tested"])) for model in models),
+            *("<br>".join(cells.get((key, model), ["not yet tested"])) for model in columns.values()),
         )
         for key, claim in CLAIMS.items()
     ]
-    return markdown_table(("claim", "holds if", "paper", *models), rows)
+    return markdown_table(("claim", "holds if", "paper", *columns), rows)
 
 
 def _interval(number: Mapping[str, Any]) -> str:
