@@ -54,11 +54,12 @@ def test_a_fresh_process_loads_a_pruned_model(ids, tmp_path: Path) -> None:
         "from staterank_utils import load_model\n"
         "from training.fast_forward import limit_autotuning\n"
         "torch.set_num_threads(1)\n"
-        "torch.cuda.is_available() and limit_autotuning()  # to the configurations that were taken here\n"
+        "torch.cuda.is_available() and limit_autotuning()\n"
         "logging.basicConfig(level=logging.INFO)\n"
         "model = load_model(sys.argv[1], dtype=torch.float32)\n"
         "ids, logits = torch.load(sys.argv[1] + '/expected')\n"
-        "assert torch.equal(model(ids).logits, logits)\n"
+        "apart = (model(ids).logits - logits).abs().max()\n"
+        "assert apart <= (0 if ids.device.type == 'cpu' else 5e-2), apart  # TF32, which is switched off in tests\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
