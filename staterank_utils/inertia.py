@@ -167,7 +167,7 @@ def upper_bound(scales: Float[Tensor, "n scale"]) -> Float[Tensor, " n"]:
 
 def _is_scaled(squaring: int) -> bool:
     """Whether the power is put over its trace before this squaring."""
-    return squaring == 0 or squaring % AT_ONCE == WIDE_SQUARINGS
+    return squaring == 0 or (squaring >= WIDE_SQUARINGS and (squaring - WIDE_SQUARINGS) % AT_ONCE == 0)
 
 
 def _over_trace(matrices: Float[Tensor, "n d d"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ EMBEDDED = ("hybrid", "pure")
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+PARTS_OF_FURTHER = ("eh_proj", "enorm", "hnorm")  # which no other layer has
 MORE_ROOM = (
     "load them with dtype=torch.bfloat16, spread them over more GPUs with device='auto', or take a smaller model"
 )
@@ -116,10 +117,12 @@ def load_model(
         shuffle_weights(model, seed=seed)
     if device == "auto" and weights != "trained":
         model = _spread(model)
-    if left := sum(parameter.nbytes for parameter in model.parameters() if parameter.is_meta):
+    left = sum(parameter.nbytes for parameter in model.parameters() if parameter.is_meta)
+    if device == "auto" and left:
         # accelerate would bring them in and out module by module, past what reads a layer's weights directly.
         raise torch.OutOfMemoryError(
-            f"device='auto' found no room for {in_words(left)} of the {in_words(weight_bytes(model))} of weights of {name_or_path}: {MORE_ROOM}"
+            f"device='auto' found no room for {in_words(left)} of the {in_words(weight_bytes(model))} of weights of {name_or_path}: "
+            "load them with dtype=torch.bfloat16, on more GPUs, or take a smaller model"
         )
     model.requires_grad_(False).eval()
     chosen_kernels = choose_kernels(model)
@@ -167,6 +170,8 @@ def _check_device(device: str) -> None:
         known = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: {expected}") from error
+    if known.type == "meta":
+        raise ValueError(f"device {device!r} holds no weights: {expected}")
     if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {device!r} is not there, torch sees {torch.cuda.device_count()} CUDA devices: {expected}"
@@ -210,7 +215,7 @@ def _source(
 
 
 def _spread(model: PreTrainedModel) -> PreTrainedModel:
-    """A model in memory, its layers moved to all GPUs, and what does not fit there left where it is."""
+    """A model in memory, its layers moved to all GPUs as far as there is room."""
     import accelerate
 
     whole = model._no_split_modules
@@ -242,7 +247,11 @@ def _with_weights(source: str, options: dict[str, Any], *, config: PreTrainedCon
     text = config.get_text_config()
     # Layers behind the last one, for guesses of tokens further on, which transformers leaves out.
     n_further = max(getattr(text, name, None) or 0 for name in FURTHER_LAYERS)
-    further = tuple(f".layers.{text.num_hidden_layers + i}." for i in range(n_further))
+    further = tuple(
+        layer
+        for layer in (f".layers.{text.num_hidden_layers + i}." for i in range(n_further))
+        if any(layer in key and key.split(layer)[1].startswith(PARTS_OF_FURTHER) for key in found["unexpected_keys"])
+    )
     wrong = {
         "missing": sorted(found["missing_keys"]),
         "of another shape": sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"]),
@@ -461,6 +470,8 @@ def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
     if next(model.parameters()).device.type == "cpu":
         kernels.keep_freed_memory()
         return "torch"
+    if not backends:
+        return "torch"
     return "fla" if "fla" in backends else "torch, for want of fla"
 
 
@@ -588,7 +599,7 @@ def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Any:
 
     Returns:
         The stock cache of transformers for a model that has softmax attention too, else a `LinearOnlyCache`, whose states need
-        the same room at any length; or what the layout of the model's layers says.
+        the same room at any length; or what the layout of the model's layers says (xLSTM's is for `read_tokens` alone).
 
     Example:
         >>> model = load_model("hybrid")

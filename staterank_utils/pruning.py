@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from staterank_utils.budget import in_words, out_of_memory, weight_bytes
 from staterank_utils.layouts import Layout, check_heads, find_layers, head_names, key_names, linear_layers
@@ -147,7 +147,7 @@ def duplicated_bytes(model: PreTrainedModel) -> int:
     return total
 
 
-def cache_bytes(cache: Cache) -> dict[str, int]:
+def cache_bytes(cache: Any) -> dict[str, int]:
     """Bytes of the tensors that a cache holds, by what they are for.
 
     Args:
@@ -165,7 +165,7 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
         786432
     """
     total = {"recurrent": 0, "convolution": 0, "softmax": 0}
-    for layer in cache.layers:
+    for layer in getattr(cache, "layers", ()):
         tensors = {
             "recurrent": getattr(layer, "recurrent_states", {}).values(),
             "convolution": getattr(layer, "conv_states", {}).values(),
@@ -182,8 +182,12 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
             tensors = {kind: [x for name in of_kind for x in held[name]] for kind, of_kind in names}
         for kind, of_layer in tensors.items():
             total[kind] += sum(x.numel() * x.element_size() for x in of_layer if isinstance(x, Tensor))
-    # (MiniMax's cache keeps its states beside its layers)
-    total["recurrent"] += sum(x.nbytes for x in getattr(cache, "linear_cache", ()) if isinstance(x, Tensor))
+    # (MiniMax's cache keeps its states beside its layers, xLSTM's has nothing else)
+    others = [
+        *getattr(cache, "linear_cache", ()),
+        *(x for kept in getattr(cache, "rnn_state", {}).values() for x in kept),
+    ]
+    total["recurrent"] += sum(x.nbytes for x in others if isinstance(x, Tensor))
     return total
 
 

@@ -266,9 +266,10 @@ def forward_with_edits(
             edited = edit(state[:, chosen])
             if edited.shape != state[:, chosen].shape:
                 raise ValueError(f"the edit made {tuple(edited.shape)} of states {tuple(state[:, chosen].shape)}")
-            state[:, chosen] = edited.to(state)
             if layout.set_state:
-                layout.set_state(cache, index, state)
+                layout.set_state(cache, index, chosen, edited.to(state))
+            else:
+                state[:, chosen] = edited.to(state)
     return torch.cat(hidden, 1)
 
 

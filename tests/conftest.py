@@ -32,10 +32,11 @@ def full_precision() -> None:
     os.environ["TRITON_F32_DEFAULT"] = "tf32x3"
     torch.backends.cudnn.allow_tf32 = False
     if find_spec("fla") is not None:
-        # These name their precision themselves, for triangular systems.
-        for module in ("fla.ops.gated_delta_rule.chunk_fwd", "fla.ops.kda.chunk_intra"):
-            precision: Any = importlib.import_module(module)
-            precision.SOLVE_TRIL_DOT_PRECISION = type(precision.SOLVE_TRIL_DOT_PRECISION)("tf32x3")
+        # These name their precision themselves, for triangular systems, in fla 0.6.
+        for name in ("fla.ops.gated_delta_rule.chunk_fwd", "fla.ops.kda.chunk_intra"):
+            module: Any = importlib.import_module(name)
+            if known := getattr(module, "SOLVE_TRIL_DOT_PRECISION", None):
+                module.SOLVE_TRIL_DOT_PRECISION = type(known)("tf32x3")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

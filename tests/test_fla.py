@@ -59,7 +59,7 @@ def test_a_fresh_process_loads_a_pruned_model(ids, tmp_path: Path) -> None:
         "model = load_model(sys.argv[1], dtype=torch.float32)\n"
         "ids, logits = torch.load(sys.argv[1] + '/expected')\n"
         "apart = (model(ids).logits - logits).abs().max()\n"
-        "assert apart <= (0 if ids.device.type == 'cpu' else 5e-2), apart  # TF32, which is switched off in tests\n"
+        "assert apart <= (0 if ids.device.type == 'cpu' else 5e-2), apart  # of another precision than tests are in\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

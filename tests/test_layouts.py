@@ -8,8 +8,8 @@ from architectures import ARCHITECTURES, delta
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import LAYOUTS, linear_layers
-from staterank_utils.models import choose_kernels
-from staterank_utils.pruning import prune_heads
+from staterank_utils.models import choose_kernels, make_cache, read_tokens
+from staterank_utils.pruning import cache_bytes, prune_heads
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tracing import trace_states
 
@@ -81,7 +81,9 @@ def test_a_class_of_the_same_name_from_elsewhere_is_refused() -> None:
             layer.linear_attn = theirs
         elif type(layer.self_attn).__name__ == "KimiLinearDeltaAttention":
             layer.self_attn = theirs
-    with pytest.raises(ValueError, match=r"its layers are .*theirs\.KimiLinearDeltaAttention"):
+    with pytest.raises(
+        ValueError, match=r"theirs\.KimiLinearDeltaAttention is another class .*without trust_remote_code"
+    ):
         linear_layers(made)
 
 
@@ -91,6 +93,35 @@ def test_why_heads_cannot_be_removed_is_said(name: str) -> None:
         pytest.skip("fla is not installed")
     with pytest.raises(
         ValueError,
-        match="cannot be removed exactly, since .* index|cannot be removed exactly, since .* number of heads",
+        match="cannot be removed exactly, since .* (index|in every layer)",
     ):
         prune_heads(ARCHITECTURES[name].build(), {0: [1]})
+
+
+def test_every_layout_says_how_heads_are_removed_or_why_not() -> None:
+    assert all(bool(layout.weights) != bool(layout.kept_whole) for layout in LAYOUTS.values())
+
+
+@pytest.mark.parametrize("setting", [{"mode": "train"}, {"inference_state_dtype": "bfloat16"}])
+def test_settings_of_xlstm_that_its_states_are_not_described_for_are_refused(setting: dict[str, str]) -> None:
+    made = ARCHITECTURES["xlstm"].build()
+    vars(made.config).update(setting)
+    with pytest.raises(ValueError, match=f"its configuration has {next(iter(setting))}="):
+        linear_layers(made)
+
+
+def test_a_long_prompt_of_xlstm_is_not_rounded_on_the_way(ids) -> None:
+    made = ARCHITECTURES["xlstm"].build()
+    choose_kernels(made)
+    with torch.no_grad():
+        expected = read_tokens(made, ids)
+        made.config.max_inference_chunksize = 32
+        assert (read_tokens(made, ids) - expected).abs().max() < ROUNDING
+
+
+def test_what_an_xlstm_cache_holds_is_counted(ids) -> None:
+    made = ARCHITECTURES["xlstm"].build()
+    cache = make_cache(made)
+    assert cache_bytes(cache)["recurrent"] == 0
+    read_tokens(made, ids[:1], cache=cache)
+    assert cache_bytes(cache)["recurrent"] == 2 * 4 * 4 * (16 * 32 + 16 + 1)

@@ -94,6 +94,7 @@ def test_nothing_is_run_that_the_configuration_does_not_list(tmp_path: Path) -> 
     ("change", "message"),
     [
         ({"models": {}}, "names no models"),
+        ({"models": ["hybrid", "pure"]}, "names no models"),
         ({"models": {"a/b": {"model": "pure"}}}, "expected a short name"),
         ({"models": {"a": "pure"}}, "expected a short name"),
         ({"models": {"a": {"model": "pure"}, "b": {"model": "pure"}}}, "have the same model"),

@@ -133,7 +133,7 @@ class Layout:
         write_module: name of the submodule whose output `without_writes` changes; None where writes cannot be stopped exactly.
         without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.
         state: (cache, layer index) -> (batch, head, d_k, d_v), a view of what the cache holds, to read and to write.
-        set_state: (cache, layer index, states), writes them where `state` is no view.
+        set_state: (cache, layer index, heads, their states), writes these where `state` is no view.
         scans: names of the functions, in the layer's Python module, that run the recurrence over tokens: called with query, key,
             value, g and beta, each (batch, token, head, ...), and initial_state, they return outputs and the last state. Without
             any, prompts are read in segments that end where a state is wanted.
@@ -172,7 +172,7 @@ class Layout:
     write_module: str | None = None
     without_writes: Callable[[nn.Module, Tensor, list[int]], Tensor] | None = None
     state: Callable[[Any, int], Tensor] = recurrent_state
-    set_state: Callable[[Any, int, Tensor], None] | None = None
+    set_state: Callable[[Any, int, list[int], Tensor], None] | None = None
     scans: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     weights: tuple[Blocks, ...] = ()

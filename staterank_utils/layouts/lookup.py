@@ -33,9 +33,14 @@ def find_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
     found = [
         (layer_index(name, module), module, LAYOUTS[type(module).__name__])
         for name, module in model.named_modules()
-        if type(module).__name__ in LAYOUTS and type(module).__module__ == LAYOUTS[type(module).__name__].module
+        if _is_described(module)
     ]
     return sorted(found, key=lambda entry: entry[0])
+
+
+def _is_described(module: nn.Module) -> bool:
+    layout = LAYOUTS.get(type(module).__name__)
+    return layout is not None and layout.module == type(module).__module__
 
 
 def layer_index(name: str, module: nn.Module) -> int:
@@ -45,6 +50,9 @@ def layer_index(name: str, module: nn.Module) -> int:
         name: as `named_modules` gives it.
         module: a layer, or a part of it.
 
+    Raises:
+        ValueError: neither says a number.
+
     Example:
         >>> layer_index("model.layers.3.shared_transformer.self_attn", nn.Identity())
         3
@@ -52,7 +60,10 @@ def layer_index(name: str, module: nn.Module) -> int:
     index = getattr(module, "layer_idx", None)
     if index is not None and index >= 0:
         return int(index)
-    return int(next(part for part in reversed(name.split(".")) if part.isdigit()))
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    if not numbers:
+        raise ValueError(f"{type(module).__name__} does not say its layer, and its name {name!r} has no number")
+    return int(numbers[-1])
 
 
 def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
@@ -78,11 +89,17 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
         raise ValueError(
             f"{model_type} cannot be traced: {WRONG_IN_SEGMENTS[model_type]} (transformers 5.17 to 5.23), so its states would be wrong"
         )
+    strangers = {
+        type(module) for module in model.modules() if type(module).__name__ in LAYOUTS and not _is_described(module)
+    }
+    if strangers:
+        named = ", ".join(sorted(f"{each.__module__}.{each.__name__}" for each in strangers))
+        raise ValueError(
+            f"{model_type} cannot be traced: {named} is another class than the one of that name that a layout describes. Load the model without trust_remote_code"
+        )
     found = find_layers(model)
     if not found:
-        classes = sorted(
-            {f"{type(m).__module__}.{type(m).__name__}" for m in model.modules() if hasattr(m, "layer_idx")}
-        )
+        classes = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
         raise ValueError(
             f"{model_type} has no linear-attention layer that is supported: its layers are {', '.join(classes) or 'unknown'}, "
             f"and layouts exist for {', '.join(LAYOUTS)}. Add one to staterank_utils/layouts if it keeps a matrix-valued state."

@@ -2,7 +2,7 @@
 
 A state is S(t) = f_t S(t-1) + i_t k_t v_t^T, with f_t a sigmoid and i_t an exponential. transformers keeps C = S / exp(m) beside the
 running maximum m that it was divided by, and a sum of keys n, divided alike, which norms what a head puts out. A state is read here as
-S and written as C; n is left as it is.
+S and written as C; an edit leaves n as it is.
 
 Source: Beck et al., "xLSTM: Extended Long Short-Term Memory", arXiv:2405.04517, Eqs. 19 to 27.
 """
@@ -90,20 +90,31 @@ def _cache_class() -> type[Any]:
 
 
 def _make_room(model: Any, input_ids: Tensor, positions: Tensor, cache: Any) -> dict[str, Any]:
-    if cache is not None:
-        cache.fit(len(input_ids))
-    return {}
+    if cache is None and input_ids.shape[1] <= model.config.max_inference_chunksize:
+        return {}
+    # A longer prompt is read in pieces, through a cache in bfloat16 if none is given.
+    cache = _cache_class()(model) if cache is None else cache
+    cache.fit(len(input_ids))
+    return {"cache_params": cache}
 
 
 def _state(cache: Any, index: int) -> Float[Tensor, "batch head d_k d_v"]:
     divided, _, maximum = cache.rnn_state[index]
-    state: Tensor = divided.float() * maximum.float().exp()[..., None]
+    state: Tensor = divided * maximum.exp()[..., None]
     return state
 
 
-def _set_state(cache: Any, index: int, state: Float[Tensor, "batch head d_k d_v"]) -> None:
+def _set_state(cache: Any, index: int, heads: list[int], states: Float[Tensor, "batch head d_k d_v"]) -> None:
     divided, _, maximum = cache.rnn_state[index]
-    divided.copy_(state * maximum.float().neg().exp()[..., None])
+    divided[:, heads] = states * maximum[:, heads].neg().exp()[..., None]
+
+
+def _refusal(layer: nn.Module) -> str | None:
+    expected = {"weight_mode": "single", "mode": "inference", "inference_state_dtype": "float32"}
+    for name, value in expected.items():
+        if (found := getattr(layer.config, name)) != value:
+            return f"its configuration has {name}={found!r}, and its states are described for {value!r}"
+    return None
 
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:
@@ -127,15 +138,11 @@ LAYOUT = Layout(
     state=_state,
     set_state=_set_state,
     forward=_forward,
-    kept_whole="transformers gives every layer of its cache the same number of heads",
+    kept_whole="the cache that transformers makes in generate has the same number in every layer",
     cache=lambda model: _cache_class()(model),
     arguments=_make_room,
     logits=_logits,
-    refusal=lambda layer: (
-        "weight_mode 'fused' has one projection for keys, values and gates: save the model with weight_mode='single'"
-        if layer.config.weight_mode != "single"
-        else None
-    ),
+    refusal=_refusal,
     padding_refusal=lambda layer: "transformers gives it no mask",
 )
 LAYOUTS = (LAYOUT,)
