@@ -37,7 +37,7 @@ def generate_greedily(
 
     Args:
         model: from `load_model`.
-        prompts: token ids; padded on the left where lengths differ.
+        prompts: token ids; padded on the left where lengths differ, or read one by one by a model that `check_padding` refuses.
         max_new_tokens: for each prompt, at least 1.
         stop: ids that end a continuation; the one that did is its last token.
         drafts: for each prompt, an expected continuation; may be empty.
@@ -65,6 +65,13 @@ def generate_greedily(
         raise ValueError(
             f"expected a budget of at least 1 and a draft for each of {len(prompts)} prompts, got budgets {list(max_new_tokens)} and {len(drafts)} drafts"
         )
+    if len(prompts) > 1 and _padding_refusals(model):
+        alone = zip(prompts, max_new_tokens, drafts, strict=True)
+        options: dict[str, Any] = {"stop": stop, "first_error_ends": first_error_ends}
+        return [
+            generate_greedily(model, [prompt], max_new_tokens=[limit], drafts=[draft], **options)[0]
+            for prompt, limit, draft in alone
+        ]
     made: list[Tokens] = [[] for _ in prompts]
     over = [False] * len(prompts)
     if any(drafts):
@@ -143,11 +150,19 @@ def check_padding(model: PreTrainedModel) -> None:
         >>> check_padding(load_model("hybrid")) is None
         True
     """
-    for index, layer, layout in linear_layers(model):
-        if reason := layout.padding_refusal and layout.padding_refusal(layer):
-            raise ValueError(
-                f"layer {index} ({layout.layer_class}) cannot read prompts of different lengths side by side: {reason}. Take batch_size=1"
-            )
+    if refusals := _padding_refusals(model):
+        raise ValueError(
+            f"{refusals[0][0]} cannot read prompts of different lengths side by side: {refusals[0][1]}. Take batch_size=1"
+        )
+
+
+def _padding_refusals(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """Layers that do not see that padding is none of the text, and why."""
+    return [
+        (f"layer {index} ({layout.layer_class})", reason)
+        for index, layer, layout in linear_layers(model)
+        if (reason := layout.padding_refusal and layout.padding_refusal(layer))
+    ]
 
 
 def read_padded(

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import tiny_qwen3_next
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -26,7 +27,7 @@ from staterank_utils.evaluation import (
     score_interval,
     text_nats,
 )
-from staterank_utils.models import load_model, make_cache
+from staterank_utils.models import choose_kernels, load_model, make_cache
 from staterank_utils.surgery import ablate_heads, all_heads, forward_with_edits
 
 LAYERS = {
@@ -94,6 +95,19 @@ def test_a_recorded_step_makes_the_same_tokens_on_a_gpu(name: str, kind: str) ->
         ids, mask = pad_left(model, some_rows([70, 3, 12, 1]))
         expected = list(itertools.islice(decoding._steps(model, ids, mask), 60))
         assert list(decoding._steps_in_place(model, ids, mask, 60)) == expected
+
+
+def test_a_model_that_cannot_pad_reads_prompts_one_by_one() -> None:
+    model = ARCHITECTURES["xlstm"].build()
+    choose_kernels(model)
+    prompts, drafts = [[5, 6, 7, 8], [9, 10]], [[], [3, 4]]
+    together = generate_greedily(model, prompts, max_new_tokens=[3, 5], drafts=drafts)
+    for prompt, limit, made in zip(prompts, [3, 5], together, strict=True):
+        text = torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(limit):
+                text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert made == text[0, len(prompt) :].tolist()
 
 
 def test_generation_agrees_with_transformers(hybrid, tokenizer) -> None:
