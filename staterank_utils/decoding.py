@@ -65,7 +65,7 @@ def generate_greedily(
         raise ValueError(
             f"expected a budget of at least 1 and a draft for each of {len(prompts)} prompts, got budgets {list(max_new_tokens)} and {len(drafts)} drafts"
         )
-    if len(prompts) > 1 and _padding_refusals(model):
+    if len(prompts) > 1 and _padding_refusal(model):
         alone = zip(prompts, max_new_tokens, drafts, strict=True)
         options: dict[str, Any] = {"stop": stop, "first_error_ends": first_error_ends}
         return [
@@ -150,19 +150,18 @@ def check_padding(model: PreTrainedModel) -> None:
         >>> check_padding(load_model("hybrid")) is None
         True
     """
-    if refusals := _padding_refusals(model):
-        raise ValueError(
-            f"{refusals[0][0]} cannot read prompts of different lengths side by side: {refusals[0][1]}. Take batch_size=1"
-        )
+    if refusal := _padding_refusal(model):
+        raise ValueError(f"{refusal}. Take batch_size=1")
 
 
-def _padding_refusals(model: PreTrainedModel) -> list[tuple[str, str]]:
-    """Layers that do not see that padding is none of the text, and why."""
-    return [
-        (f"layer {index} ({layout.layer_class})", reason)
-        for index, layer, layout in linear_layers(model)
-        if (reason := layout.padding_refusal and layout.padding_refusal(layer))
-    ]
+def _padding_refusal(model: PreTrainedModel) -> str | None:
+    """Which layer does not see that padding is none of the text, and why."""
+    for index, layer, layout in linear_layers(model):
+        if reason := layout.padding_refusal and layout.padding_refusal(layer):
+            return (
+                f"layer {index} ({layout.layer_class}) cannot read prompts of different lengths side by side: {reason}"
+            )
+    return None
 
 
 def read_padded(

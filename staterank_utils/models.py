@@ -115,15 +115,9 @@ def load_model(
             model = model.to(device)
     if weights == "shuffled":
         shuffle_weights(model, seed=seed)
-    if device == "auto" and weights != "trained":
-        model = _spread(model)
-    left = sum(parameter.nbytes for parameter in model.parameters() if parameter.is_meta)
-    if device == "auto" and left:
-        # accelerate would bring them in and out module by module, past what reads a layer's weights directly.
-        raise torch.OutOfMemoryError(
-            f"device='auto' found no room for {in_words(left)} of the {in_words(weight_bytes(model))} of weights of {name_or_path}: "
-            "load them with dtype=torch.bfloat16, on more GPUs, or take a smaller model"
-        )
+    if device == "auto":
+        model = model if weights == "trained" else _spread(model)
+        _refuse_offloaded(model, name_or_path)
     model.requires_grad_(False).eval()
     chosen_kernels = choose_kernels(model)
     log.info(
@@ -223,6 +217,15 @@ def _spread(model: PreTrainedModel) -> PreTrainedModel:
     places = accelerate.infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
     spread: PreTrainedModel = accelerate.dispatch_model(model, places)
     return spread
+
+
+def _refuse_offloaded(model: PreTrainedModel, name: str) -> None:
+    """accelerate would bring such weights in and out module by module, past what reads a layer's weights directly."""
+    if left := sum(parameter.nbytes for parameter in model.parameters() if parameter.is_meta):
+        raise torch.OutOfMemoryError(
+            f"device='auto' found no room for {in_words(left)} of the {in_words(weight_bytes(model))} of weights of {name}: "
+            "load them with dtype=torch.bfloat16, on more GPUs, or take a smaller model"
+        )
 
 
 def _fetched(load: Callable[..., Any], source: str, options: dict[str, Any], **more: Any) -> Any:

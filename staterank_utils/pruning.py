@@ -165,7 +165,7 @@ def cache_bytes(cache: Any) -> dict[str, int]:
         786432
     """
     total = {"recurrent": 0, "convolution": 0, "softmax": 0}
-    for layer in getattr(cache, "layers", ()):
+    for layer in cache.layers:
         tensors = {
             "recurrent": getattr(layer, "recurrent_states", {}).values(),
             "convolution": getattr(layer, "conv_states", {}).values(),
@@ -182,12 +182,8 @@ def cache_bytes(cache: Any) -> dict[str, int]:
             tensors = {kind: [x for name in of_kind for x in held[name]] for kind, of_kind in names}
         for kind, of_layer in tensors.items():
             total[kind] += sum(x.numel() * x.element_size() for x in of_layer if isinstance(x, Tensor))
-    # (MiniMax's cache keeps its states beside its layers, xLSTM's has nothing else)
-    others = [
-        *getattr(cache, "linear_cache", ()),
-        *(x for kept in getattr(cache, "rnn_state", {}).values() for x in kept),
-    ]
-    total["recurrent"] += sum(x.nbytes for x in others if isinstance(x, Tensor))
+    # (the caches of MiniMax and xLSTM keep their states beside their layers)
+    total["recurrent"] += sum(x.nbytes for x in getattr(cache, "linear_cache", ()) if isinstance(x, Tensor))
     return total
 
 

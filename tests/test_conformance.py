@@ -356,9 +356,7 @@ def test_removed_equals_ablated_in_bfloat16(half, three, removal, keep) -> None:
     for ids in (three[:1], three):
         with ablate_heads(half, pairs(removal)):
             expected = whole(half, ids)
-        assert (
-            keep(conformance.REMOVED, apart_of_std(whole(pruned, ids), expected), dtype="bfloat16") < 2 * HALF
-        )  # two models
+        assert keep(conformance.REMOVED, apart_of_std(whole(pruned, ids), expected), dtype="bfloat16") < 2 * HALF
 
 
 def test_removing_twice_is_removing_at_once(architecture, model, three) -> None:

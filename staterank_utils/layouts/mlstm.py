@@ -72,11 +72,18 @@ def _cache_class() -> type[Any]:
     class FloatXLSTMCache(xLSTMCache):
         """The model's cache in float32, whatever the weights are in, and made when the number of prompts is known."""
 
+        layers = ()  # of which other caches have some
+
         def __init__(self, model: Any):
             self.seqlen_offset = 0
             self.dtype, self.config = torch.float32, model.config
             self._layers = [module for module in model.modules() if type(module).__name__ == LAYOUT.layer_class]
             self.rnn_state: dict[int, tuple[Tensor, ...]] = {}
+
+        @property
+        def linear_cache(self) -> list[Tensor]:
+            """All that it holds, under the name that MiniMax's has."""
+            return [tensor for kept in self.rnn_state.values() for tensor in kept]
 
         def fit(self, n_prompts: int) -> None:
             """Make room, once."""
