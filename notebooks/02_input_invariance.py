@@ -440,7 +440,8 @@ def flat(values):
 
 
 log_decay = {name: flat(traces[name, "prose"].log_decay) for name in MODELS}
-FORGETFUL = [name for name in MODELS if log_decay[name].max() < 0]  # DeltaNet has no decay
+# DeltaNet's layers have no decay.
+FORGETFUL = [name for name in MODELS if log_decay[name].max() < 0]
 log_half_life = {name: np.log10(np.log(2) / -log_decay[name]) for name in FORGETFUL}
 strength = {name: flat(traces[name, "prose"].write_strength) for name in MODELS}
 
