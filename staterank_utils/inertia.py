@@ -258,9 +258,14 @@ def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
 def _nuclear_norms(prepared: Prepared) -> Float[Tensor, " n"]:
     wide = prepared.wide
     factor = wide / upper_bound(prepared.scales).sqrt()[:, None, None]
+    polynomial, factored = torch.empty_like(prepared.gram), torch.empty_like(wide)
     for a, b, c in polar_steps(wide.shape[-1]):
+        # X (a + b G + c G^2), G = X^T X, with the square completed: what is added stands on the diagonal, and nothing large is copied.
         square = factor.mT @ factor
-        factor = torch.baddbmm(factor, factor, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
+        square.diagonal(dim1=-2, dim2=-1).add_(b / (2 * c))
+        torch.baddbmm(polynomial, square, square, beta=0, alpha=c, out=polynomial)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a - b * b / (4 * c))
+        factor, factored = torch.bmm(factor, polynomial, out=factored), factor
     return (factor * wide).sum((-2, -1)) * prepared.scale
 
 
