@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 COLUMNS = 16  # of a state that one program holds
+AHEAD = 2  # tokens that are loaded while as many are read
 DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def states_after(
             _kernel()[(n_batch * n_heads, -(-d_v // COLUMNS))](
                 *tokens, state, slots, kept, last, stop - start, len(wanted), n_keys, n_heads, d_k, d_v,
                 TILE_K=max(16, 1 << (d_k - 1).bit_length()), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
-                num_warps=1,
+                AHEAD=AHEAD, num_warps=1,
             )  # fmt: skip
         yield kept
         state, start = last, stop
