@@ -29,7 +29,7 @@ from training.fast_forward import limit_autotuning
 
 MODELS = {"Qwen3-Next-80B-A3B": "qwen3_next", "Kimi-Linear-48B-A3B": "kimi_linear"}
 MACHINES = {"laptop, 16 GB": 16e9, "one GPU, 80 GB": 80e9, "eight GPUs, 640 GB": 640e9}
-N_TOKENS, POSITIONS = 4096, (512, 1024, 2048, 4096)
+N_TOKENS, POSITIONS = 16384, (512, 2048, 8192, 16384)
 PERIOD = 4  # layers after which kinds of layers repeat
 ROOM = 0.4  # of the memory for the weights; as much again for the pruned copy
 GOAL = "the whole path runs at real widths, with float32 states of bfloat16 weights"

@@ -26,7 +26,8 @@ from staterank_utils.spectra import finite_at_the_end
 MOST_WAITING = 2**28  # bytes of states that wait on a GPU to be reduced together: a few times what fills it
 WAITING_ON_CPU = 2**25  # enough for all threads, and little memory
 HELD_TOGETHER = 2**24  # bytes of a layer's states at positions that a kernel tells one by one
-SEGMENT = 2048  # tokens that run through the model at a time; what they need of memory does not grow with the prompt
+SEGMENT = 2048  # tokens of a prompt that run through the model at a time; what they need of memory does not grow with the prompt
+SEGMENTS_ON_GPU = 8192  # of all prompts together, if that is more: experts are read anew for every segment
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def trace_states(
 ) -> StateTrace:
     """Read prompts once, up to the last position, and keep S(t) of every linear-attention head at each position.
 
-    A prompt is read once, in segments of 2,048 tokens through the model's cache. Inside a segment only the kernels of the
-    linear-attention layers stop at the positions, or tell the states on the way where they can. That is
+    A prompt is read once, in segments of 2,048 tokens through the model's cache; on a GPU of more, up to 8,192 of all prompts
+    together. Inside a segment only the kernels of the linear-attention layers stop at the positions, or tell the states on the way where they can. That is
     the same computation as one full pass, up to the order of float32 sums. Where a layout names no such kernel, the segments
     themselves end at the positions. On a GPU the states of a delta rule between two segments are made beside the kernel,
     from what it is given (`recurrence`): in float32, where the kernel rounds some products to the dtype of its inputs.
@@ -90,8 +91,8 @@ def trace_states(
         input_ids: prompts of equal length, int64 or int32, on any device.
         positions: numbers of tokens t after which to look, increasing, in 1..token.
         reduce: applied on the way to states (1, position, head, d_k, d_v), those of several prompts, positions and layers along the
-            second axis, so that no state is kept: `singular_values`, `effective_rank`, ... It must take each state by itself; on a GPU it runs in
-            another thread. The memory needed is then the model's, one snapshot, and on a GPU at most 1 GB of states that wait. To keep
+            second axis, so that no state is kept: `singular_values`, `effective_rank`, ... It must take each state by itself; on a GPU it
+            also runs in another thread. The memory needed is then the model's, one snapshot, and on a GPU at most 1 GB of states that wait. To keep
             more states than memory holds, `streaming.stream_states`.
         logits: also keep the logits after each position.
         batch_size: prompts read side by side; by default one on a CPU, where a larger batch falls out of the cache and is
@@ -183,7 +184,9 @@ def _trace_batch(
         taps = [_StateTap(*layer, reducer=reducer, gates=gates) for layer, gates in zip(layers, sums, strict=True)]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
-        for start, stop in itertools.pairwise(_borders(positions, layers)):
+        for start, stop in itertools.pairwise(
+            _borders(positions, layers, n_prompts=len(input_ids), device=model.device)
+        ):
             inside = [position - start for position in positions if start < position <= stop]
             for tap in taps:
                 tap.positions = inside
@@ -212,10 +215,14 @@ def _stacked(kept: list[list[Tensor]]) -> Num[Tensor, "layer batch position *mad
     return values
 
 
-def _borders(positions: Sequence[int], layers: list[tuple[int, nn.Module, Layout]]) -> list[int]:
+def _borders(
+    positions: Sequence[int], layers: list[tuple[int, nn.Module, Layout]], *, n_prompts: int, device: torch.device
+) -> list[int]:
     """Where segments begin and end."""
-    wanted = positions if any(not layout.scans for _, _, layout in layers) else positions[-1:]
-    return sorted({*range(0, positions[-1], SEGMENT), *wanted})
+    scans = all(layout.scans for _, _, layout in layers)
+    # Where no kernel is known, neither is what it takes of memory: transformers' own for Mamba-2 takes 130 kB a token and head.
+    size = max(SEGMENT, SEGMENTS_ON_GPU // n_prompts) if scans and device.type == "cuda" else SEGMENT
+    return sorted({*range(0, positions[-1], size), *(positions[-1:] if scans else positions)})
 
 
 @contextmanager
@@ -410,22 +417,21 @@ class Reducer:
         Raises:
             Exception: what the measure of states raised.
         """
-        self._hand_over()
-        self._wait()
+        self._hand_over(last=True)
 
-    def _hand_over(self) -> None:
-        """Work on what waits; on a GPU let the thread do that, once it is done with what it was given before."""
+    def _hand_over(self, *, last: bool = False) -> None:
+        """Work on what waits; on a GPU let the thread do that, once it is done with what it was given before, if the model goes on meanwhile."""
         self._wait()
         waiting, self._waiting, self._n_waiting = self._waiting, [], 0
-        if not any(states.is_cuda for _, states in waiting):
-            self._make_all(waiting, {})
+        # Work is queued where the model queued what it needs.
+        streams = {
+            states.device: torch.cuda.current_stream(states.device)
+            for _, states in waiting
+            if states.device.type == "cuda"
+        }
+        if last or not any(states.is_cuda for _, states in waiting):
+            self._make_all(waiting, streams)
         else:
-            # The thread queues its work where the model queued what it needs.
-            streams = {
-                states.device: torch.cuda.current_stream(states.device)
-                for _, states in waiting
-                if states.device.type == "cuda"
-            }
             self._running = self._thread.submit(copy_context().run, self._make_all, waiting, streams)
 
     def _wait(self) -> None:

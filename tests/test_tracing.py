@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import itertools
 import re
@@ -85,9 +86,29 @@ def test_long_prompts_run_in_segments(
 ) -> None:
     whole = trace_states(tiny_model, prompts, positions=POSITIONS, logits=True)
     monkeypatch.setattr(tracing, "SEGMENT", segment)
+    monkeypatch.setattr(tracing, "SEGMENTS_ON_GPU", segment)
     cut = trace_states(tiny_model, prompts, positions=POSITIONS, logits=True)
     assert (whole.values - cut.values).abs().max() < TOLERANCE
     assert (whole.logits - cut.logits).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("device", "n_prompts", "borders"),
+    [
+        ("cpu", 1, [0, 2048, 4096, 6144, 8192, 9000]),
+        ("cuda", 1, [0, 8192, 9000]),
+        ("cuda", 2, [0, 4096, 8192, 9000]),
+        ("cuda", 32, [0, 2048, 4096, 6144, 8192, 9000]),
+    ],
+)
+def test_segments_on_a_gpu_are_longer_while_there_are_few_prompts(
+    tiny_model, device: str, n_prompts: int, borders: list[int]
+) -> None:
+    layers = linear_layers(tiny_model)
+    assert tracing._borders([100, 9000], layers, n_prompts=n_prompts, device=torch.device(device)) == borders
+    without_kernel = [(index, layer, dataclasses.replace(layout, scans=())) for index, layer, layout in layers]
+    found = tracing._borders([100, 9000], without_kernel, n_prompts=n_prompts, device=torch.device(device))
+    assert found == [0, 100, 2048, 4096, 6144, 8192, 9000]
 
 
 def test_snapshots_are_copies_not_the_live_buffer(tiny_model, prompts: torch.Tensor) -> None:
@@ -242,16 +263,15 @@ def test_states_on_a_gpu_are_reduced_in_their_order_beside_the_model() -> None:
         threads.add(threading.get_ident())
         return states.sum((-2, -1))
 
-    states = torch.randn(2, 12, 1, 5, 3, 4, 4)  # (layer, call, batch, position, head, d_k, d_v)
+    states = torch.randn(2, 13, 1, 5, 3, 4, 4)  # (layer, call, batch, position, head, d_k, d_v)
     with Reducer(total) as reducer:
         reducer.n_bytes = 3 * states[0, 0].nbytes
-        for call, layer in itertools.product(range(12), range(2)):
+        for call, layer in itertools.product(range(13), range(2)):
             reducer.add(layer, kept[layer], states[layer, call].as_subclass(OnGpu))
         reducer.finish()
     for layer in range(2):
         assert torch.equal(torch.stack(kept[layer]), states[layer].sum((-2, -1)))
-    assert len(threads) == 1
-    assert threads != {threading.get_ident()}
+    assert len(threads - {threading.get_ident()}) == 1
 
 
 def test_what_a_measure_raises_on_a_gpu_is_raised_by_the_trace() -> None:
