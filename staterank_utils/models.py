@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,7 @@ PARTS_OF_FURTHER = ("eh_proj", "enorm", "hnorm")  # which no other layer has
 MORE_ROOM = (
     "load them with dtype=torch.bfloat16, spread them over more GPUs with device='auto', or take a smaller model"
 )
+PLAIN_KERNELS = "STATERANK_PLAIN_KERNELS"  # the environment variable
 
 log = logging.getLogger(__name__)
 
@@ -431,7 +433,7 @@ def parameters_hash(model: nn.Module) -> str:
 # ---------------------------------------------------------------- kernels
 
 
-def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
+def choose_kernels(model: PreTrainedModel, *, plain: bool | None = None) -> str:
     """Let each call of a linear-attention kernel run where its tensors are, and say what that means.
 
     transformers binds fla's Triton kernels when fla can be imported, also on a machine without a GPU, where they die.
@@ -440,19 +442,28 @@ def choose_kernels(model: PreTrainedModel, *, plain: bool = False) -> str:
 
     Args:
         model: any model with a supported linear-attention layer. The choice holds for all models of its class.
-        plain: use transformers' plain version on every device: slower, in true float32.
+        plain: use transformers' plain version on every device: slower, in true float32. By default what the environment variable
+            STATERANK_PLAIN_KERNELS says, 1 or 0. Set to 1 before a model is loaded, it also leaves the weights in the order in memory in which
+            transformers has them, and the C library's setting for freed memory as it is.
 
     Returns:
         "torch", "fla" (Triton), "torch, for want of fla", or for a model of fla's own on a CPU "fla's naive operators (slow,
         exact)", for the log.
 
     Raises:
-        ValueError: a model that `linear_layers` refuses.
+        ValueError: a model that `linear_layers` refuses, or an environment variable that is neither 0 nor 1.
 
     Example:
         >>> choose_kernels(load_model("hybrid", device="cpu"))
         'torch'
     """
+    if plain is None:
+        asked_for = os.environ.get(PLAIN_KERNELS, "0")
+        if asked_for not in ("0", "1"):
+            raise ValueError(
+                f"{PLAIN_KERNELS} must be 1 (transformers' plain kernels) or 0 (the fast ones), got {asked_for!r}"
+            )
+        plain = asked_for == "1"
     layers = linear_layers(model)
     for _, layer, layout in layers:
         correct_forward(layer, layout)
@@ -515,15 +526,13 @@ def _dispatch_by_device(module: ModuleType, name: str, *, plain: bool) -> str:
             return reference(first, *args, **{key: value for key, value in kwargs.items() if key in accepted})
         return bound(first, *args, **kwargs)
 
+    chosen = [cell.cell_contents for cell in getattr(bound, "__closure__", None) or () if callable(cell.cell_contents)]
+    of_fla = any((getattr(function, "__module__", None) or "").startswith("fla.") for function in chosen)
     vars(dispatch)["staterank_bound"] = bound
     vars(dispatch)["staterank_states"] = None if plain else kernels.STATES.get(name)
+    vars(dispatch)["staterank_backend"] = "fla" if of_fla and not plain else "torch"
     setattr(module, name, dispatch)
-    chosen = [cell.cell_contents for cell in getattr(bound, "__closure__", None) or () if callable(cell.cell_contents)]
-    return (
-        "fla"
-        if any((getattr(function, "__module__", None) or "").startswith("fla.") for function in chosen)
-        else "torch"
-    )
+    return str(vars(dispatch)["staterank_backend"])
 
 
 def _dispatch_forwards(module: ModuleType, *, plain: bool) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
 from staterank_utils import kernels
-from staterank_utils.models import choose_kernels, make_cache
+from staterank_utils.models import PLAIN_KERNELS, choose_kernels, load_model, make_cache
 from staterank_utils.reference import gated_delta_rule
 
 CASES = [  # batch, tokens, key heads, value heads, d_k, d_v
@@ -119,6 +119,25 @@ def test_the_logits_are_those_of_the_plain_path(hybrid, n_rows: int) -> None:
         got = [hybrid(ids).logits, hybrid(ids, attention_mask=mask).logits[:, 20:], read(hybrid, ids, lengths)]
     for ours, theirs in zip(got, expected, strict=True):
         assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_one_environment_variable_leaves_everything_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(5, 75)[None]
+    fast = load_model("hybrid", device="cpu")
+    monkeypatch.setenv(PLAIN_KERNELS, "1")
+    alone = load_model("hybrid", device="cpu")
+    monkeypatch.setattr(kernels, "_sequence", None)  # without which none of ours runs
+    with torch.no_grad():
+        expected = alone(ids).logits
+    assert all(parameter.is_contiguous() for parameter in alone.parameters())
+    assert not all(parameter.is_contiguous() for parameter in fast.parameters())
+    monkeypatch.undo()
+    choose_kernels(fast)
+    with torch.no_grad():
+        assert 0 < (fast(ids).logits - expected).abs().max() < 1e-4
+    monkeypatch.setenv(PLAIN_KERNELS, "yes")
+    with pytest.raises(ValueError, match="STATERANK_PLAIN_KERNELS must be 1 .* got 'yes'"):
+        choose_kernels(fast)
 
 
 def test_tiny_models_agree_with_the_plain_path(tiny_model) -> None:
