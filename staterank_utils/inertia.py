@@ -22,7 +22,7 @@ WIDE_SQUARINGS = 3  # of them the first, in float32
 STARTS = 8  # vectors that the power is given
 EDGE = 1e-3  # relative distance from the threshold within which a singular value is called on the edge; over the rounding of a bound
 CHUNK = 2**26  # numbers in the states that are measured together, at most: three and a half moments of Qwen3-Next
-BYTES_A_NUMBER = 24 * 56  # of a GPU's memory, which measuring thus takes a 24th of
+BYTES_A_NUMBER = 56  # of memory that ranks and norms take at most, measured
 NORM_ERROR = 1e-5  # of a nuclear norm, relative
 EXCHANGES = 12  # enough for the best polynomial to rounding, whatever the interval
 HAIR = 1e-12  # of a threshold's square
@@ -325,8 +325,16 @@ def quintics(smallest: float, error: float) -> tuple[tuple[float, float, float],
     return tuple(found)
 
 
+def _numbers_at_once(device: torch.device) -> int:
+    """As many as fill a GPU, or as half of its free memory is enough for."""
+    if device.type != "cuda":
+        return CHUNK
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(CHUNK, (torch.cuda.mem_get_info(device)[0] + unused) // (2 * BYTES_A_NUMBER))
+
+
 def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d_v"], **options: Any) -> Tensor:
-    """`measure(states, **options)` for any number of states, as many at a time as fill a GPU and little of its memory.
+    """`measure(states, **options)` for any number of states, as many at a time as fill a GPU, or as half of its free memory is enough for.
 
     Args:
         measure: `ranks`, `nuclear_norms`, `ranks_and_norms` or `stable_ranks`.
@@ -341,9 +349,8 @@ def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d
         [[2.0], [2.0], [2.0]]
     """
     flat = states.detach().reshape(-1, *states.shape[-2:])
-    n_numbers = CHUNK
-    if states.is_cuda:
-        n_numbers = min(CHUNK, torch.cuda.get_device_properties(states.device).total_memory // BYTES_A_NUMBER)
+    # Few fit anyway, and to ask for the free memory takes as long as they do.
+    n_numbers = CHUNK if flat.numel() < CHUNK // 16 else _numbers_at_once(states.device)
     size = max(1, n_numbers // flat[0].numel())
     measured = torch.cat([measure(part, **options) for part in flat.split(size)])
     return measured.view(*states.shape[:-2], *measured.shape[1:])

@@ -1,8 +1,8 @@
 """States on the way, on a GPU: what a kernel for many tokens passes over, made again token by token.
 
 A chunked kernel keeps a state for every 64 tokens or so. To look in between, the recurrence itself is run over the same keys,
-values, decays and write strengths, each program holding some columns of a state in registers: the 2,048 states of a segment cost one pass over its
-tokens. The sums are in float32, so that a state made here is nearer to the exact one than that of a kernel
+values, decays and write strengths, each program holding some columns of a state in registers: the states after every token of a segment cost one pass over
+its tokens. The sums are in float32, so that a state made here is nearer to the exact one than that of a kernel
 that works in bfloat16 within a chunk.
 """
 

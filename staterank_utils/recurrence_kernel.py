@@ -51,7 +51,7 @@ def _states(
         coming = ()
         for i in tl.static_range(AHEAD):
             coming += (_token(keys, values, decays, strengths, slots, batch, start + AHEAD + i, head, key_head, n_tokens, n_keys, n_heads, d_k, d_v, rows, columns, BY_CHANNEL),)  # fmt: skip
-        # All at once, since the steps, which wait for each other, leave room for nothing.
+        # Together, so that their latencies overlap; the steps below depend on each other.
         ready = ()
         for i in tl.static_range(AHEAD):
             key, value, decay, strength, slot = here[i]

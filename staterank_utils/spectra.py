@@ -192,7 +192,9 @@ def effective_rank(state: Float[Tensor, "*lead d_k d_v"], *, rel_tol: float = RE
     """Count the singular values larger than `rel_tol` times the largest one.
 
     On the CPU they are computed and counted. On a GPU they are counted without being computed (`staterank_utils.inertia`), some
-    hundred times faster than by a decomposition there; `effective_rank_bounds` tells where that could matter.
+    hundred times faster than by a decomposition there; `effective_rank_bounds` tells where that could matter. A `rel_tol` under
+    1e-7, where the rounding of squares begins to count, goes through singular values on the CPU. States of every size go the
+    same way, as many at a time as fill a GPU or the cache of a core.
 
     Source: Eq. 6 of arXiv:2602.02195, as reported by an independent reader. There: S_t is `state`, epsilon is `rel_tol`.
 
@@ -221,13 +223,14 @@ def effective_rank_bounds(
 
     Args:
         state, rel_tol: as in `effective_rank`.
-        within: relative distance from the threshold, in (0, 1).
+        within: relative distance from the threshold, in (0, 1); on a GPU at least 1e-3, twice what the threshold itself may be off by.
 
     Returns:
-        Smallest and largest rank, int64 per leading index.
+        Smallest and largest rank, int64 per leading index. For a trace, side by side:
+        ``reduce=lambda states: torch.stack(effective_rank_bounds(states), -1)``.
 
     Raises:
-        ValueError: `within` is outside (0, 1), or as in `effective_rank`.
+        ValueError: `within` is outside (0, 1) or too small for a GPU, or as in `effective_rank`.
 
     Example:
         >>> low, high = effective_rank_bounds(torch.diag(torch.tensor([1.0, 1.0005e-4, 1e-6])))
@@ -236,12 +239,19 @@ def effective_rank_bounds(
     """
     if not 0 < within < 1:
         raise ValueError(f"within must be in (0, 1), got {within}")
+    if state.is_cuda and within < inertia.EDGE:
+        raise ValueError(
+            f"within must be at least {inertia.EDGE} on a GPU, whose largest singular values are no more exact, got {within}: "
+            "take the states to the CPU"
+        )
     low, high = _ranks_over(state, rel_tol, (1 + within, 1 - within)).unbind(-1)
     return low, high
 
 
 def rank_and_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead 2"]:
-    """`effective_rank` and `nuclear_norm` side by side, for one pass of `trace_states`; states and errors as there.
+    """`effective_rank` and `nuclear_norm` side by side, for one pass of `trace_states`; states, ways and errors as there.
+
+    One decomposition on a CPU, one preparation on a GPU serve both.
 
     Example:
         >>> rank_and_norm(torch.diag(torch.tensor([3.0, 1.0]))).tolist()
@@ -306,6 +316,8 @@ def nuclear_norm(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"
 def stable_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
     """Squared Frobenius norm over squared largest singular value: 1..min(d_k, d_v), and 0 for a zero state.
 
+    On a GPU from the Gram matrix and its largest eigenvalue: where many values crowd at the top, up to 1e-3 of itself too large.
+
     Source: Rudelson and Vershynin, J. ACM 54(4), 2007.
 
     Args:
@@ -329,6 +341,8 @@ def stable_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]
 
 def entropy_rank(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*lead"]:
     """Exponential of the entropy of the singular values' shares: 1..min(d_k, d_v), and 0 for a zero state.
+
+    It needs all values, which are computed on the CPU wherever the state is.
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007. Not the paper's effective rank.
 

@@ -26,8 +26,9 @@ from staterank_utils.spectra import finite_at_the_end
 MOST_WAITING = 2**28  # bytes of states that wait on a GPU to be reduced together: a few times what fills it
 WAITING_ON_CPU = 2**25  # enough for all threads, and little memory
 HELD_TOGETHER = 2**24  # bytes of a layer's states at positions that a kernel tells one by one
-SEGMENT = 2048  # tokens of a prompt that run through the model at a time; what they need of memory does not grow with the prompt
-SEGMENTS_ON_GPU = 8192  # of all prompts together, if that is more: experts are read anew for every segment
+SEGMENT = 2048  # tokens of a prompt that run through the model at a time; of what a layer takes, only softmax attention's grows with the prompt
+TOKENS_ON_GPU = 8192  # of all prompts together, if that is more: experts are read anew for every segment
+WHOLE_CHUNKS = 64  # tokens, of fla's kernels
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def trace_states(
 ) -> StateTrace:
     """Read prompts once, up to the last position, and keep S(t) of every linear-attention head at each position.
 
-    A prompt is read once, in segments of 2,048 tokens through the model's cache; on a GPU of more, up to 8,192 of all prompts
-    together. Inside a segment only the kernels of the linear-attention layers stop at the positions, or tell the states on the way where they can. That is
+    A prompt is read once, in segments of 2,048 tokens through the model's cache; where fla's kernels for delta rules serve, of up to
+    8,192 of all prompts together. Inside a segment only the kernels of the linear-attention layers stop at the positions, or tell the states on the way where they can. That is
     the same computation as one full pass, up to the order of float32 sums. Where a layout names no such kernel, the segments
     themselves end at the positions. On a GPU the states of a delta rule between two segments are made beside the kernel,
     from what it is given (`recurrence`): in float32, where the kernel rounds some products to the dtype of its inputs.
@@ -102,7 +103,7 @@ def trace_states(
         The trace, on the CPU.
 
     Raises:
-        TypeError: ids that are not a tensor, or not of an integer dtype that a model reads.
+        TypeError: ids that are not a tensor, or not of an integer dtype that a model reads; a `reduce` that does not make a tensor.
         ValueError: no tokens, an id outside the vocabulary, positions that are out of order or beyond the prompt, a batch
             size under 1, a model that `linear_layers` refuses, or one whose layers were pruned to different numbers of heads.
         MemoryError: states that would be kept take more than the machine has.
@@ -184,9 +185,7 @@ def _trace_batch(
         taps = [_StateTap(*layer, reducer=reducer, gates=gates) for layer, gates in zip(layers, sums, strict=True)]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
-        for start, stop in itertools.pairwise(
-            _borders(positions, layers, n_prompts=len(input_ids), device=model.device)
-        ):
+        for start, stop in itertools.pairwise(_borders(positions, layers, n_prompts=len(input_ids))):
             inside = [position - start for position in positions if start < position <= stop]
             for tap in taps:
                 tap.positions = inside
@@ -215,14 +214,21 @@ def _stacked(kept: list[list[Tensor]]) -> Num[Tensor, "layer batch position *mad
     return values
 
 
-def _borders(
-    positions: Sequence[int], layers: list[tuple[int, nn.Module, Layout]], *, n_prompts: int, device: torch.device
-) -> list[int]:
+def _borders(positions: Sequence[int], layers: list[tuple[int, nn.Module, Layout]], *, n_prompts: int) -> list[int]:
     """Where segments begin and end."""
-    scans = all(layout.scans for _, _, layout in layers)
-    # Where no kernel is known, neither is what it takes of memory: transformers' own for Mamba-2 takes 130 kB a token and head.
-    size = max(SEGMENT, SEGMENTS_ON_GPU // n_prompts) if scans and device.type == "cuda" else SEGMENT
-    return sorted({*range(0, positions[-1], size), *(positions[-1:] if scans else positions)})
+    wanted = positions[-1:] if all(layout.scans for _, _, layout in layers) else positions
+    size = SEGMENT
+    # Kernels that are not fla's take too much: transformers' own 100 kB a token and head and more (Kimi Linear, Mamba-2).
+    if all(_runs_on_fla(layer, layout) for _, layer, layout in layers):
+        size = max(SEGMENT, TOKENS_ON_GPU // n_prompts // WHOLE_CHUNKS * WHOLE_CHUNKS)
+    return sorted({*range(0, positions[-1], size), *wanted})
+
+
+def _runs_on_fla(layer: nn.Module, layout: Layout) -> bool:
+    """Whether a layer's scans are fla's, on a GPU."""
+    kernels = [getattr(modeling_module(layer), name) for name in layout.scans]
+    by_fla = [getattr(kernel, "staterank_backend", None) == "fla" for kernel in kernels]
+    return next(layer.parameters()).is_cuda and bool(by_fla) and all(by_fla)
 
 
 @contextmanager
@@ -360,9 +366,9 @@ class _StateTap:
 
 
 class Reducer:
-    """Makes of states what a trace keeps, of many states together; on a GPU in a thread beside the one that runs the model.
+    """Makes of states what a trace keeps, of many states together; on a GPU in a thread beside the one that runs the model, once enough wait.
 
-    On a GPU a measure of states makes whoever calls it wait; the model meanwhile goes on. On a CPU the threads of a measure and those of
+    On a GPU a measure of states makes whoever calls it wait; the model meanwhile goes on. What is left when the model is done is made by whoever calls. On a CPU the threads of a measure and those of
     the model's products are in each other's way, so the fewer changes between them the better. Used in a `with` block, at whose end
     nothing runs any more, whatever ended it.
 
@@ -412,7 +418,7 @@ class Reducer:
             self._hand_over()
 
     def finish(self) -> None:
-        """Wait until all is made.
+        """Make what is left, and wait until all is made.
 
         Raises:
             Exception: what the measure of states raised.
@@ -454,6 +460,11 @@ class Reducer:
     def _make(self, states: Float[Tensor, "batch position head d_k d_v"]) -> Tensor:
         assert self.reduce is not None, "states that are kept do not wait"
         made = self.reduce(states)
+        if not isinstance(made, Tensor):
+            raise TypeError(
+                f"reduce must make one tensor of states, got {type(made).__name__} from {self.reduce}: "
+                "put several side by side with torch.stack(..., -1)"
+            )
         if made.untyped_storage().nbytes() > made.nbytes:
             made = made.clone()  # a view would keep all that it looks at
         # A number a state may stay on the GPU until the end, so that nothing waits for it; more of it would fill its memory.

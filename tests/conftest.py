@@ -76,6 +76,12 @@ def unchecked(function: Callable) -> Callable:
     return getattr(function, "__wrapped__", function)
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True
+
+
 @pytest.fixture(scope="session", params=["hybrid", "pure", "d_k != d_v"])
 def tiny_model(request: pytest.FixtureRequest) -> Qwen3NextForCausalLM:
     layers = ["linear_attention", "full_attention", "linear_attention"]

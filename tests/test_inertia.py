@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import OnGpu
 from torch import Tensor
 
 from staterank_utils import domain_prompts, inertia, load_model, load_tokenizer, trace_states
@@ -93,6 +94,25 @@ def test_states_are_measured_chunk_by_chunk(device: str, monkeypatch: pytest.Mon
     parts = inertia.in_chunks(inertia.ranks_and_norms, states, rel_tol=TOLERANCE)
     assert torch.equal(parts[:, 0], whole[:, 0])
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=0)
+
+
+def test_an_interval_narrower_than_a_gpu_is_exact_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 0.001 on a GPU.* got 0.0001.*CPU"):
+        effective_rank_bounds(torch.eye(3).as_subclass(OnGpu), within=1e-4)
+    low, high = effective_rank_bounds(torch.diag(torch.tensor([1.0, 1.0005e-4])), within=1e-4)
+    assert (low.item(), high.item()) == (2, 2)
+
+
+def test_no_more_are_measured_together_than_half_of_the_free_memory_is_enough_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11_000, 80_000))
+    assert inertia._numbers_at_once(gpu) == 11_200 // (2 * inertia.BYTES_A_NUMBER)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    assert inertia._numbers_at_once(gpu) == inertia._numbers_at_once(torch.device("cpu")) == inertia.CHUNK
 
 
 @pytest.mark.parametrize("device", DEVICES)

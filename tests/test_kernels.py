@@ -1,5 +1,6 @@
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
-from staterank_utils import kernels
-from staterank_utils.models import PLAIN_KERNELS, choose_kernels, load_model, make_cache
+from staterank_utils import domain_prompts, kernels, load_model, load_tokenizer
+from staterank_utils.layouts import linear_layers
+from staterank_utils.models import PLAIN_KERNELS, choose_kernels, make_cache
 from staterank_utils.reference import gated_delta_rule
+from staterank_utils.results import EMBEDDED
+from staterank_utils.tracing import scans_through
 
 CASES = [  # batch, tokens, key heads, value heads, d_k, d_v
     (1, 1, 4, 8, 64, 64),
@@ -119,6 +123,25 @@ def test_the_logits_are_those_of_the_plain_path(hybrid, n_rows: int) -> None:
         got = [hybrid(ids).logits, hybrid(ids, attention_mask=mask).logits[:, 20:], read(hybrid, ids, lengths)]
     for ours, theirs in zip(got, expected, strict=True):
         assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+@torch.no_grad()
+def test_logits_of_the_embedded_models_are_those_of_float64(name: str) -> None:
+    # transformers' plain path in float32 is itself off by 1.1e-4 from these of `pure`.
+    def in_float64(kernel, *given: Tensor, g: Tensor, beta: Tensor, **rest: object) -> tuple[Tensor, Tensor]:
+        out, states = oracle(*given, g, beta)
+        return out, states[:, -1]
+
+    model = load_model(name, device="cpu")
+    ids = domain_prompts("prose", load_tokenizer(name), n_prompts=32, n_tokens=64, seed=0)
+    wide = copy.deepcopy(model).double()
+    with ExitStack() as stack:
+        for _, layer, layout in linear_layers(wide):
+            stack.enter_context(scans_through(layer, layout, in_float64))
+        exact = wide(ids).logits
+    assert exact.dtype == torch.float64
+    assert (model(ids).logits - exact).abs().max() < 1e-4
 
 
 def test_one_environment_variable_leaves_everything_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ for by_channel, n_keys in ((False, 4), (False, 2), (True, 4)):
     assert [part.shape[1] for part in parts] == [3, 2]
     torch.testing.assert_close(torch.cat(parts, 1).double(), expected[:, [t - 1 for t in positions]], rtol=0, atol=1e-5)
     [middle] = recurrence.states_after(key[:, :4], value[:, :4], g[:, :4], beta[:, :4], positions=[4], normalize=True)
+    [first_one] = recurrence.states_after(*(x[:, :1] for x in (key, value, g, beta)), positions=[1], normalize=True)
+    torch.testing.assert_close(first_one[:, 0].double(), expected[:, 0], rtol=0, atol=1e-5)
     rest = [x[:, 4:] for x in (key, value, g, beta)]
     [end] = recurrence.states_after(*rest, positions=[5], initial_state=middle[:, 0], normalize=True)
     torch.testing.assert_close(end[:, 0].double(), expected[:, -1], rtol=0, atol=1e-5)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_qwen3_next, unchecked
+from conftest import OnGpu, tiny_qwen3_next, unchecked
 from transformers import (
     BatchEncoding,
     LlamaConfig,
@@ -19,9 +19,9 @@ from transformers import (
 
 from staterank_utils import tracing
 from staterank_utils.layouts import WRONG_IN_SEGMENTS, linear_layers, modeling_module
-from staterank_utils.models import make_cache
+from staterank_utils.models import choose_kernels, load_model, make_cache
 from staterank_utils.reference import gated_delta_rule
-from staterank_utils.spectra import effective_rank
+from staterank_utils.spectra import effective_rank, effective_rank_bounds
 from staterank_utils.tracing import Reducer, trace_states
 
 POSITIONS = [1, 2, 3, 5, 31, 63, 64, 65, 100, 129, 150]
@@ -86,29 +86,41 @@ def test_long_prompts_run_in_segments(
 ) -> None:
     whole = trace_states(tiny_model, prompts, positions=POSITIONS, logits=True)
     monkeypatch.setattr(tracing, "SEGMENT", segment)
-    monkeypatch.setattr(tracing, "SEGMENTS_ON_GPU", segment)
+    monkeypatch.setattr(tracing, "TOKENS_ON_GPU", segment)
     cut = trace_states(tiny_model, prompts, positions=POSITIONS, logits=True)
     assert (whole.values - cut.values).abs().max() < TOLERANCE
     assert (whole.logits - cut.logits).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize(
-    ("device", "n_prompts", "borders"),
+    ("n_prompts", "borders"),
     [
-        ("cpu", 1, [0, 2048, 4096, 6144, 8192, 9000]),
-        ("cuda", 1, [0, 8192, 9000]),
-        ("cuda", 2, [0, 4096, 8192, 9000]),
-        ("cuda", 32, [0, 2048, 4096, 6144, 8192, 9000]),
+        (1, [0, 8192, 9000]),
+        (3, [0, 2688, 5376, 8064, 9000]),
+        (32, [0, 2048, 4096, 6144, 8192, 9000]),
     ],
 )
-def test_segments_on_a_gpu_are_longer_while_there_are_few_prompts(
-    tiny_model, device: str, n_prompts: int, borders: list[int]
+def test_segments_are_longer_for_few_prompts_where_fla_serves(
+    tiny_model, n_prompts: int, borders: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = linear_layers(tiny_model)
-    assert tracing._borders([100, 9000], layers, n_prompts=n_prompts, device=torch.device(device)) == borders
+    assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == [0, 2048, 4096, 6144, 8192, 9000]
+    monkeypatch.setattr(tracing, "_runs_on_fla", lambda layer, layout: bool(layout.scans))
+    assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == borders
     without_kernel = [(index, layer, dataclasses.replace(layout, scans=())) for index, layer, layout in layers]
-    found = tracing._borders([100, 9000], without_kernel, n_prompts=n_prompts, device=torch.device(device))
+    found = tracing._borders([100, 9000], without_kernel, n_prompts=n_prompts)
     assert found == [0, 100, 2048, 4096, 6144, 8192, 9000]
+
+
+@pytest.mark.gpu
+def test_a_kernel_on_a_gpu_says_whose_it_is() -> None:
+    pytest.importorskip("fla")
+    model = load_model("hybrid", device="cuda")
+    layers = linear_layers(model)
+    assert all(tracing._runs_on_fla(layer, layout) for _, layer, layout in layers)
+    choose_kernels(model, plain=True)
+    assert not any(tracing._runs_on_fla(layer, layout) for _, layer, layout in layers)
+    choose_kernels(model)
 
 
 def test_snapshots_are_copies_not_the_live_buffer(tiny_model, prompts: torch.Tensor) -> None:
@@ -228,6 +240,11 @@ def test_ids_of_32_bits_are_read(tiny_model, prompts: torch.Tensor) -> None:
     assert torch.equal(wide, narrow)
 
 
+def test_a_measure_that_makes_no_tensor_is_refused(tiny_model, prompts: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match=r"got tuple from .*effective_rank_bounds.*torch.stack"):
+        trace_states(tiny_model, prompts, positions=[5], reduce=effective_rank_bounds)
+
+
 def test_bad_batch_size_is_refused(tiny_model, prompts: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="batch_size"):
         trace_states(tiny_model, prompts, positions=[1], batch_size=0)
@@ -249,12 +266,6 @@ def test_architectures_that_are_wrong_in_segments_are_refused_by_name(model_type
         trace_states(model, prompts, positions=[1])
 
 
-class OnGpu(torch.Tensor):
-    """A tensor that says it lies on a GPU."""
-
-    is_cuda = True
-
-
 def test_states_on_a_gpu_are_reduced_in_their_order_beside_the_model() -> None:
     kept: tuple[list, list] = ([], [])
     threads: set[int] = set()
@@ -274,9 +285,10 @@ def test_states_on_a_gpu_are_reduced_in_their_order_beside_the_model() -> None:
     assert len(threads - {threading.get_ident()}) == 1
 
 
-def test_what_a_measure_raises_on_a_gpu_is_raised_by_the_trace() -> None:
+@pytest.mark.parametrize("n_bytes", [1, 10**9], ids=["in the thread", "at the end"])
+def test_what_a_measure_raises_on_a_gpu_is_raised_by_the_trace(n_bytes: int) -> None:
     with Reducer(lambda states: states.nonsense) as reducer:
-        reducer.n_bytes = 10**9
+        reducer.n_bytes = n_bytes
         reducer.add(0, [], torch.ones(1, 1, 1, 4, 4).as_subclass(OnGpu))
         with pytest.raises(AttributeError, match="nonsense"):
             reducer.finish()
