@@ -92,7 +92,7 @@ def gated_delta_rule_states(
     """As `torch_chunk_gated_delta_rule` for one sequence, and the states at some positions on the way.
 
     A state inside a chunk is the one before the chunk, decayed, and one product of the keys and of what they wrote until
-    then; so a position costs a product, not a call that ends there.
+    then; so a position costs a product, not a call that ends there, and at the end of a chunk nothing.
 
     Args:
         positions: numbers of tokens, increasing, in 1..token.
@@ -208,6 +208,9 @@ def _block(
     def inside() -> Iterator[Tensor]:
         for end in ends:
             i, j = divmod(end - 1, size)
+            if j == size - 1:
+                yield states[i + 1]
+                continue
             decays = (c[i, ..., j : j + 1] - c[i, ..., : j + 1]).float().exp_()  # (key, group, token)
             keys = (k[i, :, None, : j + 1] * decays[..., None]).view(n_heads, j + 1, d_k)
             start = states[i] * from_start[i, ..., j].reshape(n_heads, 1, 1)
