@@ -528,11 +528,12 @@ def _dispatch_by_device(module: ModuleType, name: str, *, plain: bool) -> str:
 
     chosen = [cell.cell_contents for cell in getattr(bound, "__closure__", None) or () if callable(cell.cell_contents)]
     of_fla = any((getattr(function, "__module__", None) or "").startswith("fla.") for function in chosen)
+    backend = "fla" if of_fla and not plain else "torch"
     vars(dispatch)["staterank_bound"] = bound
     vars(dispatch)["staterank_states"] = None if plain else kernels.STATES.get(name)
-    vars(dispatch)["staterank_backend"] = "fla" if of_fla and not plain else "torch"
+    vars(dispatch)["staterank_backend"] = backend
     setattr(module, name, dispatch)
-    return str(vars(dispatch)["staterank_backend"])
+    return backend
 
 
 def _dispatch_forwards(module: ModuleType, *, plain: bool) -> None:

@@ -227,8 +227,8 @@ def _borders(positions: Sequence[int], layers: list[tuple[int, nn.Module, Layout
 def _runs_on_fla(layer: nn.Module, layout: Layout) -> bool:
     """Whether a layer's scans are fla's, on a GPU."""
     kernels = [getattr(modeling_module(layer), name) for name in layout.scans]
-    by_fla = [getattr(kernel, "staterank_backend", None) == "fla" for kernel in kernels]
-    return next(layer.parameters()).is_cuda and bool(by_fla) and all(by_fla)
+    backends = {getattr(kernel, "staterank_backend", None) for kernel in kernels}
+    return next(layer.parameters()).is_cuda and backends == {"fla"}
 
 
 @contextmanager
