@@ -369,7 +369,7 @@ def test_removing_twice_is_removing_at_once(architecture, model, three) -> None:
     assert apart(whole(twice, three), whole(once, three)) < TOLERANCE
 
 
-def is_the_same_loaded(
+def assert_the_same_when_loaded(
     model: PreTrainedModel, ids: Tensor, folder: Path, keep: Callable[..., float]
 ) -> PreTrainedModel:
     """A model saved and loaded, which is the same bit for bit."""
@@ -382,12 +382,12 @@ def is_the_same_loaded(
 
 
 def test_saved_and_loaded_bit_for_bit(of_dtype, three, tmp_path: Path, keep) -> None:
-    is_the_same_loaded(of_dtype, three, tmp_path, keep)
+    assert_the_same_when_loaded(of_dtype, three, tmp_path, keep)
 
 
 @few_removals
 def test_pruned_saved_and_loaded_bit_for_bit(of_dtype, three, removal, tmp_path: Path, keep) -> None:
-    again = is_the_same_loaded(prune_heads(of_dtype, removal), three, tmp_path, keep)
+    again = assert_the_same_when_loaded(prune_heads(of_dtype, removal), three, tmp_path, keep)
     assert removed_heads(again.config.get_text_config()) == removal
 
 
