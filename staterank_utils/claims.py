@@ -1,13 +1,15 @@
 """The registered claims, and how a measurement becomes a verdict.
 
-`CLAIMS` was fixed on 2026-11-23, before any embedded model was trained; the book prints it. A threshold is never moved after
-a look. Other measures may be added and are then marked exploratory.
+`CLAIMS` was fixed on 2026-11-23, before any embedded model was trained, and `SECOND` on 2026-11-27, before any model of the ladder
+was trained; the book prints both. A threshold is never moved after a look. Other measures may be added and are then marked
+exploratory.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from staterank_utils.strata import Estimate
 
 HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
 NOT_TESTABLE = "not testable on this model"
+ENOUGH_SEEDS = 3  # for a verdict on training to be shown without their number
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,164 @@ tasks, and shows "no asymmetry" where the intervals hold 0. α for C5: 0.5, mode
 Beside the claims stand: C1 and C3 on the model at initialisation and with its weights shuffled within each tensor; C4 and C5
 with at least 8 random draws, and arms by decay, nuclear norm and write strength; everything on both embedded models, and, where
 several training seeds exist, on each."""
+
+
+@dataclass(frozen=True)
+class SecondClaim:
+    """A claim of the second registration: its text, and the numbers that both print and judge it.
+
+    Attributes:
+        statement: the claim in a clause.
+        measure: what is computed.
+        holds, partly, otherwise: the rule, from the best verdict to the worst.
+        numbers: every size and threshold that the text names, by the name that stands in it.
+        per_seed: whether each training seed is one observation.
+
+    Example:
+        >>> SECOND["C0a"].text("holds"), SECOND["C0a"].numbers["middle"]
+        ('0.80, 0.90 and 0.50', 0.5)
+    """
+
+    statement: str
+    measure: str
+    holds: str
+    partly: str
+    otherwise: str
+    numbers: Mapping[str, Any]
+    per_seed: bool = False
+
+    def text(self, field: str) -> str:
+        """One of the fields as it is printed."""
+        shown = {
+            name: ", ".join(map(str, number)) if isinstance(number, tuple) else number
+            for name, number in self.numbers.items()
+        }
+        template: str = getattr(self, field)
+        return template.format(**shown)
+
+
+def _fractions(*texts: str) -> tuple[Fraction, ...]:
+    return tuple(map(Fraction, texts))
+
+
+SECOND = {
+    "C0": SecondClaim(
+        "rank obeys the memory bound",
+        "heads, positions, prompts at which the rank at {factor} eps exceeds the bound from the head's own decays and norms; float32 or better states",
+        "{violations}", "–", FAILS, {"factor": 1.01, "violations": 0},
+    ),
+    "C0a": SecondClaim(
+        "rank is memory length, clipped, with nothing fitted",
+        "r against min(d, 1 + log(1/eps)/abs(mean log a)): R^2 over all heads, share of low/high labels it gives, and R^2 over heads with "
+        "{low} d < r < {high} d alone (clipping inflates the first)",
+        "{r_squared:.2f}, {labels:.2f} and {middle:.2f}", "first two", FAILS,
+        {"low": 0.1, "high": 0.9, "r_squared": 0.80, "labels": 0.90, "middle": 0.50},
+    ),
+    "C0b": SecondClaim(
+        "the groups are the spread of half-lives, clipped",
+        "share outside, and two-group share, by the law and as measured, in each model",
+        "both within {within:.2f} in >= {models:.0%} of models", "one of them", FAILS, {"within": 0.10, "models": 0.80},
+    ),
+    "C0c": SecondClaim(
+        "causally: rank follows decay",
+        "all heads of one layer at a time scaled (their inputs stay as they were), log a by {factors}: Spearman of predicted and measured "
+        "change of r, over heads whose predicted change is not 0; the others counted apart",
+        ">= {holds:.2f}", ">= {partly:.2f}", FAILS,
+        {"factors": _fractions("1/8", "1/4", "1/2", "2", "4", "8"), "holds": 0.90, "partly": 0.70},
+    ),
+    "C1d": SecondClaim(
+        "the groups are inherited from the gates' initialisation",
+        "two-group share, class-broad gates minus narrow ones (all half-lives {half_life} tokens: predicted r = d/2 at d = 64), {seeds} "
+        'seeds, held-out losses within {bits:.2f} bits per byte (else "not testable")',
+        ">= {holds:.2f} in both", "> {partly} in both", f"{FAILS} (acquired)",
+        {"half_life": 2.4, "seeds": 2, "bits": 0.02, "holds": 0.10, "partly": 0}, per_seed=True,
+    ),
+    "C1e": SecondClaim(
+        "training on tasks unmakes the groups",
+        "share outside, and two-group share, on prose: text minus 63 % tasks, at equal steps",
+        "first >= {holds:.2f}, ranges over seeds disjoint", "first > {partly} in every pair of seeds", FAILS,
+        {"holds": 0.10, "partly": 0}, per_seed=True,
+    ),
+    "C4b": SecondClaim(
+        "rank matters beyond the choice of layers",
+        "D layer-matched; against it, {orders} random orders within every layer, arms = first k and last k of the same order, nested over "
+        "doses, both signs = {values} values of D, {windows} windows per text, the same windows for low and high; hybrid and pure judged apart",
+        "abs(D) beyond {beyond:.1%} of theirs in every seed", "in most seeds", "explained by layers",
+        {"orders": 60, "values": 120, "windows": 4, "beyond": 0.975}, per_seed=True,
+    ),
+    "C4c": SecondClaim(
+        "the asymmetry is a matter of layer 0",
+        "share at which the two arms cross, over the model, and with layer 0 protected or softmax in its place",
+        "moves by >= {holds:.2f}, or vanishes", "by >= {partly:.2f}", FAILS, {"holds": 0.10, "partly": 0.05}, per_seed=True,
+    ),
+    "C6": SecondClaim(
+        "long memory is spare where attention recalls",
+        "gain = loss on the first minus on the second copy of {copy} held-out tokens (nats per token); half-lives capped at {cap} tokens; "
+        "hybrid and pure of the same data; kappa of labels before and after. Intact gain < {gain:.1f}: not testable (then the pairs trained "
+        "with tasks)",
+        "cap takes < {hybrid:.0%} of the hybrid's gain and > {pure:.0%} of the pure's, both kappa >= {kappa:.1f}",
+        "the pure's share > {times} x the hybrid's", FAILS,
+        {"copy": 512, "cap": 16, "gain": 0.3, "hybrid": 0.10, "pure": 0.50, "kappa": 0.9, "times": 5}, per_seed=True,
+    ),
+    "C7": SecondClaim(
+        "high-rank heads are redundant with each other",
+        "of the heads with r >= {full} d, all but k removed, k = {keeps} of them, mean over {draws} draws: the smallest k that undoes "
+        "{undone:.0%} of the damage of removing all; beside it groups of the same size at random",
+        "k <= {holds}, random group's k larger", "k <= {partly}", FAILS,
+        {"full": 0.9, "keeps": _fractions("1/16", "1/8", "1/4", "3/8", "1/2"), "draws": 16, "undone": 0.8,
+         "holds": Fraction(1, 4), "partly": Fraction(1, 2)},
+    ),
+    "C5a": SecondClaim(
+        "JRNP beats chance at its own share",
+        "added nats at {share:.1%}, and at the largest share at which rank alone adds at most {spare} nats: joint below every one of "
+        "{draws} random draws",
+        "at both", "at one", FAILS, {"share": 0.389, "spare": 0.1, "draws": 40, "holds": 2, "partly": 1},
+    ),
+    "C5b": SecondClaim(
+        "rank alone is the better half of the score",
+        "added nats at {share:.0%}: joint (alpha {alpha}) minus rank alone (alpha 1)",
+        "> {more}, every seed", "> {more}, most seeds", FAILS, {"share": 0.25, "alpha": 0.5, "more": 0}, per_seed=True,
+    ),
+    "C10": SecondClaim(
+        "the groups need decay",
+        "two-group share: DeltaNet (no decay) against the rules with decay, trained alike",
+        "DeltaNet < {without:.2f}, all others >= {decay:.2f}", "DeltaNet lowest", FAILS, {"without": 0.05, "decay": 0.10}, per_seed=True,
+    ),
+}  # fmt: skip
+
+SECOND_TERMS = """\
+Unit, intervals and verdict words are those of the first registration. Where a claim speaks of seeds, each training seed is one
+observation, and the range over seeds is given; a verdict from fewer than three seeds prints their number and stays off the home page.
+Heads are ordered in float32; ties in effective rank are broken by the stable rank.
+
+- *Share outside*: share of heads with r/d outside (0.2, 0.8). *Two-group share*: the smaller of the share with r < 0.2 d and the share
+  with r > 0.8 d. A single full group scores 0 in it, and 1 in "outside". Both are always given.
+- *Added nats*: loss without the heads minus loss with all, nats per token, mean over two texts: held-out books and held-out code (16
+  windows of 1,024 tokens each, bootstrap over windows). The four domains of the first registration are secondary: three of them were
+  not trained on, and their losses start near those of a unigram model.
+- A *dose* is a share of all linear heads. It counts where both arms' mean loss over the two texts is below the mean loss of their
+  unigram models (add-one, fitted on other text of the same kind). C4c's crossing and C7 are exempt from this.
+- *Schemes*: over the model; *layer-matched*, k of every layer's 16 for k = 1, 2, 4, 5, 6, 7, 8; *layer 0 protected*, the lowest or
+  highest of the other layers, shares still of all linear heads.
+- *D*: area (trapezoid over the actual shares from the first dose to 5/16) of added nats without the highest ranks minus added nats
+  without the lowest. D < 0 is the paper's direction."""
+
+SECOND_READINGS = """\
+What the text leaves open was read as follows, before any model of the ladder was trained:
+
+- *Doses* over the model and with layer 0 protected: the sixteenths of the layer-matched scheme, so that D is an area over the same shares
+  in all three, and beside them the shares of the first registration. The first dose is 1/16.
+- *Calibration*: heads are ordered on 32 prompts of 1,024 tokens, 16 of technical prose and 16 of held-out code, that share no text
+  with the windows on which losses are taken.
+- *C0* looks at every head, at the last 64 tokens before t = 128 and at the end, on 4 prompts of prose.
+- *C0c*: one prompt set (4 prompts of prose, 1,024 tokens); the predicted change is that of the law, from the mean log-decay of the
+  unscaled head.
+- *C4b*: "beyond 97.5 % of theirs" compares absolute values. *Most seeds* means more than half.
+- *C4c*: the arms cross at the share where added nats without the highest ranks first exceed those without the lowest, linear between
+  doses. Where they do not cross over the model, the claim is not testable.
+- *C5a*, *C7*: "at most" and "undoes" are of points, means over windows and draws. The largest share is taken among the doses.
+- *C7*: the random groups are drawn from all heads; a group that no k restores has k = 1.
+- *C6*: capped at a half-life of 16 tokens means that no token decays a state by less than 2^(-1/16)."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +378,8 @@ def not_testable(key: str, model: str, *, why: str) -> dict[str, Any]:
         >>> not_testable("C1c", "mine", why="its weights before training are not known")["verdict"]
         'not testable on this model'
     """
-    if key not in CLAIMS:
-        raise KeyError(f"there is no claim {key!r}: expected one of {', '.join(CLAIMS)}")
+    if key not in CLAIMS and key not in SECOND:
+        raise KeyError(f"there is no claim {key!r}: expected one of {', '.join([*CLAIMS, *SECOND])}")
     return {"claim": key, "model": model, "criteria": [], "verdict": NOT_TESTABLE, "note": f": {why}"}
 
 
@@ -319,6 +480,296 @@ RULES = {
 }
 
 
+def _numbers(key: str, *names: str) -> tuple[Any, ...]:
+    return tuple(SECOND[key].numbers[name] for name in names)
+
+
+RULES |= {
+    "C0": Rule(((float(SECOND["C0"].numbers["violations"]), False, True),)),
+    "C0a": Rule(
+        tuple((number, True, True) for number in _numbers("C0a", "r_squared", "labels", "middle")),
+        lambda criteria, _: all(criterion.point_beyond for criterion in criteria[:2]),
+    ),
+    "C0c": Rule(
+        ((SECOND["C0c"].numbers["holds"], True, True),),
+        lambda criteria, _: criteria[0].estimate.point >= SECOND["C0c"].numbers["partly"],
+    ),
+}
+
+
+def judge_law(differences: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """Apply the registered rule of C0b: do the groups follow from the half-lives?
+
+    Args:
+        differences: model -> (share outside, two-group share), each by the law minus as measured.
+
+    Returns:
+        A row as `judge` gives it: the shares of models in which both differences, the first and the second are small enough.
+
+    Raises:
+        ValueError: no models.
+
+    Example:
+        >>> judge_law({"a": (0.05, 0.02), "b": (0.01, 0.30)})["verdict"]
+        'holds in part'
+    """
+    if not differences:
+        raise ValueError("C0b is judged over models, got none")
+    within, enough = _numbers("C0b", "within", "models")
+    small = [[abs(difference) <= within for difference in pair] for pair in differences.values()]
+    shares = {
+        "both within": _share(map(all, small)),
+        "outside within": _share(first for first, _ in small),
+        "two groups within": _share(second for _, second in small),
+    }
+    both, *single = (share >= enough for share in shares.values())
+    return _row("C0b", "the ladder", shares, HOLDS if both else PARTLY if any(single) else FAILS)
+
+
+def judge_gates(model: str, differences: Mapping[str, float], bits: Mapping[str, float]) -> dict[str, Any]:
+    """Apply the registered rule of C1d: are the groups inherited from the gates' initialisation?
+
+    Args:
+        model: what was measured.
+        differences: seed -> two-group share with class-broad gates minus that with narrow ones.
+        bits: seed -> difference of their held-out losses, bits per byte.
+
+    Returns:
+        A row as `judge` gives it.
+
+    Example:
+        >>> judge_gates("hybrid", {"0": 0.15, "1": 0.12}, {"0": 0.01, "1": -0.01})["verdict"]
+        'holds'
+    """
+    holds, partly, close, seeds = _numbers("C1d", "holds", "partly", "bits", "seeds")
+    if far := [seed for seed in bits if abs(bits[seed]) > close]:
+        return not_testable(
+            "C1d", model, why=f"held-out losses of seed {', '.join(far)} differ by more than {close} bits per byte"
+        )
+    if len(differences) < seeds:
+        return not_testable("C1d", model, why=f"it needs {seeds} seeds, got {len(differences)}")
+    judgement = (
+        HOLDS
+        if min(differences.values()) >= holds
+        else PARTLY
+        if min(differences.values()) > partly
+        else SECOND["C1d"].otherwise
+    )
+    return _row("C1d", model, _by_seed(differences), judgement, n_seeds=len(differences))
+
+
+def judge_tasks(model: str, text: Sequence[float], tasks: Sequence[float]) -> dict[str, Any]:
+    """Apply the registered rule of C1e: does training on tasks unmake the groups?
+
+    Args:
+        model: what was measured.
+        text, tasks: share outside on prose, one number per seed, trained on text and on 63 % tasks.
+
+    Returns:
+        A row as `judge` gives it: the difference of the means.
+
+    Raises:
+        ValueError: no seeds of one of the two.
+
+    Example:
+        >>> judge_tasks("hybrid", [0.80, 0.78], [0.60, 0.62])["verdict"]
+        'holds'
+    """
+    if not text or not tasks:
+        raise ValueError(f"C1e compares seeds, got {len(text)} trained on text and {len(tasks)} on tasks")
+    holds, partly = _numbers("C1e", "holds", "partly")
+    gap, difference = min(text) - max(tasks), sum(text) / len(text) - sum(tasks) / len(tasks)
+    judgement = HOLDS if difference >= holds and gap > 0 else PARTLY if gap > partly else FAILS
+    measured = {"text - tasks": difference, "smallest pair": gap}
+    return _row("C1e", model, measured, judgement, n_seeds=min(len(text), len(tasks)))
+
+
+def judge_within_layers(model: str, beyond: Mapping[str, float]) -> dict[str, Any]:
+    """Apply the registered rule of C4b: does rank matter beyond the choice of layers?
+
+    Args:
+        model: what was measured.
+        beyond: seed -> share of the random orders' D that is smaller in absolute value than the D of rank.
+
+    Returns:
+        A row as `judge` gives it.
+
+    Example:
+        >>> judge_within_layers("hybrid", {"0": 1.0, "1": 0.9, "2": 0.99})["verdict"]
+        'holds in part'
+    """
+    [threshold] = _numbers("C4b", "beyond")
+    return _every_seed("C4b", model, beyond, {seed: share >= threshold for seed, share in beyond.items()})
+
+
+def judge_alpha(model: str, differences: Mapping[str, float]) -> dict[str, Any]:
+    """Apply the registered rule of C5b: is rank alone the better half of the saturation score?
+
+    Args:
+        model: what was measured.
+        differences: seed -> added nats with the joint score minus with rank alone.
+
+    Returns:
+        A row as `judge` gives it.
+
+    Example:
+        >>> judge_alpha("hybrid", {"0": 0.4, "1": 0.2})["verdict"], judge_alpha("hybrid", {"0": 0.4})["note"]
+        ('holds', '; 1 seed')
+    """
+    [more] = _numbers("C5b", "more")
+    return _every_seed("C5b", model, differences, {seed: value > more for seed, value in differences.items()})
+
+
+def judge_layer_zero(model: str, crossings: Mapping[str, tuple[float | None, float | None]]) -> dict[str, Any]:
+    """Apply the registered rule of C4c: is the asymmetry a matter of layer 0?
+
+    Args:
+        model: what was measured.
+        crossings: seed -> share of heads at which the arms cross, over the model and with layer 0 protected (or softmax in its
+            place); None where they do not cross.
+
+    Returns:
+        A row as `judge` gives it; "holds" needs every seed. A crossing that vanishes moves by 1.
+
+    Example:
+        >>> judge_layer_zero("hybrid", {"0": (0.35, 0.47), "1": (0.36, None)})["verdict"]
+        'holds'
+    """
+    moved = {
+        seed: 1.0 if protected is None else abs(protected - whole)
+        for seed, (whole, protected) in crossings.items()
+        if whole is not None
+    }
+    if not moved:
+        return not_testable("C4c", model, why="the two arms do not cross over the model")
+    holds, partly = _numbers("C4c", "holds", "partly")
+    judgement = HOLDS if min(moved.values()) >= holds else PARTLY if min(moved.values()) >= partly else FAILS
+    return _row("C4c", model, _by_seed(moved), judgement, n_seeds=len(moved))
+
+
+def judge_chance(model: str, below: Mapping[str, bool]) -> dict[str, Any]:
+    """Apply the registered rule of C5a: does Joint Rank-Norm Pruning beat chance at its own share?
+
+    Args:
+        model: what was measured.
+        below: dose -> whether the joint score adds less than every random draw; both registered doses.
+
+    Returns:
+        A row as `judge` gives it: the number of doses.
+
+    Example:
+        >>> judge_chance("hybrid", {"38.9 %": False, "25 %": True})["verdict"]
+        'holds in part'
+    """
+    holds, partly = _numbers("C5a", "holds", "partly")
+    n = float(sum(below.values()))
+    return _row("C5a", model, {"doses below every draw": n}, HOLDS if n >= holds else PARTLY if n >= partly else FAILS)
+
+
+def judge_recall(
+    model: str,
+    taken: Mapping[str, tuple[float, float]],
+    kappa: Mapping[str, tuple[float, float]],
+    gain: Mapping[str, tuple[float, float]],
+) -> dict[str, Any]:
+    """Apply the registered rule of C6: is long memory spare where attention recalls?
+
+    Args:
+        model: the pair that was measured.
+        taken: seed -> share of the induction gain that the cap takes, (hybrid, pure).
+        kappa: seed -> kappa of the labels before and after, (hybrid, pure).
+        gain: seed -> intact gain, nats per token, (hybrid, pure).
+
+    Returns:
+        A row as `judge` gives it; "holds" and "holds in part" need every seed.
+
+    Example:
+        >>> judge_recall("text", {"0": (0.02, 0.9)}, {"0": (1.0, 0.95)}, {"0": (2.0, 1.0)})["verdict"]
+        'holds'
+    """
+    least, hybrid, pure, agree, times = _numbers("C6", "gain", "hybrid", "pure", "kappa", "times")
+    if small := [seed for seed in gain if min(gain[seed]) < least]:
+        return not_testable(
+            "C6", model, why=f"the intact gain of seed {', '.join(small)} is under {least} nats per token"
+        )
+    holds = [h < hybrid and p > pure and min(kappa[seed]) >= agree for seed, (h, p) in taken.items()]
+    partly = [p > times * h and p > 0 for h, p in taken.values()]
+    numbers = {
+        f"taken, {kind}, seed {seed}": pair[i]
+        for seed, pair in taken.items()
+        for i, kind in enumerate(("hybrid", "pure"))
+    }
+    return _row("C6", model, numbers, HOLDS if all(holds) else PARTLY if all(partly) else FAILS, n_seeds=len(taken))
+
+
+def judge_redundancy(model: str, high: Fraction, random: Fraction) -> dict[str, Any]:
+    """Apply the registered rule of C7: are high-rank heads redundant with each other?
+
+    Args:
+        model: what was measured.
+        high, random: the smallest share of a group that undoes the damage of removing all of it, of high-rank heads and of random ones.
+
+    Returns:
+        A row as `judge` gives it.
+
+    Example:
+        >>> judge_redundancy("hybrid", Fraction(1, 8), Fraction(3, 8))["verdict"]
+        'holds'
+    """
+    holds, partly = _numbers("C7", "holds", "partly")
+    judgement = HOLDS if high <= holds and random > high else PARTLY if high <= partly else FAILS
+    return _row("C7", model, {"k, high": float(high), "k, random": float(random)}, judgement)
+
+
+def judge_need_of_decay(shares: Mapping[str, float], *, without: str) -> dict[str, Any]:
+    """Apply the registered rule of C10: do the groups need decay?
+
+    Args:
+        shares: update rule -> two-group share.
+        without: the rule that has no decay.
+
+    Returns:
+        A row as `judge` gives it.
+
+    Raises:
+        KeyError: `without` is not among the rules.
+
+    Example:
+        >>> judge_need_of_decay({"DeltaNet": 0.02, "KDA": 0.2, "gated": 0.3}, without="DeltaNet")["verdict"]
+        'holds'
+    """
+    under, least = _numbers("C10", "without", "decay")
+    alone, others = shares[without], [share for rule, share in shares.items() if rule != without]
+    judgement = HOLDS if alone < under and min(others) >= least else PARTLY if alone < min(others) else FAILS
+    return _row("C10", "update rules", shares, judgement)
+
+
+def _every_seed(key: str, model: str, values: Mapping[str, float], met: Mapping[str, bool]) -> dict[str, Any]:
+    judgement = HOLDS if all(met.values()) else PARTLY if 2 * sum(met.values()) > len(met) else SECOND[key].otherwise
+    return _row(key, model, _by_seed(values), judgement, n_seeds=len(met))
+
+
+def _by_seed(values: Mapping[str, float]) -> dict[str, float]:
+    return {f"seed {seed}": value for seed, value in values.items()}
+
+
+def _share(met: Iterable[bool]) -> float:
+    flags = list(met)
+    return sum(flags) / len(flags)
+
+
+def _row(
+    key: str, model: str, numbers: Mapping[str, float], judgement: str, *, n_seeds: int | None = None
+) -> dict[str, Any]:
+    """A row of numbers without intervals; fewer than three seeds are said."""
+    few = n_seeds is not None and n_seeds < ENOUGH_SEEDS
+    note = f"; {n_seeds} seed{'s' if n_seeds != 1 else ''}" if few else ""
+    criteria = [
+        {"label": label, "point": round(x, 6), "low": round(x, 6), "high": round(x, 6)} for label, x in numbers.items()
+    ]
+    return {"claim": key, "model": model, "criteria": criteria, "verdict": judgement, "note": note}
+
+
 def by_model(rows: Iterable[Mapping[str, Any]], key: str) -> str:
     """The verdicts on one claim in a sentence's words; empty where no row is about it.
 
@@ -350,8 +801,21 @@ def beside_stored(rows: Iterable[Mapping[str, Any]], stored: Iterable[Mapping[st
     return f"{here}, and {there} in the stored full one" if there else here
 
 
+def second_table() -> str:
+    """The claims of the second registration as a Markdown table.
+
+    Example:
+        >>> table = second_table().splitlines()
+        >>> table[0], len(table) - 2 == len(SECOND)
+        ('|  | claim | measure | holds | holds in part | else |', True)
+    """
+    fields = ("statement", "measure", "holds", "partly", "otherwise")
+    rows = [(f"**{key}**", *(claim.text(field) for field in fields)) for key, claim in SECOND.items()]
+    return markdown_table(("", "claim", "measure", "holds", "holds in part", "else"), rows)
+
+
 def registered_table() -> str:
-    """The registered claims as a Markdown table.
+    """The claims of the first registration as a Markdown table.
 
     Example:
         >>> table = registered_table().splitlines()

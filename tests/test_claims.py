@@ -1,11 +1,12 @@
 import json
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from staterank_utils import claims
-from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, Criterion, verdict
+from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND, Criterion, verdict
 from staterank_utils.strata import Estimate
 
 NAN = float("nan")
@@ -159,3 +160,101 @@ def test_a_rule_refuses_the_wrong_number_of_medians(key: str, medians: tuple[flo
     measured = {str(index): at(1) for index in range(len(claims.RULES[key].thresholds))}
     with pytest.raises(ValueError, match=re.escape(words)):
         claims.judge(key, "m", measured, medians=medians)
+
+
+# ---------------------------------------------------------------- the second registration
+
+# As registered on 2026-11-27: what the numbers that judge must print.
+REGISTERED_RULES = {
+    "C0": ("0", "–"),
+    "C0a": ("0.80, 0.90 and 0.50", "first two"),
+    "C0b": ("both within 0.10 in >= 80% of models", "one of them"),
+    "C0c": (">= 0.90", ">= 0.70"),
+    "C1d": (">= 0.10 in both", "> 0 in both"),
+    "C1e": ("first >= 0.10, ranges over seeds disjoint", "first > 0 in every pair of seeds"),
+    "C4b": ("abs(D) beyond 97.5% of theirs in every seed", "in most seeds"),
+    "C4c": ("moves by >= 0.10, or vanishes", "by >= 0.05"),
+    "C6": (
+        "cap takes < 10% of the hybrid's gain and > 50% of the pure's, both kappa >= 0.9",
+        "the pure's share > 5 x the hybrid's",
+    ),
+    "C7": ("k <= 1/4, random group's k larger", "k <= 1/2"),
+    "C5a": ("at both", "at one"),
+    "C5b": ("> 0, every seed", "> 0, most seeds"),
+    "C10": ("DeltaNet < 0.05, all others >= 0.10", "DeltaNet lowest"),
+}
+
+
+def test_the_second_registration_prints_the_numbers_that_judge() -> None:
+    assert {key: (claim.text("holds"), claim.text("partly")) for key, claim in SECOND.items()} == REGISTERED_RULES
+    assert "log a by 1/8, 1/4, 1/2, 2, 4, 8:" in SECOND["C0c"].text("measure")
+    assert "k = 1/16, 1/8, 1/4, 3/8, 1/2 of them" in SECOND["C7"].text("measure")
+
+
+@pytest.mark.parametrize(
+    ("key", "measured", "expected"),
+    [
+        ("C0", [at(0)], HOLDS),
+        ("C0", [at(1)], FAILS),
+        ("C0a", [at(0.80), at(0.90), at(0.50)], HOLDS),
+        ("C0a", [at(0.9), at(0.95), at(0.4)], PARTLY),
+        ("C0a", [at(0.9), at(0.95), at(0.55, 0.1)], PARTLY),
+        ("C0a", [at(0.79), at(0.95), at(0.9)], FAILS),
+        ("C0c", [at(0.90)], HOLDS),
+        ("C0c", [at(0.70)], PARTLY),
+        ("C0c", [at(0.69)], FAILS),
+    ],
+)
+def test_each_rule_of_one_model_in_the_second_registration(key: str, measured: list[Estimate], expected: str) -> None:
+    labelled = {str(index): estimate for index, estimate in enumerate(measured)}
+    assert claims.judge(key, "m", labelled)["verdict"] == expected
+
+
+THREE = ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (claims.judge_law({str(i): (0.1, 0.1) for i in range(4)} | {"x": (0.5, 0.5)}), HOLDS),
+        (claims.judge_law({str(i): (0.1, 0.2) for i in range(5)}), PARTLY),
+        (claims.judge_law({str(i): (0.2, -0.1) for i in range(5)}), PARTLY),
+        (claims.judge_law({"a": (0.1, 0.1), "b": (0.11, -0.11)}), FAILS),
+        (claims.judge_gates("m", {"0": 0.10, "1": 0.3}, {"0": 0.02, "1": 0.0}), HOLDS),
+        (claims.judge_gates("m", {"0": 0.09, "1": 0.3}, {"0": 0.0, "1": 0.0}), PARTLY),
+        (claims.judge_gates("m", {"0": 0.0, "1": 0.3}, {"0": 0.0, "1": 0.0}), f"{FAILS} (acquired)"),
+        (claims.judge_gates("m", {"0": 0.3, "1": 0.3}, {"0": -0.03, "1": 0.0}), claims.NOT_TESTABLE),
+        (claims.judge_gates("m", {"0": 0.3}, {"0": 0.0}), claims.NOT_TESTABLE),
+        (claims.judge_tasks("m", [0.8, 0.75, 0.9], [0.7, 0.6]), HOLDS),
+        (claims.judge_tasks("m", [0.8, 0.75], [0.7, 0.7]), PARTLY),
+        (claims.judge_tasks("m", [0.9, 0.7], [0.7, 0.5]), FAILS),
+        (claims.judge_within_layers("m", dict.fromkeys(THREE, 0.975)), HOLDS),
+        (claims.judge_within_layers("m", {"0": 0.97, "1": 1.0, "2": 1.0}), PARTLY),
+        (claims.judge_within_layers("m", {"0": 0.97, "1": 1.0}), "explained by layers"),
+        (claims.judge_alpha("m", {"0": 0.1, "1": 0.1, "2": 0.0}), PARTLY),
+        (claims.judge_alpha("m", {"0": -0.1, "1": 0.1}), FAILS),
+        (claims.judge_layer_zero("m", {"0": (0.35, 0.45), "1": (0.3, None)}), HOLDS),
+        (claims.judge_layer_zero("m", {"0": (0.35, 0.29), "1": (0.3, None)}), PARTLY),
+        (claims.judge_layer_zero("m", {"0": (0.35, 0.34)}), FAILS),
+        (claims.judge_layer_zero("m", {"0": (None, 0.34)}), claims.NOT_TESTABLE),
+        (claims.judge_chance("m", {"38.9 %": True, "25 %": True}), HOLDS),
+        (claims.judge_chance("m", {"38.9 %": False, "25 %": False}), FAILS),
+        (claims.judge_recall("m", {"0": (0.05, 0.6)}, {"0": (0.9, 0.9)}, {"0": (0.3, 0.3)}), HOLDS),
+        (claims.judge_recall("m", {"0": (0.05, 0.6)}, {"0": (0.8, 0.9)}, {"0": (0.3, 0.3)}), PARTLY),
+        (claims.judge_recall("m", {"0": (0.1, 0.5)}, {"0": (1.0, 1.0)}, {"0": (0.3, 0.3)}), FAILS),
+        (claims.judge_recall("m", {"0": (0.0, 0.9)}, {"0": (1.0, 1.0)}, {"0": (1.0, 0.29)}), claims.NOT_TESTABLE),
+        (claims.judge_redundancy("m", Fraction(1, 4), Fraction(3, 8)), HOLDS),
+        (claims.judge_redundancy("m", Fraction(1, 4), Fraction(1, 4)), PARTLY),
+        (claims.judge_redundancy("m", Fraction(1, 1), Fraction(1, 1)), FAILS),
+        (claims.judge_need_of_decay({"DeltaNet": 0.06, "KDA": 0.1}, without="DeltaNet"), PARTLY),
+        (claims.judge_need_of_decay({"DeltaNet": 0.2, "KDA": 0.1}, without="DeltaNet"), FAILS),
+    ],
+)
+def test_each_rule_over_models_and_seeds(row: dict, expected: str) -> None:
+    assert row["verdict"] == expected
+
+
+def test_few_seeds_are_said() -> None:
+    assert claims.judge_alpha("m", dict.fromkeys(THREE, 1.0))["note"] == ""
+    assert claims.judge_alpha("m", {"0": 1.0})["note"] == "; 1 seed"
+    assert claims.judge_tasks("m", [0.9] * 3, [0.1] * 2)["note"] == "; 2 seeds"
