@@ -10,6 +10,7 @@
 Axes are always in the order (layer, batch, position, head, d_k, d_v). A head is named (layer, head), both from zero.
 """
 
+from staterank_utils.memory import cap_half_life, half_lives, predicted_rank, rank_bound, scale_decay
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.pruning import prune_heads
 from staterank_utils.selection import saturation_scores, select_heads
@@ -29,16 +30,21 @@ from staterank_utils.tracing import StateTrace, trace_states
 __all__ = [
     "Spectrum",
     "StateTrace",
+    "cap_half_life",
     "domain_prompts",
     "effective_rank",
     "effective_rank_bounds",
     "entropy_rank",
+    "half_lives",
     "load_model",
     "load_tokenizer",
     "nuclear_norm",
+    "predicted_rank",
     "prune_heads",
     "rank_and_norm",
+    "rank_bound",
     "saturation_scores",
+    "scale_decay",
     "select_heads",
     "singular_values",
     "stable_rank",

@@ -19,9 +19,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import key_names, linear_layers
+from staterank_utils.layouts import key_names, linear_layers, scans_through
 from staterank_utils.models import choose_kernels, read_tokens
-from staterank_utils.tracing import scans_through
+from staterank_utils.surgery import check_no_intervention
 
 Channels = dict[int, dict[int, list[int]]]  # decoder layer -> key head -> channels
 
@@ -51,6 +51,7 @@ def order_channels(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"])
         >>> len(order), list(order[0]), sorted(order[0][3]) == list(range(64))
         (6, [0, 1, 2, 3], True)
     """
+    check_no_intervention(model, "cut channels")
     layers = _with_channels(model)
     d_k = layers[0][2].d_k(layers[0][1])
     if prompts.numel() < d_k:
@@ -95,8 +96,8 @@ def keep_channels(
         A model of the same class and dtype, on the same device.
 
     Raises:
-        ValueError: a share outside [0, 1) or that leaves no channel, a layer or key head without an order, or an order that
-            does not hold every channel once.
+        ValueError: a share outside [0, 1) or that leaves no channel, a layer or key head without an order, an order that
+            does not hold every channel once, or a model under an intervention such as `ablate_heads`.
 
     Example:
         >>> import torch
@@ -107,6 +108,7 @@ def keep_channels(
         >>> cache_bytes(smaller(ids.to(model.device), use_cache=True).past_key_values)["recurrent"]  # half of 48 * 64 * 64 * 4
         393216
     """
+    check_no_intervention(model, "cut channels")
     layers = _with_channels(model)
     d_k = layers[0][2].d_k(layers[0][1])
     n_channels = round((1 - share) * d_k) if 0 <= share < 1 else 0

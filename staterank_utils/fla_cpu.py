@@ -6,7 +6,7 @@ torch where fla has none; all others go to the kernel as ever. Nothing is overwr
 nothing.
 
 Recurrences run token by token in float32. On a GPU, calls that a kernel refuses for their dtype (`REFUSE_FLOAT32`) go to the
-naive operator as well, and fla's Mamba-2 is changed where it is wrong or refuses; see `_ssd`.
+naive operator as well, and fla's Mamba-2 is changed where it is wrong or refuses; see `mamba2_forward`.
 """
 
 import functools
@@ -46,9 +46,9 @@ def choose(*, plain: bool = False) -> None:
         module = importlib.import_module(path)
         setattr(module, name, _dispatch(getattr(module, name), function, plain=plain))
     layer = importlib.import_module("fla.layers.mamba2").Mamba2
-    if layer.torch_forward is not _ssd:
+    if layer.torch_forward is not mamba2_forward:
         layer.cuda_kernels_forward = _one_token_or_prompt(layer.cuda_kernels_forward)
-        layer.torch_forward = functools.wraps(layer.torch_forward)(_ssd)
+        layer.torch_forward = mamba2_forward
 
 
 def is_fla(model: nn.Module) -> bool:
@@ -132,7 +132,7 @@ def _plain_versions() -> list[tuple[str, str, Callable[..., Any]]]:
         ("fla.layers.linear_attn", "chunk_linear_attn", _linear_attention),
         ("fla.layers.linear_attn", "fused_chunk_linear_attn", _linear_attention),
         ("fla.layers.linear_attn", "fused_recurrent_linear_attn", _linear_attention),
-        # Also what Mamba-2 reads a prompt by, see `_ssd`.
+        # Also what Mamba-2 reads a prompt by, see `mamba2_forward`.
         ("fla.layers.simple_gla", "chunk_simple_gla", _simple_gla),
         ("fla.layers.simple_gla", "fused_recurrent_simple_gla", _simple_gla),
         ("fla.layers.rwkv7", "chunk_rwkv7", _rwkv7),
@@ -359,17 +359,25 @@ def _rwkv7_of_kk(
     return _rwkv7(r, w, k, v, -kk, kk * a, scale, **options)
 
 
-def _ssd(
+def mamba2_forward(
     self: nn.Module,
     input_states: Tensor,
     last_state: dict[str, Any] | None = None,
     use_cache: bool | None = False,
     attention_mask: Tensor | None = None,
+    *,
+    change: Callable[[Tensor], Tensor] = lambda log_decay: log_decay,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Mamba-2's layer, from any state over any number of tokens, on any device.
+    """Mamba-2's layer, from any state over any number of tokens, on any device; `change` is applied to its log-decay.
 
     fla's own (`Mamba2.torch_forward`) refuses several tokens after a state, and in a prompt deals B and C of several groups
     out to the heads in another order than when decoding, so that prompt and decoding contradict each other.
+
+    Example:
+        >>> if find_spec("fla"):
+        ...     choose()
+        >>> find_spec("fla") is None or importlib.import_module("fla.layers.mamba2").Mamba2.torch_forward is mamba2_forward
+        True
     """
     n_tokens = input_states.shape[1]
     n_group = self.n_groups * self.ssm_state_size
@@ -396,7 +404,7 @@ def _ssd(
         q=query.float(),
         k=key.float(),
         v=x.float() * step[..., None],
-        g=step * -self.A_log.float().exp(),
+        g=change(step * -self.A_log.float().exp()),
         scale=1.0,
         initial_state=None if last_state is None else last_state["recurrent_state"],
         output_final_state=True,
@@ -409,13 +417,13 @@ def _ssd(
 
 
 def _one_token_or_prompt(bound: Callable[..., Any]) -> Callable[..., Any]:
-    """Mamba2.cuda_kernels_forward for what it can do, and `_ssd` for several tokens after a state."""
+    """Mamba2.cuda_kernels_forward for what it can do, and `mamba2_forward` for several tokens after a state."""
 
     @functools.wraps(bound)
     def forward(
         self: nn.Module, hidden_states: Tensor, last_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        chosen = bound if last_state is None or hidden_states.shape[1] == 1 else _ssd
+        chosen = bound if last_state is None or hidden_states.shape[1] == 1 else mamba2_forward
         return chosen(self, hidden_states, last_state, *args, **kwargs)
 
     vars(forward)["staterank_bound"] = bound

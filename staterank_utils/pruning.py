@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from staterank_utils.budget import in_words, out_of_memory, weight_bytes
 from staterank_utils.layouts import Layout, check_heads, find_layers, head_names, key_names, linear_layers
 from staterank_utils.models import choose_kernels, correct_forward
+from staterank_utils.surgery import check_no_intervention
 
 FORMAT = 1
 RECORD = "removed_heads"  # in the configuration: {"format": 1, "heads": {"layer": [head, ...]}}
@@ -44,8 +45,8 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
         A model of the same class and dtype, on the same device, for `generate`, `save_pretrained` and everything else.
 
     Raises:
-        ValueError: a layer without linear attention, a head that the model does not have, named twice or removed before, or
-            nothing left of all layers.
+        ValueError: a layer without linear attention, a head that the model does not have, named twice or removed before,
+            nothing left of all layers, or a model under an intervention such as `ablate_heads`.
         TypeError: heads that are not a mapping, or not named by whole numbers.
         torch.OutOfMemoryError: no room for the second model.
 
@@ -60,6 +61,7 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
         >>> torch.allclose(smaller(ids.to(model.device)).logits, ablated, atol=1e-4)
         True
     """
+    check_no_intervention(model, "remove heads")
     kept = {index: head_names(layer, layout) for index, layer, layout in linear_layers(model)}
     before = removed_heads(model.config.get_text_config())
     if not isinstance(heads, Mapping):

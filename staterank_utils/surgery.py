@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import check_heads, head_names, layer_index, linear_layers
+from staterank_utils.layouts.core import replaced
 from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.spectra import decompose
 
@@ -90,7 +91,7 @@ def ablate_heads(
         raise ValueError(
             f"kind={kind!r} was given {'no ' if means is None else ''}means: 'mean' needs them, others do not"
         )
-    by_layer = _by_layer(heads, all_heads(model), what="linear-attention")
+    by_layer = heads_by_layer(heads, all_heads(model), what="linear-attention")
     modules = {index: (layer, layout) for index, layer, layout in linear_layers(model)}
     if means is not None and not set(by_layer) <= set(means):
         raise ValueError(
@@ -112,7 +113,7 @@ def ablate_heads(
                 put_out = means[index][chosen] if means is not None else torch.zeros(())
                 handle = projection.register_forward_pre_hook(_replaced(layout.n_heads(layer), chosen, put_out))
             stack.callback(handle.remove)
-        stack.enter_context(_noted(model, f"{kind}: {by_layer}"))
+        stack.enter_context(noted(model, f"{kind}: {by_layer}"))
         yield
 
 
@@ -130,13 +131,52 @@ def ablations(model: PreTrainedModel) -> list[str]:
 
 
 @contextmanager
-def _noted(model: PreTrainedModel, ablation: str) -> Iterator[None]:
-    before = ablations(model)
-    model.staterank_ablations = [*before, ablation]
-    try:
+def noted(model: PreTrainedModel, intervention: str) -> Iterator[None]:
+    """A block in which `ablations` names an intervention, and the model cannot be saved: its weights are not what it computes.
+
+    Args:
+        model: from `load_model`.
+        intervention: as it is named.
+
+    Raises:
+        ValueError: when the model is saved inside the block.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> model = load_model("hybrid")
+        >>> with noted(model, "zero: {0: [3]}"):
+        ...     model.save_pretrained("folder")
+        Traceback (most recent call last):
+            ...
+        ValueError: this model is under an intervention (zero: {0: [3]}) that changes no weight: leave its block before you save it
+    """
+
+    def refuse(*args: Any, **options: Any) -> None:
+        check_no_intervention(model, "save it")
+
+    with replaced(model, {"staterank_ablations": [*ablations(model), intervention], "save_pretrained": refuse}):
         yield
-    finally:
-        model.staterank_ablations = before
+
+
+def check_no_intervention(model: PreTrainedModel, action: str) -> None:
+    """Refuse what is about a model's weights while it computes something else.
+
+    Args:
+        model: from `load_model`.
+        action: what is refused, for the message.
+
+    Raises:
+        ValueError: the model is under an intervention.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> check_no_intervention(load_model("hybrid"), "save it") is None
+        True
+    """
+    if under := ablations(model):
+        raise ValueError(
+            f"this model is under an intervention ({'; '.join(under)}) that changes no weight: leave its block before you {action}"
+        )
 
 
 def softmax_heads(model: PreTrainedModel) -> list[Head]:
@@ -171,12 +211,12 @@ def ablate_softmax_heads(model: PreTrainedModel, heads: Iterable[Head]) -> Itera
         (True, False)
     """
     layers = _softmax_layers(model)
-    by_layer = _by_layer(heads, softmax_heads(model), what="softmax")
+    by_layer = heads_by_layer(heads, softmax_heads(model), what="softmax")
     with ExitStack() as stack:
         for index, chosen in by_layer.items():
             hook = _replaced(_n_softmax_heads(model), chosen, torch.zeros(()))
             stack.callback(layers[index].get_submodule(SOFTMAX_PROJECTION).register_forward_pre_hook(hook).remove)
-        stack.enter_context(_noted(model, f"softmax: {by_layer}"))
+        stack.enter_context(noted(model, f"softmax: {by_layer}"))
         yield
 
 
@@ -252,7 +292,7 @@ def forward_with_edits(
     """
     if every < 1:
         raise ValueError(f"every must be at least 1 token, got {every}")
-    by_layer = _by_layer(heads, all_heads(model), what="linear-attention")
+    by_layer = heads_by_layer(heads, all_heads(model), what="linear-attention")
     layers = {index: (layer, layout) for index, layer, layout in linear_layers(model)}
     places = {index: _places(of_layer, head_names(*layers[index])) for index, of_layer in by_layer.items()}
     input_ids = input_ids.to(model.device)
@@ -319,8 +359,21 @@ def rotated(state: Float[Tensor, "*lead d_k d_v"], *, seed: int) -> Float[Tensor
 # ---------------------------------------------------------------- inside
 
 
-def _by_layer(heads: Iterable[Head], known: Iterable[Head], *, what: str) -> dict[int, list[int]]:
-    """Layer -> its heads; refuses what is unknown or repeated."""
+def heads_by_layer(heads: Iterable[Head], known: Iterable[Head], *, what: str) -> dict[int, list[int]]:
+    """(layer, head) pairs as layer -> heads; refuses what is unknown or repeated.
+
+    Args:
+        heads: pairs.
+        known: those that there are.
+        what: kind of heads, for the messages.
+
+    Raises:
+        TypeError, ValueError: as in `layouts.check_heads`.
+
+    Example:
+        >>> heads_by_layer([(0, 3), (2, 1), (0, 1)], [(0, 1), (0, 3), (2, 1)], what="linear-attention")
+        {0: [3, 1], 2: [1]}
+    """
     grouped: list[dict[int, list[int]]] = []
     for pairs in (heads, known):
         grouped.append({})

@@ -3,9 +3,9 @@
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from staterank_utils import recurrence
 from staterank_utils.budget import budget, in_words, machine_memory, out_of_memory
 from staterank_utils.kernels import serves_kernel
-from staterank_utils.layouts import Layout, linear_layers, modeling_module
+from staterank_utils.layouts import Layout, linear_layers, modeling_module, scans_through
+from staterank_utils.layouts.core import largest_decay, read_gates
 from staterank_utils.models import make_cache, output_logits, read_tokens
 from staterank_utils.spectra import finite_at_the_end
 
@@ -44,6 +45,8 @@ class StateTrace:
         log_decay: (layer, batch, head), natural logarithm of the decay a_t, mean over all tokens read, float64.
         write_strength: (layer, batch, head), b_t, mean over all tokens read, float64: in [0, 1] for the delta rule, the step dt for
             Mamba-2.
+        log_norms: (layer, batch, token, head), float64, the logarithm of the spectral norm of the transition A_t at every token, if
+            asked for: the largest decay of a channel, or for RWKV-7 the norm of its matrix. `memory.rank_bound` takes it.
         logits: (batch, position, vocabulary) after each of the positions, if they were asked for.
 
     Example:
@@ -61,6 +64,7 @@ class StateTrace:
     log_decay: Float[Tensor, "layer batch head"]
     write_strength: Float[Tensor, "layer batch head"]
     logits: Float[Tensor, "batch position vocabulary"] | None = None
+    log_norms: Float[Tensor, "layer batch token head"] | None = None
 
     @property
     def d(self) -> int:
@@ -75,6 +79,7 @@ def trace_states(
     positions: Sequence[int],
     reduce: "Callable[[Tensor], Tensor] | Reducer | None" = None,
     logits: bool = False,
+    log_norms: bool = False,
     batch_size: int | None = None,
 ) -> StateTrace:
     """Read prompts once, up to the last position, and keep S(t) of every linear-attention head at each position.
@@ -96,6 +101,7 @@ def trace_states(
             also runs in another thread. The memory needed is then the model's, one snapshot, and on a GPU at most 1 GB of states that wait. To keep
             more states than memory holds, `streaming.stream_states`.
         logits: also keep the logits after each position.
+        log_norms: also keep the logarithm of the norm of every token's transition.
         batch_size: prompts read side by side; by default one on a CPU, where a larger batch falls out of the cache and is
             slower, and all on a GPU.
 
@@ -145,10 +151,10 @@ def trace_states(
         advice=", or ".join(what for what, applies in advice.items() if applies),
     ):
         parts = [
-            _trace_batch(model, layers, batch, positions, reduce, logits)
+            _trace_batch(model, layers, batch, positions, reduce, logits, log_norms)
             for batch in tqdm(batches, desc="prompts", leave=False, disable=len(batches) == 1)
         ]
-    values, gates, outputs = zip(*parts, strict=True)
+    values, gates, outputs, norms = zip(*parts, strict=True)
     _, layer, layout = layers[0]
     log_decay, write_strength = torch.cat(gates, 2).unbind(1)
     return StateTrace(
@@ -160,6 +166,7 @@ def trace_states(
         log_decay=log_decay,
         write_strength=write_strength,
         logits=torch.cat(outputs) if logits else None,
+        log_norms=torch.cat(norms, 1) if log_norms else None,
     )
 
 
@@ -171,18 +178,19 @@ def _trace_batch(
     positions: Sequence[int],
     reduce: "Callable[[Tensor], Tensor] | Reducer | None",
     logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (layer, batch, position, head, ...), mean gates (layer, gate, batch, head) and logits of one batch."""
+    log_norms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values (layer, batch, position, head, ...), mean gates (layer, gate, batch, head), logits and log-norms of one batch."""
     input_ids = input_ids.to(model.device)
     order = torch.arange(positions[-1], device=model.device)[None]
     cache = make_cache(model)
     outputs: list[Tensor] = []
     with ExitStack() as stack:
         stack.enter_context(finite_at_the_end())
-        sums = [stack.enter_context(_GateSums(layer, layout)) for _, layer, layout in layers]
+        readings = [stack.enter_context(_GateReading(layer, layout, log_norms)) for _, layer, layout in layers]
         devices = {parameter.device for _, layer, _ in layers for parameter in layer.parameters()}
         reducer = stack.enter_context(reduce if isinstance(reduce, Reducer) else Reducer(reduce, devices=devices))
-        taps = [_StateTap(*layer, reducer=reducer, gates=gates) for layer, gates in zip(layers, sums, strict=True)]
+        taps = [_StateTap(*layer, reducer=reducer, gates=gates) for layer, gates in zip(layers, readings, strict=True)]
         for (_, layer, layout), tap in zip(layers, taps, strict=True):
             stack.enter_context(scans_through(layer, layout, tap.scan))
         for start, stop in itertools.pairwise(_borders(positions, layers, n_prompts=len(input_ids))):
@@ -197,9 +205,10 @@ def _trace_batch(
                 chosen = hidden[:, [position - 1 for position in inside]]
                 outputs.append(output_logits(model, chosen).float().cpu())
         reducer.finish()
-    totals = [layer_sums.total() for layer_sums in sums]
+    totals = [reading.total() for reading in readings]
     gates = torch.stack([total.to(totals[0].device) for total in totals]).cpu() / positions[-1]
-    return _stacked([tap.kept for tap in taps]), gates, torch.cat(outputs, 1) if logits else torch.empty(0)
+    norms = torch.stack([reading.log_norms() for reading in readings]) if log_norms else torch.empty(0)
+    return _stacked([tap.kept for tap in taps]), gates, torch.cat(outputs, 1) if logits else torch.empty(0), norms
 
 
 def _stacked(kept: list[list[Tensor]]) -> Num[Tensor, "layer batch position *made"]:
@@ -231,50 +240,6 @@ def _runs_on_fla(layer: nn.Module, layout: Layout) -> bool:
     return next(layer.parameters()).is_cuda and backends == {"fla"}
 
 
-@contextmanager
-def scans_through(layer: nn.Module, layout: Layout, call: Callable[..., Any]) -> Iterator[None]:
-    """While entered, a layer's calls of its `scans` are made by `call(kernel, query, key, value, g=..., beta=..., ...)`.
-
-    Args:
-        layer, layout: from `linear_layers`.
-        call: makes the call of the kernel, and returns what that returns.
-
-    Example:
-        >>> from staterank_utils import load_model
-        >>> from staterank_utils.layouts import linear_layers
-        >>> model, shapes = load_model("hybrid"), []
-        >>> def look(kernel, query, key, *rest, **options):
-        ...     shapes.append(tuple(key.shape))
-        ...     return kernel(query, key, *rest, **options)
-        >>> _, layer, layout = linear_layers(model)[0]
-        >>> with scans_through(layer, layout, look):
-        ...     _ = model(torch.ones(1, 9, dtype=torch.long, device=model.device))
-        >>> shapes[0][:2], shapes[0][-1]
-        ((1, 9), 64)
-    """
-    own = vars(layer).get("forward")
-    forward = layer.forward
-
-    def tapped(*args: Any, **kwargs: Any) -> Any:
-        module = modeling_module(layer)
-        kernels = {name: getattr(module, name) for name in layout.scans}
-        for name, kernel in kernels.items():
-            setattr(module, name, functools.partial(call, kernel))
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            for name, kernel in kernels.items():
-                setattr(module, name, kernel)
-
-    layer.forward = tapped
-    try:
-        yield
-    finally:
-        del layer.forward
-        if own is not None:
-            layer.forward = own
-
-
 class _StateTap:
     """Keeps what is made of a layer's states at the positions set, as the layer reads a segment through `scan`.
 
@@ -289,7 +254,7 @@ class _StateTap:
         layout: Layout,
         *,
         reducer: "Reducer",
-        gates: "_GateSums",
+        gates: "_GateReading",
     ):
         self.index, self.layer, self.layout, self.reducer, self.gates = index, layer, layout, reducer, gates
         self.positions: list[int] = []
@@ -303,7 +268,7 @@ class _StateTap:
         rest = {name: value for name, value in kwargs.items() if name not in names}
         state, outputs = rest.pop("initial_state", None), []
         n_batch, n_tokens = tokens["query"].shape[:2]
-        self.gates.add(tokens["g"] if tokens["g"].ndim == 3 else tokens["g"].mean(-1), tokens["beta"])
+        self.gates.add((tokens["g"], tokens["beta"]), largest_decay(tokens["g"]))
         self._n_left = len(self.positions)
         with_states = getattr(kernel, "staterank_states", None)
         if with_states and n_batch == 1 and serves_kernel(kernel.__name__, tokens | rest):
@@ -471,19 +436,20 @@ class Reducer:
         return made if made.nbytes <= states.nbytes // 256 else made.cpu()
 
 
-class _GateSums:
-    """Adds up log-decay and write strength of a layer over the tokens it reads.
+class _GateReading:
+    """Adds up log-decay and write strength of a layer over the tokens it reads, and keeps the norms of their transitions if asked to.
 
     A layer with `scans` gives both to its kernel, and so to `_StateTap.scan`. While entered, those of any other are found in what its
     projections put out.
     """
 
-    def __init__(self, layer: nn.Module, layout: Layout):
-        self.layer, self.layout = layer, layout
+    def __init__(self, layer: nn.Module, layout: Layout, keep_norms: bool):
+        self.layer, self.layout, self.keep_norms = layer, layout, keep_norms
         self._sums: list[Tensor] = []  # (gate, batch, head) of each segment
+        self._norms: list[Tensor] = []  # (batch, token, head) of each segment
         self._seen: dict[str, Any] = {}
 
-    def __enter__(self) -> "_GateSums":
+    def __enter__(self) -> "_GateReading":
         names = () if self.layout.scans else self.layout.gate_modules
         self._handles = [
             self.layer.get_submodule(name).register_forward_hook(functools.partial(self._look, name)) for name in names
@@ -494,18 +460,26 @@ class _GateSums:
         for handle in self._handles:
             handle.remove()
 
-    def add(self, *gates: Float[Tensor, "batch token head"]) -> None:
-        """Log-decay and write strength of some tokens."""
-        self._sums.append(torch.stack([gate.sum(1, dtype=torch.float64) for gate in gates]))
+    def add(self, gates: tuple[Tensor, Tensor], log_norm: Float[Tensor, "batch token head"]) -> None:
+        """Log-decay, with or without channels, and write strength of some tokens, and the logarithm of the norm of their transitions."""
+        log_decay, write_strength = gates
+        over_channels = log_decay.mean(-1) if log_decay.ndim == 4 else log_decay
+        self._sums.append(torch.stack([gate.sum(1, dtype=torch.float64) for gate in (over_channels, write_strength)]))
+        if self.keep_norms:
+            self._norms.append(log_norm.double().cpu())
 
     def total(self) -> Float[Tensor, "gate batch head"]:
-        """On the layer's device."""
+        """Both sums, on the layer's device."""
         return self._sums[0] if len(self._sums) == 1 else torch.stack(self._sums).sum(0)
+
+    def log_norms(self) -> Float[Tensor, "batch token head"]:
+        """Of every token, on the CPU."""
+        return torch.cat(self._norms, 1)
 
     def _look(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._seen[name] = output
         if len(self._seen) == len(self.layout.gate_modules):
-            self.add(*self.layout.gates(self.layer, *(self._seen[name] for name in self.layout.gate_modules)))
+            self.add(*read_gates(self.layer, self.layout, *(self._seen[name] for name in self.layout.gate_modules)))
             self._seen = {}
 
 

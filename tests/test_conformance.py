@@ -3,6 +3,7 @@
 Where there is a GPU, all of it runs there, flash-linear-attention's models through its kernels.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import conformance
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, delta, fla_models, mlstm, oracle, ssd
 from architectures.oracle import Architecture
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,8 +20,10 @@ from transformers import PreTrainedModel
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.decoding import pad_left
 from staterank_utils.layouts import head_names, linear_layers
+from staterank_utils.memory import cap_half_life, check_memory_bound, scale_decay
 from staterank_utils.models import choose_kernels, load_model, make_cache, output_logits, read_tokens
 from staterank_utils.pruning import cache_bytes, prune_heads, removed_heads
+from staterank_utils.reference import gated_delta_rule
 from staterank_utils.surgery import ablate_heads, all_heads, forward_with_edits, mean_outputs
 from staterank_utils.tracing import trace_states
 
@@ -231,8 +234,9 @@ def test_a_layout_reads_the_gates_off_the_projections(architecture, model, three
     for hook in hooks:
         hook.remove()
     for row, ((_, layer, layout), gates) in enumerate(zip(layers, expected, strict=True)):
-        found = layout.gates(layer, *(seen[row, name] for name in layout.gate_modules))
-        for read, gate in zip(found, (gates.log_decay, gates.write_strength), strict=True):
+        log_decay, strength = layout.gates(layer, *(seen[row, name] for name in layout.gate_modules))
+        over_channels = log_decay.mean(-1) if log_decay.ndim == 4 else log_decay
+        for read, gate in ((over_channels, gates.log_decay), (strength, gates.write_strength)):
             assert read.shape == gate.shape
             assert apart(read, gate) < TOLERANCE * max(1.0, gate.abs().max().item())
 
@@ -314,6 +318,93 @@ def test_a_trace_under_ablation_is_of_the_same_states(model, three) -> None:
     assert torch.equal(inside[0], before[0])
     assert not torch.equal(inside[-1], before[-1])
     assert torch.equal(trace_states(model, three, positions=POSITIONS).values, before)
+
+
+# ---------------------------------------------------------------- memory
+
+NO_DECAY = ("fla DeltaNet", "fla DeltaNet, gated", "fla LinearAttention")
+
+
+def test_no_rank_exceeds_the_memory_bound(name, model, three) -> None:
+    check = check_memory_bound(model, three, positions=[3, 33, N_TOKENS])
+    assert check.n_violations == 0
+    assert check.void.all() or name not in NO_DECAY
+    assert (check.rank <= torch.tensor(check.positions)[:, None]).all()
+
+
+def _scaled(factor: float, head: int) -> Callable[[Tensor], Tensor]:
+    def change(log_decay: Tensor) -> Tensor:
+        factors = torch.ones(log_decay.shape[2], dtype=log_decay.dtype, device=log_decay.device)
+        factors[head] = factor
+        return log_decay * factors.view(-1, *[1] * (log_decay.ndim - 3))
+
+    return change
+
+
+CHANGES = {
+    "capped": (lambda model: cap_half_life(model, 0.5), lambda log_decay: log_decay.clamp_max(-math.log(2) / 0.5)),
+    "slower": (lambda model: scale_decay(model, 0.25, [(linear_layers(model)[0][0], 1)]), _scaled(0.25, 1)),
+    "faster": (lambda model: scale_decay(model, 4.0, [(linear_layers(model)[0][0], 0)]), _scaled(4.0, 0)),
+}
+changes = pytest.mark.parametrize("change", CHANGES)
+
+
+@pytest.fixture
+def decaying(name: str, model: PreTrainedModel) -> PreTrainedModel:
+    if name in NO_DECAY:
+        with pytest.raises(ValueError, match="has no decay: there is nothing to change"), cap_half_life(model, 2.0):
+            pass
+        pytest.skip("has no decay, and is refused")
+    return model
+
+
+@changes
+def test_a_changed_decay_is_that_of_the_float64_recurrence(
+    architecture, decaying, three, change: str, monkeypatch
+) -> None:
+    """Of the first layer, whose inputs the change leaves as they are."""
+    within, changed = CHANGES[change]
+    means: list[Tensor] = []
+
+    def of_changed(rule: Callable[..., object], place: int) -> Callable[..., object]:
+        def call(*args: Tensor, **options: Tensor) -> object:
+            log_decay = changed(args[place].double())
+            means.append((log_decay.mean(-1) if log_decay.ndim == 4 else log_decay).mean(1))
+            return rule(*args[:place], log_decay, *args[place + 1 :], **options)
+
+        return call
+
+    for module in (ssd, mlstm, fla_models):
+        monkeypatch.setattr(module, "recurrence", of_changed(oracle.recurrence, 2))
+    monkeypatch.setattr(delta, "gated_delta_rule", of_changed(gated_delta_rule, 3))
+    states = architecture.expected(decaying, three)[0].states[:, AT]
+    with within(decaying):
+        trace = trace_states(decaying, three, positions=POSITIONS, batch_size=3)
+    assert apart(trace.values[0], states) / states.abs().max().item() < TOLERANCE
+    assert apart(trace.log_decay[0], means[0]) < TOLERANCE * max(1.0, means[0].abs().max().item())
+    whole_trace = trace_states(decaying, three, positions=POSITIONS, batch_size=3)
+    assert apart(whole_trace.values[0], states) / states.abs().max().item() > 10 * TOLERANCE
+
+
+@changes
+def test_pieces_are_one_pass_also_where_decay_is_changed(decaying, three, change: str) -> None:
+    before = whole(decaying, three)
+    with CHANGES[change][0](decaying):
+        inside = whole(decaying, three)
+        for cuts in ([32], LATE):
+            assert apart(in_pieces(decaying, three, cuts)[0], inside) < TOLERANCE
+    assert apart(inside, before) > 10 * ROUNDING
+    assert torch.equal(whole(decaying, three), before)
+
+
+def test_a_changed_decay_and_ablated_heads_compose_in_any_order(decaying, three) -> None:
+    index = linear_layers(decaying)[0][0]
+    with cap_half_life(decaying, 2.0), ablate_heads(decaying, [(index, 1)]):
+        first = whole(decaying, three)
+    with ablate_heads(decaying, [(index, 1)]), cap_half_life(decaying, 2.0):
+        assert torch.equal(whole(decaying, three), first)
+    with cap_half_life(decaying, 2.0):
+        assert apart(whole(decaying, three), first) > 10 * ROUNDING
 
 
 # ---------------------------------------------------------------- removing

@@ -10,11 +10,10 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
 from staterank_utils import domain_prompts, kernels, load_model, load_tokenizer
-from staterank_utils.layouts import linear_layers
+from staterank_utils.layouts import linear_layers, scans_through
 from staterank_utils.models import PLAIN_KERNELS, choose_kernels, make_cache
 from staterank_utils.reference import gated_delta_rule
 from staterank_utils.results import EMBEDDED
-from staterank_utils.tracing import scans_through
 
 CASES = [  # batch, tokens, key heads, value heads, d_k, d_v
     (1, 1, 4, 8, 64, 64),

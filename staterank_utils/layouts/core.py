@@ -1,16 +1,20 @@
 """The two forms in which an architecture is described: `Blocks` of a weight, and the `Layout` of a layer class."""
 
+import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Gates = tuple[Float[Tensor, "batch token head"], Float[Tensor, "batch token head"]]
+Gates = tuple[Tensor, Float[Tensor, "batch token head"]]  # log-decay may have an axis of channels behind
+Change = Callable[[Tensor], Tensor]  # of a log-decay, (batch, token, head) or (batch, token, head, channel)
 Parts = tuple[tuple[Literal["key", "value"], Literal["d_k", "d_v", 1]], ...]
 
 
@@ -128,8 +132,12 @@ class Layout:
             put out, at the place where a head at zero is a head removed: the output projection where the norm behind a head is
             its own, else the norm across heads.
         gate_modules: names of the submodules whose outputs hold the gates; "" is the layer itself.
-        gates: (layer, outputs of those submodules) -> (log_decay, write_strength), each (batch, token, head). Of a decay for
-            each channel, the mean over channels.
+        gates: (layer, outputs of those submodules) -> (log_decay, write_strength), each (batch, token, head); a decay for each
+            channel has an axis of channels behind.
+        log_norm: (layer, log_decay, outputs of those submodules) -> (batch, token, head), the logarithm of the spectral norm of the transition A_t
+            in S(t) = A_t S(t-1) + writes, where it is not the largest decay of a channel.
+        changed_decay: (layer, change) -> a block for one forward pass, in which the layer's log-decay is what `change` makes of it,
+            writes stay as they are, and `read_gates` tells the changed one; None where a layer has no decay.
         write_module: name of the submodule whose output `without_writes` changes; None where writes cannot be stopped exactly.
         without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.
         state: (cache, layer index) -> (batch, head, d_k, d_v), a view of what the cache holds, to read and to write.
@@ -168,6 +176,8 @@ class Layout:
     output: Callable[[nn.Module], str]
     gate_modules: tuple[str, ...]
     gates: Callable[..., Gates]
+    log_norm: Callable[..., Tensor] | None = None
+    changed_decay: Callable[[nn.Module, Change], AbstractContextManager[None]] | None = None
     d_k_setting: str | None = None
     write_module: str | None = None
     without_writes: Callable[[nn.Module, Tensor, list[int]], Tensor] | None = None
@@ -212,3 +222,185 @@ def modeling_module(layer: nn.Module) -> ModuleType:
         ('modeling_qwen3_next', True)
     """
     return sys.modules[type(layer).__module__]
+
+
+@contextmanager
+def replaced(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """A block in which attributes of a module (of Python or of torch) have other values; then they are what they were.
+
+    Args:
+        owner: the module.
+        values: attribute -> value inside the block.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> owner = SimpleNamespace(scale=1)
+        >>> with replaced(owner, {"scale": 2}):
+        ...     owner.scale
+        2
+        >>> owner.scale
+        1
+    """
+    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                setattr(owner, name, before[name])
+            elif name in vars(owner):
+                delattr(owner, name)
+
+
+@contextmanager
+def forward_within(layer: nn.Module, block: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """While entered, each forward pass of a layer runs inside a block of its own.
+
+    Args:
+        layer: any module.
+        block: makes the context manager of one pass.
+
+    Example:
+        >>> from contextlib import nullcontext
+        >>> layer, passes = nn.Identity(), []
+        >>> with forward_within(layer, lambda: nullcontext(passes.append(1))):
+        ...     _ = layer(torch.zeros(1))
+        >>> passes, "forward" in vars(layer)
+        ([1], False)
+    """
+    forward = layer.forward
+
+    @functools.wraps(forward)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with block():
+            return forward(*args, **kwargs)
+
+    with replaced(layer, {"forward": inside}):
+        yield
+
+
+def scans_through(layer: nn.Module, layout: Layout, call: Callable[..., Any]) -> AbstractContextManager[None]:
+    """While entered, a layer's calls of its `scans` are made by `call(kernel, query, key, value, g=..., beta=..., ...)`.
+
+    Args:
+        layer, layout: from `linear_layers`.
+        call: makes the call of the kernel, and returns what that returns.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.layouts import linear_layers
+        >>> model, shapes = load_model("hybrid"), []
+        >>> def look(kernel, query, key, *rest, **options):
+        ...     shapes.append(tuple(key.shape))
+        ...     return kernel(query, key, *rest, **options)
+        >>> _, layer, layout = linear_layers(model)[0]
+        >>> with scans_through(layer, layout, look):
+        ...     _ = model(torch.ones(1, 9, dtype=torch.long, device=model.device))
+        >>> shapes[0][:2], shapes[0][-1]
+        ((1, 9), 64)
+    """
+    return forward_within(layer, lambda: calls_through(modeling_module(layer), dict.fromkeys(layout.scans, call)))
+
+
+def calls_through(module: ModuleType, calls: Mapping[str, Callable[..., Any]]) -> AbstractContextManager[None]:
+    """A block in which functions of a Python module are called as `call(function, ...)`.
+
+    Args:
+        module: that holds the functions.
+        calls: name of the function -> call.
+
+    Example:
+        >>> import math
+        >>> with calls_through(math, {"sqrt": lambda function, x: -function(x)}):
+        ...     math.sqrt(4)
+        -2.0
+    """
+    return replaced(module, {name: functools.partial(call, getattr(module, name)) for name, call in calls.items()})
+
+
+def decay_argument(name: str, kernels: Sequence[str]) -> Callable[[nn.Module, Change], AbstractContextManager[None]]:
+    """`Layout.changed_decay` of layers that give their log-decay to a kernel as one keyword argument.
+
+    Args:
+        name: of the argument.
+        kernels: names of the functions in the layer's Python module.
+
+    Example:
+        >>> decay_argument("g", ["chunk"])(nn.Identity(), lambda log_decay: 2 * log_decay)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        AttributeError: module 'torch.nn.modules.linear' has no attribute 'chunk'
+    """
+
+    def changed(layer: nn.Module, change: Change) -> AbstractContextManager[None]:
+        def call(kernel: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            return kernel(*args, **options | {name: change(options[name])})
+
+        return calls_through(modeling_module(layer), dict.fromkeys(kernels, call))
+
+    return changed
+
+
+_changes: WeakKeyDictionary[nn.Module, list[Change]] = WeakKeyDictionary()
+
+
+@contextmanager
+def noted_change(layer: nn.Module, change: Change) -> Iterator[None]:
+    """A block in which `read_gates` applies a change to the log-decay that a layer's projections give.
+
+    Args:
+        layer: whose gates are read.
+        change: of its log-decay.
+
+    Example:
+        >>> layer = nn.Identity()
+        >>> with noted_change(layer, lambda log_decay: 2 * log_decay):
+        ...     len(_changes[layer])
+        1
+    """
+    noted = _changes.setdefault(layer, [])
+    noted.append(change)
+    try:
+        yield
+    finally:
+        noted.remove(change)
+
+
+def read_gates(layer: nn.Module, layout: Layout, *outputs: Tensor) -> tuple[Gates, Float[Tensor, "batch token head"]]:
+    """A layer's gates, under the changes that hold for it, and the logarithm of the spectral norm of A_t.
+
+    Args:
+        layer, layout: from `linear_layers`.
+        outputs: of the layer's `gate_modules`.
+
+    Returns:
+        (log_decay, write_strength) as `Layout.gates` gives them, and log ||A_t||_2.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.layouts import linear_layers
+        >>> _, layer, layout = linear_layers(load_model("hybrid", device="cpu"))[0]
+        >>> (log_decay, _), log_norm = read_gates(layer, layout, torch.zeros(1, 3, 16))
+        >>> torch.equal(log_decay, log_norm)  # one decay for each head
+        True
+    """
+    log_decay, write_strength = layout.gates(layer, *outputs)
+    for change in reversed(_changes.get(layer, [])):
+        log_decay = change(log_decay)
+    own = layout.log_norm(layer, log_decay, *outputs) if layout.log_norm else largest_decay(log_decay)
+    return (log_decay, write_strength), own
+
+
+def largest_decay(log_decay: Tensor) -> Float[Tensor, "batch token head"]:
+    """Of a log-decay for each channel, the largest, which is log ||A_t||_2 where A_t is diagonal, or that times a reflection.
+
+    Args:
+        log_decay: (batch, token, head), or (batch, token, head, channel).
+
+    Example:
+        >>> largest_decay(torch.tensor([[[[-1.0, -2.0]]]]))
+        tensor([[[-1.]]])
+    """
+    return log_decay.amax(-1) if log_decay.ndim == 4 else log_decay

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts
+from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts, decay_argument
 
 
 def log_decay(layer: nn.Module, a: Float[Tensor, "batch token head"]) -> Float[Tensor, "batch token head"]:
@@ -77,6 +77,7 @@ def _resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
 K: Parts = (("key", "d_k"),)
 V: Parts = (("value", "d_v"),)
 ONE: Parts = (("value", 1),)
+SCANS = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 GATED_DELTA: dict[str, Any] = {
     "n_heads": lambda layer: layer.num_v_heads,
     "n_keys": lambda layer: layer.num_k_heads,
@@ -85,10 +86,10 @@ GATED_DELTA: dict[str, Any] = {
     "d_k_setting": "linear_key_head_dim",
     "resize": _resize,
     "idle": idle,
-    "scans": ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
+    "changed_decay": decay_argument("g", SCANS),
+    "scans": SCANS,
     "kernels": (
-        "torch_chunk_gated_delta_rule",
-        "torch_recurrent_gated_delta_rule",
+        *SCANS,
         "causal_conv1d_fn",
         "causal_conv1d_update",
     ),

@@ -3,8 +3,10 @@
 They run on a CPU too, see `staterank_utils.fla_cpu`. fla keeps the states of some layers as d_v x d_k; `state` turns them.
 """
 
+import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +14,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from staterank_utils.fla_cpu import retention_decay
-from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts
+from staterank_utils.fla_cpu import mamba2_forward, retention_decay
+from staterank_utils.layouts.core import (
+    Blocks,
+    Change,
+    Gates,
+    Layout,
+    Parts,
+    calls_through,
+    modeling_module,
+    noted_change,
+    replaced,
+)
 from staterank_utils.layouts.delta import ONE, K, V, log_decay, silenced
 
 
@@ -48,8 +60,39 @@ def _idle(
     return torch.zeros_like(hidden_states), None, past_key_values
 
 
-def _over_channels(x: Float[Tensor, "batch token row"], n_heads: int) -> Float[Tensor, "batch token head"]:
-    return x.unflatten(-1, (n_heads, -1)).mean(-1)
+def _by_head(x: Float[Tensor, "batch token row"], n_heads: int) -> Float[Tensor, "batch token head channel"]:
+    return x.unflatten(-1, (n_heads, -1))
+
+
+def _calls(
+    make: Callable[[nn.Module, Change], Callable[..., Any]], *kernels: str
+) -> Callable[[nn.Module, Change], AbstractContextManager[None]]:
+    """`Layout.changed_decay` of a layer whose kernels are called as `make(layer, change)` says."""
+
+    @contextmanager
+    def changed(layer: nn.Module, change: Change) -> Iterator[None]:
+        call = make(layer, change)
+        with calls_through(modeling_module(layer), dict.fromkeys(kernels, call)), noted_change(layer, change):
+            yield
+
+    return changed
+
+
+def _outside_the_kernel(
+    log_decay_of: Callable[[nn.Module, Tensor], Tensor],
+) -> Callable[[nn.Module, Change], Callable[..., Any]]:
+    """For kernels that make the decay of `g` themselves: it is made here, changed, and given to them as it is."""
+
+    def make(layer: nn.Module, change: Change) -> Callable[..., Any]:
+        def call(kernel: Callable[..., Any], *, g: Tensor, **options: Any) -> Any:
+            within = {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None}
+            # A decay that is bounded in training may be changed to lie beyond its bound.
+            within |= {"safe_gate": False, "lower_bound": None} if "safe_gate" in options else {}
+            return kernel(g=change(log_decay_of(layer, g)), **options | within)
+
+        return call
+
+    return make
 
 
 def _resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
@@ -94,6 +137,7 @@ GATED_DELTANET = Layout(
     n_keys=lambda layer: layer.num_heads,
     gate_modules=("a_proj", "b_proj"),
     gates=lambda layer, a, b: (log_decay(layer, a), b.float().sigmoid() * (2 if layer.allow_neg_eigval else 1)),
+    changed_decay=_calls(_outside_the_kernel(log_decay), "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
     write_module="b_proj",
     without_writes=silenced,
     state=_turned_state,
@@ -139,11 +183,15 @@ DELTANET = Layout(
 )
 
 
-def _kda_gates(layer: nn.Module, f: Tensor, b: Float[Tensor, "batch token head"]) -> Gates:
-    f = (f.float() + layer.dt_bias.float()).unflatten(-1, (layer.num_v_heads, -1))
+def _kda_decay(layer: nn.Module, f: Float[Tensor, "batch token head channel"]) -> Tensor:
+    f = f.float() + layer.dt_bias.float().view(layer.num_v_heads, -1)
     rate = layer.A_log.float().exp()[:, None]
-    decay = -rate * F.softplus(f) if layer.lower_bound is None else layer.lower_bound * (rate * f).sigmoid()
-    return decay.mean(-1), b.float().sigmoid() * (2 if layer.allow_neg_eigval else 1)
+    return -rate * F.softplus(f) if layer.lower_bound is None else layer.lower_bound * (rate * f).sigmoid()
+
+
+def _kda_gates(layer: nn.Module, f: Tensor, b: Float[Tensor, "batch token head"]) -> Gates:
+    strength = b.float().sigmoid() * (2 if layer.allow_neg_eigval else 1)
+    return _kda_decay(layer, _by_head(f, layer.num_v_heads)), strength
 
 
 KDA = Layout(
@@ -153,6 +201,7 @@ KDA = Layout(
     n_keys=lambda layer: layer.num_heads,
     gate_modules=("f_proj", "b_proj"),
     gates=_kda_gates,
+    changed_decay=_calls(_outside_the_kernel(_kda_decay), "chunk_kda", "fused_recurrent_kda"),
     write_module="b_proj",
     without_writes=silenced,
     state=_turned_state,
@@ -208,8 +257,16 @@ GROUPED_WEIGHTS = (
 def _gla_gates(layer: nn.Module, gk: Float[Tensor, "batch token row"]) -> Gates:
     decay = F.logsigmoid(gk.float()) / layer.gate_logit_normalizer
     decay = decay if layer.clamp_min is None else decay.clamp_min(layer.clamp_min)
-    decay = _over_channels(decay, layer.num_kv_heads).repeat_interleave(layer.num_kv_groups, -1)
-    return decay, torch.ones_like(decay)
+    decay = _by_head(decay, layer.num_kv_heads).repeat_interleave(layer.num_kv_groups, -2)
+    return decay, torch.ones_like(decay[..., 0])
+
+
+def _gla_call(layer: nn.Module, change: Change) -> Callable[..., Any]:
+    def call(kernel: Callable[..., Any], **options: Any) -> Any:
+        name = "g" if "g" in options else "gk"  # of chunk_gla, and of fused_recurrent_gla
+        return kernel(**options | {name: change(options[name].float())})
+
+    return call
 
 
 GLA = Layout(
@@ -217,6 +274,7 @@ GLA = Layout(
     module="fla.layers.gla",
     gate_modules=("gk_proj",),
     gates=_gla_gates,
+    changed_decay=_calls(_gla_call, "chunk_gla", "fused_recurrent_gla"),
     state=_turned_state,
     weights=(*GROUPED_WEIGHTS, Blocks("gk_proj.1.weight", K), Blocks("gk_proj.1.bias", K)),
     resize=_resize_grouped,
@@ -237,11 +295,23 @@ def _fixed_gates(decay: Callable[[int], Tensor]) -> Callable[[nn.Module, Tensor]
     return gates
 
 
+def _retention_call(layer: nn.Module, change: Change) -> Callable[..., Any]:
+    """The kernels make the decay of a head's index; this one is told it."""
+
+    def call(kernel: Callable[..., Any], *, q: Tensor, **options: Any) -> Any:
+        rule = importlib.import_module("fla.layers.simple_gla").fused_recurrent_simple_gla
+        log_decay = retention_decay(layer.num_heads).to(q.device).expand(*q.shape[:2], -1)
+        return rule(q=q, g=change(log_decay), **options)
+
+    return call
+
+
 RETNET = Layout(
     layer_class="MultiScaleRetention",
     module="fla.layers.multiscale_retention",
     gate_modules=("q_proj",),
     gates=_fixed_gates(retention_decay),
+    changed_decay=_calls(_retention_call, "chunk_retention", "fused_chunk_retention", "fused_recurrent_retention"),
     state=_state,
     kept_whole="a head's decay follows from its index among all, so those that stay would get the decay of others",
     refusal=lambda layer: (
@@ -306,6 +376,13 @@ def _mamba2_refusal(layer: nn.Module) -> str | None:
     return "a step has a lower bound (dt_limit), so writes cannot be stopped" if layer.dt_limit[0] > 0 else None
 
 
+@contextmanager
+def _mamba2_changed_decay(layer: nn.Module, change: Change) -> Iterator[None]:
+    forward = functools.partial(mamba2_forward, layer, change=change)
+    with replaced(layer, {"torch_forward": forward, "cuda_kernels_forward": forward}), noted_change(layer, change):
+        yield
+
+
 MAMBA2 = Layout(
     layer_class="Mamba2",
     module="fla.layers.mamba2",
@@ -316,6 +393,7 @@ MAMBA2 = Layout(
     output=lambda layer: "norm" if layer.rmsnorm else "out_proj",
     gate_modules=("in_proj",),
     gates=_mamba2_gates,
+    changed_decay=_mamba2_changed_decay,
     write_module="in_proj",
     without_writes=_mamba2_without_writes,
     state=_turned_state,
@@ -338,10 +416,27 @@ MAMBA2 = Layout(
 )
 
 
-def _rwkv7_gates(layer: nn.Module, w: Float[Tensor, "batch token row"], a: Float[Tensor, "batch token row"]) -> Gates:
+def _rwkv7_gates(layer: nn.Module, w: Tensor, a: Tensor, k: Tensor) -> Gates:
     # The number is exp(-1/2), as in the layer.
     decay = -0.6065306597126334 * w.float().sigmoid()
-    return _over_channels(decay, layer.num_heads), _over_channels(a.float().sigmoid(), layer.num_heads)
+    return _by_head(decay, layer.num_heads), _by_head(a.float().sigmoid(), layer.num_heads).mean(-1)
+
+
+def _rwkv7_log_norm(layer: nn.Module, log_decay: Tensor, w: Tensor, a: Tensor, k: Tensor) -> Tensor:
+    """Of A_t = diag(w) - (a kappa) kappa^T, no larger than the largest decay where a is the same for all channels."""
+    kappa = F.normalize(_by_head(k.double() * layer.k_k.double().flatten(), layer.num_heads), dim=-1)
+    strength = _by_head(a.double().sigmoid(), layer.num_heads)
+    transition = torch.diag_embed(log_decay.double().exp()) - (strength * kappa)[..., None] * kappa[..., None, :]
+    return torch.linalg.matrix_norm(transition, ord=2).log()
+
+
+def _rwkv7_call(layer: nn.Module, change: Change) -> Callable[..., Any]:
+    def call(kernel: Callable[..., Any], *, w: Tensor, **options: Any) -> Any:
+        if "safe_gate" in options:  # a changed decay may lie beyond the bound that this counts on
+            options |= {"safe_gate": False}
+        return kernel(w=change(w.float()).to(w.dtype), **options)
+
+    return call
 
 
 def _rwkv7_without_writes(layer: nn.Module, k: Float[Tensor, "batch token row"], heads: list[int]) -> Tensor:
@@ -354,8 +449,10 @@ RWKV7 = Layout(
     module="fla.layers.rwkv7",
     n_heads=lambda layer: layer.num_heads,
     n_keys=lambda layer: layer.num_heads,
-    gate_modules=("w_lora", "a_lora"),
+    gate_modules=("w_lora", "a_lora", "k_proj"),
     gates=_rwkv7_gates,
+    log_norm=_rwkv7_log_norm,
+    changed_decay=_calls(_rwkv7_call, "chunk_rwkv7", "fused_mul_recurrent_rwkv7"),
     write_module="k_proj",
     without_writes=_rwkv7_without_writes,
     state=_state,

@@ -2,12 +2,12 @@
 
 from torch import Tensor, nn
 
-from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts
+from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts, decay_argument
 from staterank_utils.layouts.delta import ONE, V, idle, silenced
 
 
 def _gates(layer: nn.Module, log_decay: Tensor, b: Tensor) -> Gates:
-    return log_decay.float().mean(-1), b.float().sigmoid()
+    return log_decay.float(), b.float().sigmoid()
 
 
 def _resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
@@ -17,6 +17,7 @@ def _resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
 
 
 K: Parts = (("value", "d_k"),)
+SCANS = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
 
 
 def _layout(layer_class: str, module: str, *, decay: Blocks, low_rank: bool) -> Layout:
@@ -34,10 +35,10 @@ def _layout(layer_class: str, module: str, *, decay: Blocks, low_rank: bool) -> 
         gates=_gates,
         write_module="b_proj",
         without_writes=silenced,
-        scans=("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"),
+        changed_decay=decay_argument("g", SCANS),
+        scans=SCANS,
         kernels=(
-            "chunk_kimi_delta_attention",
-            "recurrent_kimi_delta_attention",
+            *SCANS,
             "causal_conv1d_fn",
             "causal_conv1d_update",
         ),

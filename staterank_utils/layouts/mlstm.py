@@ -8,7 +8,8 @@ Source: Beck et al., "xLSTM: Extended Long Short-Term Memory", arXiv:2405.04517,
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from staterank_utils.layouts.core import Gates, Layout, modeling_module
+from staterank_utils.layouts.core import Change, Gates, Layout, modeling_module, noted_change, replaced
 
 
 def _gates(
@@ -63,6 +64,20 @@ def _forward(run: Callable[..., Any]) -> Callable[..., Any]:
             del backend.forward
 
     return forward
+
+
+@contextmanager
+def _changed_decay(layer: nn.Module, change: Change) -> Iterator[None]:
+    backend: Any = layer.mlstm_backend
+    recurrence = backend.forward
+
+    def changed(*, fgate: Float[Tensor, "batch head token"], **given: Any) -> Any:
+        log_decay = change(F.logsigmoid(fgate.float()).transpose(1, 2)).transpose(1, 2)
+        # What the sigmoid makes that decay of.
+        return recurrence(fgate=log_decay - (-torch.expm1(log_decay)).log(), **given)
+
+    with replaced(backend, {"forward": changed}), noted_change(layer, change):
+        yield
 
 
 @functools.cache
@@ -140,6 +155,7 @@ LAYOUT = Layout(
     output=lambda layer: "out_proj",
     gate_modules=("igate_preact", "fgate_preact"),
     gates=_gates,
+    changed_decay=_changed_decay,
     write_module="v",
     without_writes=_without_writes,
     state=_state,

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from staterank_utils.layouts.core import Blocks, Gates, Layout, Parts, modeling_module
+from staterank_utils.layouts.core import (
+    Blocks,
+    Change,
+    Gates,
+    Layout,
+    Parts,
+    calls_through,
+    modeling_module,
+    noted_change,
+)
 from staterank_utils.layouts.delta import ONE, V, idle
 
 # ---------------------------------------------------------------- norms across heads
@@ -124,23 +133,75 @@ def _forward(run: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _bounded_steps(layer: nn.Module) -> Iterator[None]:
-    module = modeling_module(layer)
-    kernels = {name: getattr(module, name) for name in ("mamba2_chunk_scan", "mamba2_selective_state_update")}
-
-    def bounded(kernel: Callable[..., Any], place: int) -> Callable[..., Any]:
-        def call(*args: Any, dt_bias: Tensor, dt_softplus: bool, dt_limit: Any = None, **options: Any) -> Any:
+    def bounded(place: int) -> Callable[..., Any]:
+        def call(
+            kernel: Callable[..., Any],
+            *args: Any,
+            dt_bias: Tensor,
+            dt_softplus: bool,
+            dt_limit: Any = None,
+            **options: Any,
+        ) -> Any:
             dt = _step(layer, args[place].float() + dt_bias.float())
             return kernel(*args[:place], dt, *args[place + 1 :], **options)
 
         return call
 
-    module.mamba2_chunk_scan = bounded(kernels["mamba2_chunk_scan"], 1)  # type: ignore[attr-defined]
-    module.mamba2_selective_state_update = bounded(kernels["mamba2_selective_state_update"], 2)  # type: ignore[attr-defined]
-    try:
+    calls = {"mamba2_chunk_scan": bounded(1), "mamba2_selective_state_update": bounded(2)}
+    with calls_through(modeling_module(layer), calls):
         yield
-    finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
+
+
+@contextmanager
+def _changed_decay(layer: nn.Module, change: Change) -> Iterator[None]:
+    """The kernels make decay and write of one step dt: they are given the step of the changed decay, and values divided by how much it changed."""
+
+    def steps(raw: Tensor, rate: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The changed step and the factor of the values, each (batch, token, head)."""
+        step = raw.float() if bias is None else _step(layer, raw.float() + bias.float())
+        changed = change(rate.float() * step) / rate.float()
+        return changed, torch.where(changed > 0, step / changed, 0.0)
+
+    def scan(
+        kernel: Callable[..., Any],
+        x: Float[Tensor, "batch token head d_v"],
+        dt: Float[Tensor, "batch token head"],
+        rate: Float[Tensor, " head"],
+        *rest: Tensor,
+        D: Float[Tensor, " head"],
+        dt_bias: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        step, factor = steps(dt, rate, dt_bias)
+        options = {name: value for name, value in options.items() if name not in ("dt_softplus", "dt_limit")}
+        made = kernel(x.float() * factor[..., None], step, rate, *rest, D=None, **options)
+        skip = D[..., None] * x.float()
+        return (made[0] + skip, *made[1:]) if isinstance(made, tuple) else made + skip
+
+    def update(
+        kernel: Callable[..., Any],
+        state: Tensor,
+        x: Float[Tensor, "batch head d_v"],
+        dt: Float[Tensor, "batch head d_v"],
+        rate: Float[Tensor, "head d_v d_k"],
+        key: Tensor,
+        query: Tensor,
+        D: Float[Tensor, "head d_v"],
+        *,
+        z: Float[Tensor, "batch head d_v"] | None = None,
+        dt_bias: Float[Tensor, "head d_v"] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        bias = None if dt_bias is None else dt_bias[:, 0]
+        step, factor = (each[:, 0, :, None] for each in steps(dt[:, None, :, 0], rate[:, 0, 0], bias))
+        options.pop("dt_softplus", None)
+        made = kernel(state, x.float() * factor, step.expand_as(x).contiguous(), rate, key, query, None, **options)
+        out: Tensor = made + D * x.float()
+        return out if z is None else out * F.silu(z)
+
+    calls: dict[str, Callable[..., Any]] = {"mamba2_chunk_scan": scan, "mamba2_selective_state_update": update}
+    with calls_through(modeling_module(layer), calls), noted_change(layer, change):
+        yield
 
 
 @contextmanager
@@ -205,6 +266,7 @@ def _mamba2(layer_class: str, module: str, logits: Callable[[Any, Tensor], Tenso
         ),
         gate_modules=("in_proj",),
         gates=_gates,
+        changed_decay=_changed_decay,
         write_module="in_proj",
         without_writes=_without_writes,
         state=lambda cache, index: cache.layers[index].recurrent_states[0].transpose(-1, -2),
@@ -257,6 +319,21 @@ def _lightning_gates(layer: nn.Module, qkv: Float[Tensor, "batch token row"]) ->
     # A decay for each head, the same at every token, and no write strength.
     log_decay = -layer.slope_rate.float().flatten().expand(*qkv.shape[:2], -1)
     return log_decay, torch.ones_like(log_decay)
+
+
+@contextmanager
+def _lightning_changed_decay(layer: nn.Module, change: Change) -> Iterator[None]:
+    """Its decay is a buffer, and three more follow from it."""
+    log_decay = change(-layer.slope_rate.float().flatten()[None, None])[0, 0]
+    slope = -log_decay[:, None, None]
+    names = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+    before = {name: layer._buffers[name] for name in names}
+    made = zip(names, (slope, *layer.decay_factors(slope)), strict=True)
+    layer._buffers.update({name: value.to(layer.slope_rate.dtype) for name, value in made})
+    try:
+        yield
+    finally:
+        layer._buffers.update(before)
 
 
 def _lightning_without_writes(layer: nn.Module, qkv: Float[Tensor, "batch token row"], heads: list[int]) -> Tensor:
@@ -316,6 +393,7 @@ LAYOUTS = (
         output=lambda layer: "norm",
         gate_modules=("qkv_proj",),
         gates=_lightning_gates,
+        changed_decay=_lightning_changed_decay,
         write_module="qkv_proj",
         without_writes=_lightning_without_writes,
         state=lambda cache, index: cache.linear_cache[index],

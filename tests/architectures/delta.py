@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from architectures.oracle import Architecture, Expected, unit
-from staterank_utils.layouts import linear_layers
+from staterank_utils.layouts import linear_layers, scans_through
 from staterank_utils.reference import gated_delta_rule
-from staterank_utils.tracing import scans_through
 
 LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 COMMON: dict[str, Any] = {
