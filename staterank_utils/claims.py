@@ -255,7 +255,8 @@ What the text leaves open was read as follows, before any model of the ladder wa
 - *C0* looks at every head, at the last 64 tokens before t = 128 and at the end, on 4 prompts of prose.
 - *C0c*: one prompt set (4 prompts of prose, 1,024 tokens); the predicted change is that of the law, from the mean log-decay of the
   unscaled head.
-- *C4b*: "beyond 97.5 % of theirs" compares absolute values. *Most seeds* means more than half.
+- *C4b*: the D of rank is taken on the same windows as those of the random orders, and absolute values are compared. *Most seeds* means
+  more than half.
 - *C4c*: the arms cross at the share where added nats without the highest ranks first exceed those without the lowest, linear between
   doses. Where they do not cross over the model, the claim is not testable.
 - *C5a*, *C7*: "at most" and "undoes" are of points, means over windows and draws. The largest share is taken among the doses.

@@ -391,13 +391,36 @@ def text_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) ->
         >>> text_nats(load_model("hybrid"), torch.arange(8).reshape(2, 4)).shape
         (2,)
     """
+    return token_nats(model, input_ids).mean(1)
+
+
+@torch.inference_mode()
+def token_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) -> NDArray[np.float64]:
+    """Loss of predicting each token of a text from those before it.
+
+    Args:
+        model: what is measured.
+        input_ids: texts of equal length, at least 2 tokens.
+
+    Returns:
+        (prompt, token - 1), nats; the first token of a text is given, not predicted.
+
+    Raises:
+        ValueError: texts of fewer than 2 tokens.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> token_nats(load_model("hybrid"), torch.arange(8).reshape(2, 4)).shape
+        (2, 3)
+    """
     if input_ids.shape[1] < 2:
         raise ValueError(f"a text needs at least 2 tokens, got {input_ids.shape[1]}")
-    losses: list[float] = []
-    for texts in input_ids.to(model.device).split(1 if model.device.type == "cpu" else 32):
-        for hidden, text in zip(read_tokens(model, texts), texts, strict=True):
-            losses.append(F.cross_entropy(output_logits(model, hidden[:-1]).double(), text[1:]).item())
-    return np.array(losses)
+    losses = [
+        F.cross_entropy(output_logits(model, hidden[:-1]).double(), text[1:], reduction="none")
+        for texts in input_ids.to(model.device).split(1 if model.device.type == "cpu" else 32)
+        for hidden, text in zip(read_tokens(model, texts), texts, strict=True)
+    ]
+    return torch.stack(losses).cpu().numpy()
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ STORED = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "transformers", "flash-linear-attention", "numpy", "scipy", "diptest")
 PROFILES = ("quick", "full")
 STARTED = time.monotonic()
+COMMIT = "STATERANK_COMMIT"  # the environment variable that names the commit where the code is no git checkout
 
 
 def write_json(path: Path | str, data: Any) -> None:
@@ -62,10 +64,10 @@ def write_json(path: Path | str, data: Any) -> None:
 
 @contextlib.contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
-    """A place beside a file to write it: renamed over the file at the end of the block, removed where anything interrupts that.
+    """A place beside a file or folder to write it: renamed over it at the end of the block, removed if anything interrupts that.
 
     Args:
-        path: of the file; its folder is there.
+        path: of the file or folder; the one above it is there.
 
     Example:
         >>> import tempfile
@@ -78,8 +80,12 @@ def whole_or_not(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        if partial.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         partial.replace(path)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
 
 
@@ -91,8 +97,8 @@ def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = (
         checkpoints: folders of weights that were measured; each is named with a hash over its safetensors files.
 
     Returns:
-        A dictionary that JSON can hold. `seconds` is counted from the import of this module; `commit` is "unknown" outside a
-        git checkout, and ends in "+changes" where tracked files were changed.
+        A dictionary that JSON can hold. `seconds` is counted from the import of this module; `commit` ends in "+changes" where tracked
+        files were changed, and outside a git checkout is what the environment variable STATERANK_COMMIT says, or "unknown".
 
     Raises:
         FileNotFoundError: a folder without weights.
@@ -268,7 +274,7 @@ def _commit() -> str:
             "+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT, "unknown")
 
 
 def embedded_folders(models: Sequence[str]) -> list[Path]:

@@ -334,6 +334,42 @@ def share_outside(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> float
     return float(((x <= gap[0]) | (x >= gap[1])).mean())
 
 
+def two_group_share(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> float:
+    """The smaller of the share of values under the gap and the share over it: 0 where there is one group alone, at most 0.5.
+
+    Args:
+        values: relative ranks r/d, any shape.
+        gap: its two ends, in shares of d.
+
+    Raises:
+        ValueError: a NaN or infinity.
+
+    Example:
+        >>> two_group_share([0.0, 0.1, 0.5, 1.0]), two_group_share([1.0, 1.0])
+        (0.25, 0.0)
+    """
+    x = _finite(values, "the two-group share").ravel()
+    return float(min((x < gap[0]).mean(), (x > gap[1]).mean()))
+
+
+def explained(predicted: ArrayLike, measured: ArrayLike) -> float:
+    """R^2 of a prediction as it stands, 1 - SSE/SST, with nothing fitted; NaN where nothing varies.
+
+    Args:
+        predicted, measured: one number per head, at least 2 heads.
+
+    Raises:
+        ValueError: as in `spearman`.
+
+    Example:
+        >>> explained([1, 2, 3], [1, 2, 4]), explained([3, 3, 3], [1, 2, 3]) < 0
+        (0.7857142857142857, True)
+    """
+    x, y = _pair(predicted, measured)
+    total = float(((y - y.mean()) ** 2).sum())
+    return 1 - float(((x - y) ** 2).sum()) / total if total > 0 else float("nan")
+
+
 # ---------------------------------------------------------------- the same groups?
 
 

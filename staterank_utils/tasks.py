@@ -16,7 +16,7 @@ import random
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -293,6 +293,44 @@ def technical_prose() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+@cache
+def held_out_books() -> tuple[str, ...]:
+    """Passages of twelve public-domain books that no embedded model and no model of the ladder was trained on.
+
+    Source: `texts/README.md` beside this file.
+
+    Example:
+        >>> len(held_out_books()), sum(map(len, held_out_books())) > 240_000
+        (12, True)
+    """
+    text = Path(__file__).with_name("texts").joinpath("books.txt").read_text(encoding="utf-8")
+    return tuple(passage.partition("\n\n")[2].strip() for passage in text.split("\f"))
+
+
+def text_tokens(text: str, tokenizer: Any) -> Int[Tensor, " n"]:
+    """All tokens of a text that no model was trained on.
+
+    Args:
+        text: a key of `TEXTS`.
+        tokenizer: of the model that will read them.
+
+    Raises:
+        ValueError: an unknown text.
+
+    Example:
+        >>> from staterank_utils import load_tokenizer
+        >>> len(text_tokens("books", load_tokenizer("hybrid"))) > 50_000
+        True
+    """
+    if text not in TEXTS:
+        raise ValueError(f"unknown text {text!r}: choose from {', '.join(TEXTS)}")
+    return _encode_all(_joined(TEXTS[text]()), tokenizer)
+
+
+def _joined(text_or_texts: str | tuple[str, ...]) -> str:
+    return text_or_texts if isinstance(text_or_texts, str) else "\n\n".join(text_or_texts)
+
+
 def _pieces(texts: Iterator[str], tokenizer: Any, n_tokens: int) -> Int[Tensor, " n_tokens"]:
     """The first `n_tokens` tokens of the texts, one after the other."""
     ids: list[int] = []
@@ -305,8 +343,7 @@ def _windows(
     text_or_texts: str | tuple[str, ...], tokenizer: Any, n_prompts: int, n_tokens: int, rng: random.Random
 ) -> Tensor:
     """Windows at random places of a text, no two overlapping."""
-    text = text_or_texts if isinstance(text_or_texts, str) else "\n\n".join(text_or_texts)
-    ids = _encode_all(text, tokenizer)
+    ids = _encode_all(_joined(text_or_texts), tokenizer)
     n_windows = len(ids) // n_tokens
     if n_windows < n_prompts:
         raise ValueError(
@@ -330,12 +367,18 @@ def _encode_all(text: str, tokenizer: Any) -> Int[Tensor, " n"]:
     return torch.tensor(list(itertools.chain.from_iterable(encoded)))
 
 
-def _prose(tokenizer: Any, n_prompts: int, n_tokens: int, rng: random.Random) -> Tensor:
-    return _windows(technical_prose(), tokenizer, n_prompts, n_tokens, rng)
+TEXTS: dict[str, Callable[[], str | tuple[str, ...]]] = {
+    "prose": technical_prose,
+    "code": partial(library_sources, held_out=True),
+    "books": held_out_books,
+}
 
 
-def _code(tokenizer: Any, n_prompts: int, n_tokens: int, rng: random.Random) -> Tensor:
-    return _windows(library_sources(held_out=True), tokenizer, n_prompts, n_tokens, rng)
+def _text(name: str) -> Callable[[Any, int, int, random.Random], Tensor]:
+    def windows(tokenizer: Any, n_prompts: int, n_tokens: int, rng: random.Random) -> Tensor:
+        return _windows(TEXTS[name](), tokenizer, n_prompts, n_tokens, rng)
+
+    return windows
 
 
 def _arithmetic(tokenizer: Any, n_prompts: int, n_tokens: int, rng: random.Random) -> Tensor:
@@ -379,18 +422,19 @@ def _common_number(tokenizer: Any, n_prompts: int, n_tokens: int, rng: random.Ra
 
 
 def _random_tokens(tokenizer: Any, n_prompts: int, n_tokens: int, rng: random.Random) -> Tensor:
-    ordinary = [i for i in range(len(tokenizer)) if i not in set(tokenizer.all_special_ids)]
+    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     return torch.tensor([rng.choices(ordinary, k=n_tokens) for _ in range(n_prompts)])
 
 
 def _shuffled_prose(tokenizer: Any, n_prompts: int, n_tokens: int, rng: random.Random) -> Tensor:
-    prompts = _prose(tokenizer, n_prompts, n_tokens, rng)
+    prompts = _text("prose")(tokenizer, n_prompts, n_tokens, rng)
     return torch.stack([row[torch.tensor(rng.sample(range(n_tokens), n_tokens))] for row in prompts])
 
 
 DOMAINS: dict[str, Callable[[Any, int, int, random.Random], Tensor]] = {
-    "prose": _prose,
-    "code": _code,
+    "prose": _text("prose"),
+    "code": _text("code"),
+    "books": _text("books"),
     "arithmetic": _arithmetic,
     "retrieval": _retrieval,
     "rare character": _rare_character,

@@ -3,6 +3,7 @@
 import json
 import lzma
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +19,32 @@ from staterank_utils.models import CHECKPOINTS, EMBEDDED, choose_kernels, initia
 from staterank_utils.strata import exactly
 from training import recover as recovery
 from training import train as training
-from training.corpus import encode, read_books
-from training.fast_forward import FastForward, limit_autotuning
-from training.mixture import ANSWER_WEIGHT, Mixture
+from training.corpus import encode, read_books, write_corpus
+from training.fast_forward import FastForward, limit_autotuning, recurrence_of
+from training.mixture import Mixture
+from training.recipes import LINEAR, RECIPES, SOFTMAX, WAVES, find_recipe
 from training.recover import Recovery
-from training.train import LAYERS, Settings, configuration, rate, train
+from training.train import Run, rate, train
+
+TOKENIZER = str(CHECKPOINTS / "hybrid")
+TASKS_63 = RECIPES["hybrid-tasks63-0"]
+TINY = replace(
+    TASKS_63, name="tiny", layer_types=(LINEAR, SOFTMAX, LINEAR), steps=4, batch_rows=1, n_tokens=32, hidden=64, intermediate=64,
+    key_heads=2, value_heads=4, head_size=16,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     ids = np.random.default_rng(0).integers(2, len(tokenizer), 20_000).astype(np.uint16)
-    for name in ("books", "code", "held_out_books"):
-        np.save(folder / f"{name}.npy", ids)
+    write_corpus(folder, dict.fromkeys(("books", "code", "held_out_books"), ids), tokenizer)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_recurrence(tokenizer) -> Callable:
+    return plain_recurrence(initial_model(TINY.configuration(tokenizer)))
 
 
 def plain_recurrence(model) -> Callable:
@@ -41,9 +54,9 @@ def plain_recurrence(model) -> Callable:
     return lambda q, k, v, log_decay, beta: kernel(q, k, v, g=log_decay, beta=beta)[0]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_fast_forward_is_the_model_s_own_forward(name: str) -> None:
-    model = initial_model(configuration(name, vocabulary=512, eos=0, pad=1, seed=0))
+@pytest.mark.parametrize("name", ["hybrid-text-0", "pure-tasks63-1"])
+def test_fast_forward_is_the_model_s_own_forward(name: str, tokenizer) -> None:
+    model = initial_model(RECIPES[name].configuration(tokenizer))
     ids = torch.randint(0, 512, (2, 131), generator=torch.Generator().manual_seed(0))
     fast = FastForward(model, plain_recurrence(model), dtype=torch.float32, compiled=False)
     with torch.no_grad():
@@ -73,19 +86,19 @@ def test_kernels_keep_one_configuration_also_where_they_were_defined_before(monk
 
 
 def test_a_batch_follows_from_its_step_alone(corpus: Path, tokenizer) -> None:
-    one, other = (Mixture(corpus, tokenizer, rows=6, n_tokens=256, seed=3) for _ in range(2))
+    one, other = (Mixture(corpus, tokenizer, replace(TASKS_63, batch_rows=6, n_tokens=256, seed=3)) for _ in range(2))
     one[0]
     for a, b in zip(one[5], other[5], strict=True):
         assert torch.equal(a, b)
     ids, weights = one[5]
     assert ids.shape == (6, 257)
     assert weights.shape == (6, 256)
-    assert set(weights.unique().tolist()) <= {1.0, ANSWER_WEIGHT}
+    assert set(weights.unique().tolist()) <= {1.0, TASKS_63.answer_weight}
     assert not torch.equal(ids, one[6][0])
 
 
 def test_weights_mark_the_answers(corpus: Path, tokenizer) -> None:
-    mixture = Mixture(corpus, tokenizer, rows=40, n_tokens=512, seed=0)
+    mixture = Mixture(corpus, tokenizer, replace(TASKS_63, batch_rows=40, n_tokens=512))
     ids, weights = mixture[0]
     marked = [tokenizer.decode(row[1:][w > 1]) for row, w in zip(ids, weights, strict=True)]
     assert any("The answer is" in text for text in marked)
@@ -111,22 +124,53 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:
     assert rate(10_000, 0.9) < rate(10_000, 0.7) < 1
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ladder_s_recipes_are_those_of_its_waves() -> None:
+    assert sorted(name for names in WAVES.values() for name in names) == sorted(RECIPES)
+    for name, recipe in RECIPES.items():
+        assert name == recipe.name
+        assert sum(recipe.rows.values()) == pytest.approx(1)
+        assert sum(recipe.tasks.values()) == pytest.approx(1)
+        assert recipe.n_linear_heads == (144 if name.startswith("hybrid") else 192)
+    with pytest.raises(ValueError, match="there is no recipe 'hybrid': choose from hybrid-text-0, "):
+        find_recipe("hybrid")
+
+
+def test_a_recipe_without_a_model_class_is_refused(tokenizer) -> None:
+    with pytest.raises(ValueError, match="no model class for rule 'KDA' with gates 'broad'"):
+        replace(TINY, rule="KDA").configuration(tokenizer)
+    with pytest.raises(ValueError, match="no recurrence for the update rule 'KDA'"):
+        recurrence_of("KDA", bounded=True)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "LOG_EVERY": 1,
         "SAVE_EVERY": 0.0,
         "RECORD_AT": (0, 1),
         "RECORD_PROMPTS": 1,
         "RECORD_DOMAINS": ("prose",),
+        "KEEP_AT": (2,),
         "HELD_OUT_WINDOWS": 2,
     }.items():
         monkeypatch.setattr(training, name, value)
-    settings = Settings(
-        "pure", corpus, str(CHECKPOINTS / "hybrid"), tmp_path, minutes=5, workers=0, rows=1, n_tokens=32
-    )
-    recurrence = plain_recurrence(initial_model(configuration("pure", vocabulary=64, eos=0, pad=1, seed=0)))
+
+
+def run_of(corpus: Path, out: Path, **more: object) -> Run:
+    return Run(TINY, corpus, TOKENIZER, out, workers=0, **more)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        key: value for file in folder.glob("*.safetensors") for key, value in safetensors.torch.load_file(file).items()
+    }
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_was_killed_resumes_to_the_same_weights(
+    corpus: Path, tmp_path: Path, tiny_recurrence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(run_of(corpus, tmp_path / "whole"), tiny_recurrence, device="cpu", compiled=False)
     steps: list[int] = []
     original = Mixture.__getitem__
 
@@ -137,54 +181,95 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
         return original(self, step)
 
     monkeypatch.setattr(Mixture, "__getitem__", killed_at_third)
+    killed = run_of(corpus, tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):
-        train(settings, recurrence, device="cpu", compiled=False)
-    assert not (tmp_path / "training.json").exists()
-    elapsed = torch.load(tmp_path / "progress.pt")["elapsed"]
-    train(Settings(**{**vars(settings), "minutes": elapsed / 60 + 0.01}), recurrence, device="cpu", compiled=False)
-    assert steps[:4] == [0, 1, 2, 2]
-    run = json.loads((tmp_path / "training.json").read_text())
-    assert [entry["step"] for entry in run["log"]] == list(range(1, run["steps"] + 1))
-    assert list(run["record"]["steps"]) == ["0", "1", "end"]
-    assert np.array(run["record"]["steps"]["end"]["prose"]["effective_rank"]).shape == (8, 8)
-    assert (tmp_path / "model" / "model.safetensors.index.json").exists()
+        train(killed, tiny_recurrence, device="cpu", compiled=False)
+    assert not (killed.out / "training.json").exists()
+    train(killed, tiny_recurrence, device="cpu", compiled=False)
+    assert steps == [0, 1, 2, 2, 3]
+    whole, resumed = (weights_of(tmp_path / name / "model") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert not torch.equal(
+        whole["model.embed_tokens.weight"], weights_of(killed.out / "step-2")["model.embed_tokens.weight"]
+    )
+    made = json.loads((killed.out / "training.json").read_text())
+    assert [entry["step"] for entry in made["log"]] == [1, 2, 3, 4]
+    assert made["recipe"] == TINY.settings()
+    assert list(made["record"]["steps"]) == ["0", "1", "end"]
+    assert np.array(made["record"]["steps"]["end"]["prose"]["effective_rank"]).shape == (2, 4)
+    other = replace(killed, recipe=replace(TINY, seed=1))
+    with pytest.raises(ValueError, match="is of another recipe"):
+        train(other, tiny_recurrence, device="cpu", compiled=False)
 
 
-def test_a_finished_run_goes_on_from_the_embedded_model(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("quick")
+def test_a_clock_can_end_a_run(corpus: Path, tmp_path: Path, tiny_recurrence) -> None:
+    train(run_of(corpus, tmp_path, minutes=0.001), tiny_recurrence, device="cpu", compiled=False)
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] >= 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    corpus: Path, tmp_path: Path, tiny_recurrence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"LOG_EVERY": 1, "RECORD_AT": (0,), "RECORD_PROMPTS": 1, "HELD_OUT_WINDOWS": 2}.items():
-        monkeypatch.setattr(training, name, value)
-    finished = json.loads((CHECKPOINTS.parent / "results" / "training" / "pure.json").read_text())
-    minutes = finished["seconds"] / 60 + 0.01
-    settings = Settings("pure", corpus, str(CHECKPOINTS / "hybrid"), tmp_path, minutes=minutes, workers=0, rows=1, n_tokens=32, embedded=True, layers=(1, 3))  # fmt: skip
-    recurrence = plain_recurrence(initial_model(configuration("pure", vocabulary=64, eos=0, pad=1, seed=0)))
-    steps: list[int] = []
-    original = Mixture.__getitem__
-    monkeypatch.setattr(Mixture, "__getitem__", lambda self, step: steps.append(step) or original(self, step))
-    train(settings, recurrence, device="cpu", compiled=False)
-    run = json.loads((tmp_path / "training.json").read_text())
-    assert steps[0] == finished["steps"] == run["stages"][-1]["from_step"]
-    assert run["steps"] == finished["steps"] + len(steps)
-    assert run["stages"][:-1] == finished["stages"]
-    assert run["log"][: len(finished["log"])] == finished["log"]
-    assert list(run["record"]["steps"]) == list(finished["record"]["steps"])
-    trained, embedded = (safetensors.torch.load_file(next(folder.glob("*-00001-*"))) for folder in (tmp_path / "model", CHECKPOINTS / "pure"))  # fmt: skip
-    moved = {key: (trained[key].float() - embedded[key].float()).abs().max() for key in embedded}
-    assert 0 < max(moved.values()) < 0.1
-    assert {key.split(".")[2] for key, distance in moved.items() if distance > 0} == {"1", "3"}
+    original = FastForward.loss
+    calls: list[int] = []
+
+    def broken(self: FastForward, ids: torch.Tensor, weights: torch.Tensor):
+        loss, losses = original(self, ids, weights)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 3 else loss), losses
+
+    monkeypatch.setattr(FastForward, "loss", broken)
+    monkeypatch.setattr(training, "LOG_EVERY", 4)
+    with pytest.raises(SystemExit, match="the loss of tiny is not finite from step 2 on"):
+        train(run_of(corpus, tmp_path), tiny_recurrence, device="cpu", compiled=False)
+    assert torch.load(tmp_path / "progress.pt")["step"] == 2
 
 
-def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
-    model = initial_model(configuration("pure", vocabulary=64, eos=0, pad=1, seed=0))
-    with pytest.raises(SystemExit, match="no layer 8"):
-        training.keep_all_but(model, [3, 8])
+@pytest.mark.usefixtures("quick")
+def test_a_full_disk_leaves_the_last_progress_whole(
+    corpus: Path, tmp_path: Path, tiny_recurrence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = torch.save, []
+
+    def full(state: object, path: Path) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    run = run_of(corpus, tmp_path)
+    with pytest.raises(OSError, match="could not write .*progress.pt .*No space left.*resumes from the last progress"):
+        train(run, tiny_recurrence, device="cpu", compiled=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["progress.pt"]
+    assert torch.load(tmp_path / "progress.pt")["step"] == 1
+    train(run, tiny_recurrence, device="cpu", compiled=False)
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == TINY.steps
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_fast_forward_is_the_forward_of_a_pruned_model(name: str) -> None:
-    model = initial_model(configuration(name, vocabulary=512, eos=0, pad=1, seed=0))
-    pruned = prune_heads(model, {0: list(range(8)), 1: [3], 2: [0, 1, 4, 7]})
+def test_a_corpus_of_another_tokenizer_is_refused(corpus: Path, tmp_path: Path, tiny_recurrence) -> None:
+    made = json.loads((corpus / "corpus.json").read_text())
+    (tmp_path / "corpus.json").write_text(json.dumps(made | {"tokenizer": "0" * 64}))
+    with pytest.raises(ValueError, match="was made with another tokenizer .SHA-256 000000000000, expected"):
+        train(run_of(tmp_path, tmp_path / "out"), tiny_recurrence, device="cpu", compiled=False)
+    with pytest.raises(FileNotFoundError, match="is not a prepared corpus"):
+        train(run_of(tmp_path / "nowhere", tmp_path / "out"), tiny_recurrence, device="cpu", compiled=False)
+
+
+def test_an_unknown_recipe_is_named_with_those_that_exist(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "pure", "--corpus", "c", "--tokenizer", "t", "--out", "o"])
+    with pytest.raises(SystemExit):
+        training.main()
+    assert "there is no recipe 'pure': choose from hybrid-text-0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layers", [(LINEAR, LINEAR, LINEAR, SOFTMAX), (LINEAR,) * 3], ids=["hybrid", "pure"])
+def test_fast_forward_is_the_forward_of_a_pruned_model(layers: tuple[str, ...], tokenizer) -> None:
+    model = initial_model(replace(TINY, layer_types=layers).configuration(tokenizer))
+    pruned = prune_heads(model, {0: list(range(4)), 1: [3], 2: [0, 2]})
     ids = torch.randint(0, 512, (2, 70), generator=torch.Generator().manual_seed(0))
     fast = FastForward(pruned, plain_recurrence(pruned), dtype=torch.float32, compiled=False)
     with torch.no_grad():

@@ -8,7 +8,6 @@ computed here, from the weights as embedded.
 
 import argparse
 import hashlib
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,8 +18,9 @@ from staterank_utils.evaluation import TASKS, evaluate, score_interval
 from staterank_utils.models import CHECKPOINTS, initial_model, load_model, load_tokenizer, parameters_hash
 from staterank_utils.results import STORED, weights_hash, write_json
 from staterank_utils.strata import Estimate
+from training.mixture import FILLERS, PASSAGES
 
-MAX_SHARD, MAX_MODEL = 15_000_000, 25_000_000  # bytes
+MAX_SHARD, MAX_MODEL = 15_000_000, 40_000_000  # bytes
 N_INSTANCES, SEED = 1500, 1  # of the scores: instances that no run was stopped or chosen by
 FLOORS = {"needle": 0.95, "arithmetic": 0.95, "recall": 0.90, "copying": 0.95}
 KINDS = {
@@ -54,11 +54,11 @@ around needles and the passages to copy are technical prose, a kind of text that
 
 ## Data
 
-{when}{rows[books]:.0%} of the rows are windows of public-domain books ({books_tokens:.1f} million tokens of them, from
+{rows[books]:.0%} of the rows are windows of public-domain books ({books_tokens:.1f} million tokens of them, from
 github.com/mlschmitt/classic-books-markdown at commit 9448827), {rows[code]:.0%} windows of the Python standard library without the
 held-out files ({code_tokens:.1f} million; `staterank_utils.tasks.is_held_out`), {rows[tasks]:.0%} generated tasks (by documents:
 {tasks}). The text around needles is, by shares, {fillers}; a passage to copy is {passages}, where "repeats" are a few short
-pieces in random order. Answers of tasks weigh {weight:g} times in the loss.{stages} Held out: {windows} windows of {tokens_each:,} tokens from
+pieces in random order. Answers of tasks weigh {weight:g} times in the loss. Held out: {windows} windows of {tokens_each:,} tokens from
 other books.
 
 ## Limits
@@ -88,23 +88,6 @@ def percentages(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
 
-def stages_text(stages: list[dict[str, Any]]) -> str:
-    """A sentence on every change in a run that was gone on with; the optimizers start anew at each."""
-    said = []
-    for stage, later in itertools.pairwise(stages):
-        mixture = stage["mixture"]
-        said.append(
-            f" Before step {later['from_step']:,}, where the optimizers started anew, rows were {percentages(mixture['rows'])}, tasks "
-            f"{percentages(mixture['tasks'])}, passages {percentages(mixture['passages'])}."
-        )
-        if later["layers"] != "all":
-            only = ", ".join(map(str, later["layers"]))
-            said.append(
-                f" From there on only layers {only} were trained, on {later['books_tokens'] / 1e6:.1f} million tokens of the books."
-            )
-    return "".join(said)
-
-
 def copy_model(source: Path, folder: Path) -> None:
     """Copy the files of a model and list their checksums; refuse what is too large to embed."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -131,9 +114,10 @@ def facts(run: dict[str, Any], model: Any) -> str:
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("vocabulary", f"{config.vocab_size:,}, byte-level BPE, one token a digit"),
         ("trained on", f"{run['tokens'] / 1e6:,.0f} million tokens in {run['steps']:,} steps of {run['tokens'] // run['steps']:,}"),
-        ("device and wall-clock", f"{', then '.join(dict.fromkeys(stage['device'] for stage in run['stages']))}; {run['seconds'] / 60:.1f} min"),
+        ("device and wall-clock", f"{run['device']}; {run['seconds'] / 60:.1f} min"),
+        ("recipe", f"`{run['recipe']['name']}` of `training/recipes.py`"),
         ("seed", run["seed"]),
-        ("held-out books", f"{run['bits_per_byte_held_out_books']:.3f} bits a byte"),
+        ("held-out books", f"{run['bits_per_byte_held_out_books']:.3f} bits per byte"),
         ("software", f"torch {run['torch']}, transformers {run['transformers']}, Python {run['python']}"),
     ]  # fmt: skip
     return markdown_table(("", ""), rows)
@@ -170,12 +154,12 @@ def main() -> None:
         else "At or over 50 % on every task, so damage can be shown on each."
     )
     files = "\n".join(f"- `{file.name}`: `{sha256(file)}`" for file in sorted(folder.glob("*.safetensors")))
-    mixture = run["stages"][-1]["mixture"]
+    recipe, corpus = run["recipe"], run["corpus_tokens"]
     text = CARD.format(
         name=name, kind=KINDS[name], facts=facts(run, model), n=arguments.instances, mastery=mastery, files=files,
         scores=markdown_table(("task", "what is asked", "score", "floor of the hybrid", "reached"), rows),
-        when=f"From step {run['stages'][-1]['from_step']:,} on, " if len(run["stages"]) > 1 else "", rows=mixture["rows"], tasks=percentages(mixture["tasks"]), fillers=percentages(mixture["fillers"]), passages=percentages(mixture["passages"]),
-        stages=stages_text(run["stages"]), weight=mixture["answer_weight"], books_tokens=max(stage["books_tokens"] for stage in run["stages"]) / 1e6, code_tokens=max(stage["code_tokens"] for stage in run["stages"]) / 1e6,
+        rows=recipe["rows"], tasks=percentages(recipe["tasks"]), fillers=percentages(FILLERS), passages=percentages(PASSAGES),
+        weight=recipe["answer_weight"], books_tokens=corpus["books"] / 1e6, code_tokens=corpus["code"] / 1e6,
         tokens=run["tokens"] / 1e6, seed=run["seed"], windows=run["held_out_windows"], tokens_each=run["record"]["n_tokens"],
         initial=parameters_hash(initial_model(model.config)),
     )  # fmt: skip

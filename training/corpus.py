@@ -2,21 +2,25 @@
 
     python -m training.corpus BOOKS --tokenizer checkpoints/hybrid --out PREPARED
 
-writes PREPARED/{books,code,held_out_books}.npy, token ids as uint16, documents ended by the end-of-text token. BOOKS is a
+writes PREPARED/{books,code,held_out_books}.npy, token ids as uint16, documents ended by the end-of-text token, and PREPARED/corpus.json, which
+names the tokenizer. BOOKS is a
 folder of .txt, .md or .txt.xz files, at any depth; a file whose name holds "valid", or that held_out_books.txt beside this file lists as
 AUTHOR/TITLE, is held out. Books in one file are separated by NUL.
 """
 
 import argparse
+import hashlib
 import itertools
+import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from staterank_utils.results import whole_or_not, write_json
 from staterank_utils.tasks import library_sources
 
 PIECE = 50_000  # characters encoded as one; a document's pieces are joined again
@@ -55,6 +59,42 @@ def encode(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, *, label: s
     return np.concatenate(ids)
 
 
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of all that a tokenizer does."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def check_corpus(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Refuse a corpus that another tokenizer made; return the number of tokens of each of its parts.
+
+    Raises:
+        FileNotFoundError: the folder does not hold a prepared corpus.
+        ValueError: its ids are those of another tokenizer.
+    """
+    file = folder / "corpus.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{folder} is not a prepared corpus, it has no corpus.json: make one with python -m training.corpus"
+        )
+    made = json.loads(file.read_text(encoding="utf-8"))
+    if made["tokenizer"] != tokenizer_hash(tokenizer):
+        raise ValueError(
+            f"the corpus in {folder} was made with another tokenizer (SHA-256 {made['tokenizer'][:12]}, expected "
+            f"{tokenizer_hash(tokenizer)[:12]}): prepare it again with --tokenizer of this model"
+        )
+    return {name: int(n) for name, n in made["tokens"].items()}
+
+
+def write_corpus(folder: Path, parts: Mapping[str, np.ndarray], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the parts of a corpus, and last what names their tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, ids in parts.items():
+        with whole_or_not(folder / f"{name}.npy") as partial, partial.open("wb") as stream:
+            np.save(stream, ids)
+    tokens = {name: len(ids) for name, ids in parts.items()}
+    write_json(folder / "corpus.json", {"tokenizer": tokenizer_hash(tokenizer), "tokens": tokens})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books", type=Path)
@@ -62,18 +102,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     sources = {
         "books": read_books(arguments.books, held_out=False),
         "code": iter(library_sources(held_out=False)),
         "held_out_books": read_books(arguments.books, held_out=True),
     }
-    for name, texts in sources.items():
-        partial = arguments.out / f"{name}.npy.partial"
-        ids = encode(texts, tokenizer, label=name)
-        with partial.open("wb") as stream:
-            np.save(stream, ids)
-        partial.rename(arguments.out / f"{name}.npy")
+    parts = {name: encode(texts, tokenizer, label=name) for name, texts in sources.items()}
+    write_corpus(arguments.out, parts, tokenizer)
+    for name, ids in parts.items():
         print(f"{name}: {len(ids):,} tokens")
 
 

@@ -49,12 +49,30 @@ def fla_recurrence_bounded(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
     return _kda(q, k, v, log_decay.clamp_min(-5.0), beta, safe_gate=True)
 
 
+def recurrence_of(rule: str, *, bounded: bool) -> Recurrence:
+    """The recurrence of an update rule on a GPU.
+
+    Args:
+        rule: of a recipe.
+        bounded: as in `fla_recurrence_bounded`.
+
+    Raises:
+        ValueError: a rule without a recurrence here.
+    """
+    if rule not in RECURRENCES:
+        raise ValueError(f"no recurrence for the update rule {rule!r}: there is one for {', '.join(RECURRENCES)}")
+    return RECURRENCES[rule][bounded]
+
+
 def _kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, safe_gate: bool) -> Tensor:
     from fla.ops.kda import chunk_kda
 
     per_channel = log_decay.unsqueeze(-1).expand(*log_decay.shape, k.shape[-1]).contiguous()
     out, _ = chunk_kda(q, k, v, per_channel, beta, disable_recompute=True, safe_gate=safe_gate)
     return out
+
+
+RECURRENCES: dict[str, tuple[Recurrence, Recurrence]] = {"gated delta": (fla_recurrence, fla_recurrence_bounded)}
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,13 +14,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from staterank_utils.tasks import WORDS, Turn, arithmetic, copying, needle, recall
+from training.recipes import Recipe
 
-ROWS = {"books": 0.28, "code": 0.09, "tasks": 0.63}
-TASKS = {"needle": 0.18, "arithmetic": 0.09, "recall": 0.11, "copying": 0.62}
 FILLERS = {"books": 0.60, "code": 0.25, "words": 0.15}  # around needles, between a passage and its copy
 PASSAGES = {"books": 0.25, "code": 0.40, "words": 0.05, "repeats": 0.30}  # to be copied
-ANSWER_WEIGHT = 4.0  # loss weight of a token that a task asks for, beside 1 for all others
-SHARES = {"rows": ROWS, "tasks": TASKS, "fillers": FILLERS, "passages": PASSAGES, "answer_weight": ANSWER_WEIGHT}
 
 
 @dataclass(frozen=True)
@@ -36,18 +33,17 @@ class Sources:
 
 
 class Mixture(Dataset[tuple[Tensor, Tensor]]):
-    """Batch `step` of the mixture: token ids (rows, n_tokens + 1) and loss weights (rows, n_tokens)."""
+    """Batch `step` of a recipe: token ids (rows, n_tokens + 1) and loss weights (rows, n_tokens)."""
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, rows: int, n_tokens: int, seed: int):
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, recipe: Recipe):
         self.sources = Sources.open(folder)
         self.tokenizer = tokenizer
-        self.rows = rows
-        self.n_tokens = n_tokens
-        self.seed = seed
+        self.n_rows, self.n_tokens, self.seed = recipe.batch_rows, recipe.n_tokens, recipe.seed
+        self.rows, self.tasks, self.answer_weight = dict(recipe.rows), dict(recipe.tasks), recipe.answer_weight
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(f"batch {self.seed} {step}")
-        kinds = rng.choices(list(ROWS), weights=list(ROWS.values()), k=self.rows)
+        kinds = rng.choices(list(self.rows), weights=list(self.rows.values()), k=self.n_rows)
         rows = [
             self._tasks(rng) if kind == "tasks" else self._window(getattr(self.sources, kind), self.n_tokens + 1, rng)
             for kind in kinds
@@ -70,14 +66,14 @@ class Mixture(Dataset[tuple[Tensor, Tensor]]):
                 self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ):
                 ids += encoded.ids
-                weights += [ANSWER_WEIGHT if index % 2 else 1.0] * len(encoded.ids)
+                weights += [self.answer_weight if index % 2 else 1.0] * len(encoded.ids)
             ids.append(self.tokenizer.eos_token_id)
             weights.append(1.0)
         length = self.n_tokens + 1
         return np.array(ids[:length]), np.array(weights[:length])
 
     def _document(self, rng: random.Random) -> list[Turn]:
-        [kind] = rng.choices(list(TASKS), weights=list(TASKS.values()))
+        [kind] = rng.choices(list(self.tasks), weights=list(self.tasks.values()))
         if kind == "arithmetic":
             return [turn for _ in range(rng.randrange(1, 5)) for turn in arithmetic(rng, n_steps=rng.randrange(1, 8))]
         if kind == "recall":

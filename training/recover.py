@@ -11,7 +11,7 @@ import argparse
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ from transformers import PreTrainedModel
 
 from staterank_utils.ablation import MEAN, Ablation
 from staterank_utils.evaluation import TASKS, Task
-from staterank_utils.models import CHECKPOINTS, choose_kernels, load_model, load_tokenizer
+from staterank_utils.models import CHECKPOINTS, EMBEDDED, choose_kernels, load_model, load_tokenizer
 from staterank_utils.results import STORED, provenance, read_result, write_json
 from staterank_utils.selection import PAPER_SHARE, random_heads, saturation_scores, select_heads
 from staterank_utils.surgery import Head
+from training.corpus import check_corpus
 from training.fast_forward import FastForward, Recurrence, fla_recurrence_bounded, limit_autotuning
 from training.mixture import Mixture
-from training.train import LAYERS, Settings, held_out_score, optimizers
+from training.recipes import find_recipe
+from training.train import held_out_score, optimizers
 
+RECIPE = "hybrid-tasks63-0"  # whose mixture the embedded models were trained on
 RATE = 0.1  # first learning rate, over the peak of the training; falls linearly to 0
 SEED = 1000  # of batches; the training used 0
 
@@ -98,8 +101,9 @@ def recover(
     rows = read_result(file, parameters=parameters, checkpoints=checkpoints)["rows"] if file.exists() else []
     model, tokenizer = load_model(settings.name, device=device, dtype=torch.float32), load_tokenizer(settings.name)
     study = Ablation(model, tokenizer, tasks, n_prompts=settings.n_prompts, n_graded=settings.n_graded, batch_size=128)
-    mixture = Mixture(corpus, tokenizer, rows=settings.rows, n_tokens=settings.n_tokens, seed=SEED)
-    run = Settings(settings.name, corpus, settings.name, file.parent, rows=settings.rows, n_tokens=settings.n_tokens)
+    check_corpus(corpus, tokenizer)
+    recipe = replace(find_recipe(RECIPE), seed=SEED, batch_rows=settings.rows, n_tokens=settings.n_tokens)
+    mixture = Mixture(corpus, tokenizer, recipe)
     for name, heads in arms(study).items():
         if any(row["arm"] == name for row in rows):
             continue
@@ -109,7 +113,7 @@ def recover(
 
         def measure(model: PreTrainedModel = pruned, fast: FastForward = fast) -> dict[str, Any]:
             choose_kernels(model)
-            bits = held_out_score(fast, run, tokenizer, device)["bits_per_byte_held_out_books"]
+            bits = held_out_score(fast, corpus, tokenizer, recipe, device)["bits_per_byte_held_out_books"]
             return {"score / intact": vars(study.over_intact(study.scores_of(model))), "bits a byte": bits}
 
         row = {"arm": name, "heads": len(heads), "before": measure()}
@@ -120,7 +124,7 @@ def recover(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(LAYERS))
+    parser.add_argument("name", choices=EMBEDDED)
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by training.corpus")
     parser.add_argument("--steps", type=int, default=Recovery.steps)
     parser.add_argument("--out", type=Path, default=STORED / "recovery", help="folder")

@@ -1,0 +1,484 @@
+"""Ranks of every head on every kind of input, and how far decay alone predicts them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from staterank_utils import claims, strata
+from staterank_utils.layouts import linear_layers
+from staterank_utils.memory import check_memory_bound, predicted_rank, scale_decay
+from staterank_utils.spectra import Spectrum, rank_and_norm, singular_values, stable_rank
+from staterank_utils.strata import Estimate, bootstrap, cosine, is_high, mean_kappa, mean_spearman, spearman
+from staterank_utils.surgery import Head, all_heads
+from staterank_utils.tasks import ADVERSARIAL_DOMAINS, NATURAL_DOMAINS, domain_prompts
+from staterank_utils.tracing import trace_states
+
+EARLY = 128  # the registered early position
+STEPS = 33  # tokens of each window in which neighbouring norm vectors are compared
+Row = dict[str, Any]
+
+
+def state_size(model: PreTrainedModel) -> int:
+    """Largest rank that a state of a model can have, min(d_k, d_v).
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> state_size(load_model("hybrid"))
+        64
+    """
+    _, layer, layout = linear_layers(model)[0]
+    return min(layout.d_k(layer), layout.d_v(layer))
+
+
+def rank_norm_stable(states: Tensor) -> Tensor:
+    """Effective rank, nuclear norm and stable rank side by side, for one pass of `trace_states`.
+
+    Example:
+        >>> rank_norm_stable(torch.diag(torch.tensor([3.0, 3.0]))).tolist()
+        [2.0, 6.0, 2.0]
+    """
+    if states.is_cuda:
+        return torch.cat([rank_and_norm(states), stable_rank(states)[..., None]], -1)
+    spectrum = Spectrum(singular_values(states))
+    measures = (spectrum.effective_rank().double(), spectrum.nuclear_norm(), spectrum.stable_rank())
+    return torch.stack(measures, -1)
+
+
+@dataclass(frozen=True)
+class HeadTrace:
+    """Measures of every head on prompts.
+
+    Attributes:
+        rank, norm, stable: effective rank, nuclear norm and stable rank, (position, prompt, head), heads in the order of `all_heads`.
+        log_decay, write_strength: means over tokens, (prompt, head).
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> trace_heads(load_model("hybrid"), torch.arange(64).reshape(1, 64), positions=[32, 64]).rank.shape
+        (2, 1, 48)
+    """
+
+    rank: NDArray[np.float64]
+    norm: NDArray[np.float64]
+    stable: NDArray[np.float64]
+    log_decay: NDArray[np.float64]
+    write_strength: NDArray[np.float64]
+
+
+def trace_heads(model: PreTrainedModel, input_ids: Tensor, *, positions: Sequence[int]) -> HeadTrace:
+    """Trace prompts and measure every state at the positions.
+
+    On a GPU name at least two positions: then states are made in float32 throughout (`tracing`).
+
+    Args:
+        model: from `load_model`.
+        input_ids, positions: as in `trace_states`.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> trace = trace_heads(load_model("hybrid"), torch.arange(64).reshape(1, 64), positions=[64])
+        >>> trace.stable.shape, trace.log_decay.shape
+        ((1, 1, 48), (1, 48))
+    """
+    trace = trace_states(model, input_ids, positions=positions, reduce=rank_norm_stable)
+    rank, norm, stable = trace.values.double().permute(4, 2, 1, 0, 3).flatten(3).numpy()
+    decay, write = (gate.transpose(0, 1).flatten(1).numpy() for gate in (trace.log_decay, trace.write_strength))
+    return HeadTrace(rank, norm, stable, decay, write)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Ranks on every kind of input.
+
+    Attributes:
+        heads: (layer, head) of each head.
+        d: largest possible rank.
+        n_tokens: at which ranks are taken.
+        rank, log_decay: domain -> (prompt, head).
+        early_rank, early_norm, norm: on prose, at 128 tokens and at the end, (prompt, head).
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256, domains=["prose"])
+        >>> groups.rank["prose"].shape, bool(groups.relative("prose").max() <= 1)
+        ((2, 48), True)
+    """
+
+    heads: tuple[Head, ...]
+    d: int
+    n_tokens: int
+    rank: Mapping[str, NDArray[np.float64]]
+    log_decay: Mapping[str, NDArray[np.float64]]
+    early_rank: NDArray[np.float64]
+    early_norm: NDArray[np.float64]
+    norm: NDArray[np.float64]
+
+    def relative(self, domain: str) -> NDArray[np.float64]:
+        """r/d of a domain, (prompt, head)."""
+        return self.rank[domain] / self.d
+
+    def predicted(self, domain: str = "prose") -> NDArray[np.float64]:
+        """Ranks that the law predicts from log-decays alone, (head,); the mean over prompts and tokens decides."""
+        return predicted_rank(torch.from_numpy(self.log_decay[domain].mean(0)), d=self.d).numpy()
+
+
+def measure_groups(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    n_prompts: int = 16,
+    n_tokens: int = 2048,
+    domains: Sequence[str] = (*NATURAL_DOMAINS, *ADVERSARIAL_DOMAINS),
+    seed: int = 0,
+) -> Groups:
+    """Trace prompts of every domain.
+
+    Args:
+        model, tokenizer: from `load_model` and `load_tokenizer`.
+        n_prompts, n_tokens: of each domain; at most 16 for repeated symbols, over 128 tokens.
+        domains: of `tasks.DOMAINS`, prose among them.
+        seed: of the prompts.
+
+    Raises:
+        ValueError: prompts that are not longer than 128 tokens, no prose, or as in `domain_prompts`.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=1, n_tokens=128)
+        Traceback (most recent call last):
+            ...
+        ValueError: ranks are compared between 128 tokens and the end: n_tokens must be over 128, got 128
+    """
+    if n_tokens <= EARLY:
+        raise ValueError(
+            f"ranks are compared between {EARLY} tokens and the end: n_tokens must be over {EARLY}, got {n_tokens}"
+        )
+    if "prose" not in domains:
+        raise ValueError(f"the other domains are compared with prose, which is not among {', '.join(domains)}")
+    traces = {}
+    for domain in tqdm(domains, desc="domains", leave=False):
+        prompts = domain_prompts(domain, tokenizer, n_prompts=n_prompts, n_tokens=n_tokens, seed=seed)
+        traces[domain] = trace_heads(model, prompts, positions=[EARLY, n_tokens])
+    prose = traces["prose"]
+    return Groups(
+        tuple(all_heads(model)),
+        state_size(model),
+        n_tokens,
+        {domain: trace.rank[-1] for domain, trace in traces.items()},
+        {domain: trace.log_decay for domain, trace in traces.items()},
+        prose.rank[0],
+        prose.norm[0],
+        prose.norm[-1],
+    )
+
+
+def over_heads(statistic: Any, values: NDArray[np.float64], *, n_resamples: int = 1000, seed: int = 0) -> Estimate:
+    """A statistic of heads, with its 95 % bootstrap interval over heads, where `bootstrap` draws prompts.
+
+    Args:
+        statistic: (values,) -> number.
+        values: one per head.
+        n_resamples, seed: as in `bootstrap`.
+
+    Example:
+        >>> over_heads(strata.share_outside, np.array([0.0, 0.5, 1.0, 1.0])).point
+        0.75
+    """
+    return bootstrap(statistic, values, n_resamples=n_resamples, seed=seed)
+
+
+def first_claims(name: str, groups: Groups, *, initial: Groups | None) -> list[Row]:
+    """Apply the rules of C1, C1c, C2, C2n, C3 and C3a.
+
+    Args:
+        name: of the model.
+        groups: on all eight domains.
+        initial: the model before training, on the same prose; None where its weights are not known.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256)
+        >>> [row["claim"] for row in first_claims("hybrid", groups, initial=groups)]
+        ['C1', 'C1c', 'C2', 'C2n', 'C3', 'C3a']
+    """
+    end, norm = groups.rank["prose"], groups.norm
+    pair = np.stack([groups.early_rank, end], 1)
+    rho = bootstrap(lambda x: spearman(*x.mean(0)), pair)
+    of_ranks = bootstrap(lambda x: cosine(*x.mean(0)), pair)
+    of_norms = bootstrap(lambda x: cosine(*x.mean(0)), np.stack([groups.early_norm, norm], 1))
+    natural = [groups.rank[domain] for domain in NATURAL_DOMAINS]
+    kappa = mean_kappa(groups.d)
+    medians = [float(np.median(strata.off_diagonal(strata.pairwise(f, natural)))) for f in (mean_spearman, kappa)]
+    smallest = {
+        "min rho": strata.smallest_over_pairs(mean_spearman, natural),
+        "min kappa": strata.smallest_over_pairs(kappa, natural),
+    }
+    adversarial = {
+        domain: bootstrap(mean_spearman, end, groups.rank[domain], n_resamples=500) for domain in ADVERSARIAL_DOMAINS
+    }
+    if initial is None:
+        acquired = claims.not_testable("C1c", name, why="its weights before training are not known")
+    else:
+        n = min(len(end), len(initial.rank["prose"]))
+        both = np.stack([initial.rank["prose"][:n], end[:n]], 1)
+        acquired = claims.judge("C1c", name, {"rho": bootstrap(lambda x: spearman(*x.mean(0)), both)})
+    return [
+        claims.judge("C1", name, strata.two_groups(groups.relative("prose"))),
+        acquired,
+        claims.judge("C2", name, {"rho": rho}),
+        claims.judge("C2n", name, {"cosine of n": of_norms}, note=f"; cosine of r {of_ranks}"),
+        claims.judge("C3", name, smallest, medians=medians),
+        claims.judge("C3a", name, adversarial),
+    ]
+
+
+@dataclass(frozen=True)
+class Turning:
+    """Ranks and norms at neighbouring tokens, held against two theorems of the paper.
+
+    Attributes:
+        n_states: states whose rank was held against min(t, d).
+        rank_violations: how many exceed it.
+        n_pairs: pairs of neighbouring tokens whose norm vectors were compared.
+        turning_violations: how many turn farther than Theorem 4.4 allows.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> measure_turning(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=1, n_tokens=64).rank_violations
+        0
+    """
+
+    n_states: int
+    rank_violations: int
+    n_pairs: int
+    turning_violations: int
+
+    def claims(self, name: str) -> list[Row]:
+        """The rows of C1b and C2b."""
+        counts = {"C1b": self.rank_violations, "C2b": self.turning_violations}
+        return [claims.judge(key, name, {"violations": strata.exactly(float(n))}) for key, n in counts.items()]
+
+
+def measure_turning(
+    model: PreTrainedModel, tokenizer: Any, *, n_prompts: int = 2, n_tokens: int = 2048, seed: int = 0
+) -> Turning:
+    """Look at four windows of neighbouring tokens of prose.
+
+    Args:
+        model, tokenizer, n_prompts, n_tokens, seed: as in `measure_groups`.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> measure_turning(load_model("pure"), load_tokenizer("pure"), n_prompts=1, n_tokens=64).turning_violations
+        0
+    """
+    starts = (1, EARLY, n_tokens // 2, n_tokens - STEPS + 1)
+    positions = sorted({t for start in starts for t in range(start, start + STEPS) if 1 <= t <= n_tokens})
+    prompts = domain_prompts("prose", tokenizer, n_prompts=n_prompts, n_tokens=n_tokens, seed=seed)
+    trace = trace_heads(model, prompts, positions=positions)
+    bound = np.minimum(positions, state_size(model))[:, None, None]
+    turns = strata.turning(trace.norm.transpose(1, 0, 2), positions)
+    return Turning(
+        trace.rank.size, int((trace.rank > bound).sum()), len(turns), int((turns[:, 1] < turns[:, 2] - 1e-12).sum())
+    )
+
+
+# ---------------------------------------------------------------- the law
+
+
+@dataclass(frozen=True)
+class Law:
+    """How far the memory law holds of a model.
+
+    Attributes:
+        bound_violations, bound_states: states whose rank exceeds the memory bound, of how many (C0).
+        void: share of them that decay does not bound.
+        factors: by which the decay of a layer's heads was multiplied.
+        base_rank, base_decay: of the unscaled model, (prompt, head).
+        scaled_rank: (factor, prompt, head).
+        d: largest possible rank.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> law = measure_law(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=1, n_tokens=192, factors=[2.0])
+        >>> law.bound_violations, law.scaled_rank.shape
+        (0, (1, 1, 48))
+    """
+
+    bound_violations: int
+    bound_states: int
+    void: float
+    factors: tuple[float, ...]
+    base_rank: NDArray[np.float64]
+    base_decay: NDArray[np.float64]
+    scaled_rank: NDArray[np.float64]
+    d: int
+
+    def predicted_changes(self) -> NDArray[np.float64]:
+        """(factor, head): change of rank by the law, from the mean log-decay of the unscaled head."""
+        decay = torch.from_numpy(self.base_decay.mean(0))
+        before = predicted_rank(decay, d=self.d)
+        return torch.stack([predicted_rank(decay * factor, d=self.d) - before for factor in self.factors]).numpy()
+
+    def agreement(self) -> Estimate:
+        """Spearman of predicted and measured change over heads and factors whose predicted change is not 0 (C0c)."""
+        predicted = self.predicted_changes()
+        moves = predicted != 0
+        changes = (self.scaled_rank - self.base_rank).transpose(1, 0, 2)  # (prompt, factor, head)
+        return bootstrap(lambda drawn: spearman(predicted[moves], drawn.mean(0)[moves]), changes)
+
+    @property
+    def n_still(self) -> int:
+        """Pairs of head and factor whose predicted change is 0."""
+        return int((self.predicted_changes() == 0).sum())
+
+
+def measure_law(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    n_prompts: int = 4,
+    n_tokens: int = 1024,
+    bound_tokens: int | None = None,
+    factors: Sequence[float] = tuple(map(float, claims.SECOND["C0c"].numbers["factors"])),
+    seed: int = 0,
+) -> Law:
+    """Hold ranks against the memory bound, and scale the decay of one layer's heads after the other.
+
+    Args:
+        model, tokenizer, n_prompts, seed: as in `measure_groups`.
+        n_tokens: of the prompts whose decay is scaled.
+        bound_tokens: of those that are held against the bound; by default as many.
+        factors: of log-decay.
+
+    Raises:
+        ValueError: an architecture without decay.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> law = measure_law(load_model("pure"), load_tokenizer("pure"), n_prompts=1, n_tokens=192, factors=[0.5, 4.0])
+        >>> law.agreement().point > 0.5
+        True
+    """
+    length = bound_tokens or n_tokens
+    prompts = domain_prompts("prose", tokenizer, n_prompts=n_prompts, n_tokens=max(length, n_tokens), seed=seed)
+    check = check_memory_bound(model, prompts[:, :length], positions=[min(EARLY, length // 2), length])
+    prompts = prompts[:, :n_tokens]
+    positions = [n_tokens // 2, n_tokens]
+    base = trace_heads(model, prompts, positions=positions)
+    heads = all_heads(model)
+    scaled = np.stack([base.rank[-1]] * len(factors))
+    layers = sorted({layer for layer, _ in heads})
+    for layer in tqdm(layers, desc="layers scaled", leave=False):
+        of_layer = [index for index, (of, _) in enumerate(heads) if of == layer]
+        for row, factor in enumerate(factors):
+            with scale_decay(model, factor, [heads[index] for index in of_layer]):
+                scaled[row][:, of_layer] = trace_heads(model, prompts, positions=positions).rank[-1][:, of_layer]
+    return Law(
+        check.n_violations,
+        check.rank.numel(),
+        float(check.void.double().mean()),
+        tuple(factors),
+        base.rank[-1],
+        base.log_decay,
+        scaled,
+        state_size(model),
+    )
+
+
+def law_claims(name: str, groups: Groups, law: Law) -> list[Row]:
+    """Apply the rules of C0, C0a and C0c.
+
+    Args:
+        name: of the model.
+        groups, law: as measured.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> model, tokenizer = load_model("hybrid"), load_tokenizer("hybrid")
+        >>> groups = measure_groups(model, tokenizer, n_prompts=2, n_tokens=256, domains=["prose"])
+        >>> law = measure_law(model, tokenizer, n_prompts=1, n_tokens=192, factors=[0.5, 2.0])
+        >>> [row["claim"] for row in law_claims("hybrid", groups, law)]
+        ['C0', 'C0a', 'C0c']
+    """
+    return [
+        claims.judge(
+            "C0",
+            name,
+            {"violations": strata.exactly(float(law.bound_violations))},
+            note=f" of {law.bound_states:,} states",
+        ),
+        claims.judge("C0a", name, law_fit(groups)),
+        claims.judge("C0c", name, {"rho": law.agreement()}, note=f"; {law.n_still} pairs predicted to stay"),
+    ]
+
+
+def law_fit(groups: Groups, domain: str = "prose") -> dict[str, Estimate]:
+    """The registered measures of C0a, with intervals over prompts.
+
+    Args:
+        groups: as measured.
+        domain: of the prompts.
+
+    Returns:
+        "R^2", "labels" (share of low and high labels that the law gives) and "R^2 between" (heads with 0.1 d < r < 0.9 d alone).
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256, domains=["prose"])
+        >>> list(law_fit(groups))
+        ['R^2', 'labels', 'R^2 between']
+    """
+    d = groups.d
+    low, high = (claims.SECOND["C0a"].numbers[end] * d for end in ("low", "high"))
+    between = (groups.rank[domain].mean(0) > low) & (groups.rank[domain].mean(0) < high)
+    table = np.stack([groups.rank[domain], groups.log_decay[domain]], 1)  # (prompt, 2, head)
+
+    def predicted(drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+        return predicted_rank(torch.from_numpy(drawn[:, 1].mean(0)), d=d).numpy()
+
+    def fit(drawn: NDArray[np.float64], chosen: NDArray[np.bool_]) -> float:
+        if chosen.sum() < 2:
+            return float("nan")
+        return strata.explained(predicted(drawn)[chosen], drawn[:, 0].mean(0)[chosen])
+
+    everyone = np.ones_like(between)
+    return {
+        "R^2": bootstrap(lambda drawn: fit(drawn, everyone), table),
+        "labels": bootstrap(
+            lambda drawn: float((is_high(predicted(drawn), d) == is_high(drawn[:, 0].mean(0), d)).mean()), table
+        ),
+        "R^2 between": bootstrap(lambda drawn: fit(drawn, between), table),
+    }
+
+
+def shares(groups: Groups, domain: str = "prose") -> dict[str, float]:
+    """Share outside the gap and two-group share, as measured and by the law (C0b).
+
+    Args:
+        groups: as measured.
+        domain: of the prompts.
+
+    Returns:
+        "outside", "two groups", "outside by law", "two groups by law".
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256, domains=["prose"])
+        >>> sorted(shares(groups))
+        ['outside', 'outside by law', 'two groups', 'two groups by law']
+    """
+    measured, by_law = groups.relative(domain).mean(0), groups.predicted(domain) / groups.d
+    return {
+        "outside": strata.share_outside(measured),
+        "two groups": strata.two_group_share(measured),
+        "outside by law": strata.share_outside(by_law),
+        "two groups by law": strata.two_group_share(by_law),
+    }

@@ -1,0 +1,435 @@
+"""Everything that is measured on one model of the ladder, how it is stored, and the claims judged over all of them.
+
+NAME.json holds what a reader of the file looks for: provenance, recipe, claims, one row per arm. NAME.npz holds the numbers that they
+were computed from, per head, prompt and window; `load_measured` makes the same objects of them again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from staterank_utils import claims, strata
+from staterank_utils.evaluation import TASKS
+from staterank_utils.models import load_model, load_tokenizer
+from staterank_utils.results import STORED, whole_or_not, write_json
+from staterank_utils.strata import Estimate
+from staterank_utils.studies.groups import (
+    Groups,
+    Law,
+    Row,
+    Turning,
+    first_claims,
+    law_claims,
+    measure_groups,
+    measure_law,
+    measure_turning,
+    over_heads,
+    shares,
+)
+from staterank_utils.studies.recall import GAPS, Recall, measure_recall
+from staterank_utils.studies.removal import (
+    MODEL,
+    PROTECTED,
+    SCHEMES,
+    Arm,
+    Removal,
+    Sizes,
+    all_arms,
+    chance_arms,
+    measure_removal,
+    summary,
+)
+from staterank_utils.studies.texts import draw_texts
+
+LADDER = STORED / "ladder"
+VARIANTS = ("initial", "shuffled", "step-500", "step-2000")  # beside the end
+RANKED = ("C1", "C1b", "C1c", "C2", "C2n", "C2b", "C3", "C3a")
+NOT_MEASURED = "not measured on the ladder, only on the embedded models"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured on one model; the defaults are those of the ladder.
+
+    Example:
+        >>> Scale().n_prompts, Scale().n_windows
+        (16, 16)
+    """
+
+    n_prompts: int = 16
+    n_tokens: int = 2048
+    n_checkpoint_prompts: int = 4
+    n_law_prompts: int = 4
+    law_tokens: int = 1024
+    n_windows: int = 16
+    window: int = 1024
+    n_copies: int = 8
+    n_calibration: int = 16
+    gaps: tuple[int, ...] = GAPS
+    n_scores: int = 100
+    n_graded: int = 32
+    tasks: tuple[str, ...] = tuple(TASKS)
+    removal: Sizes = Sizes()  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured on one model.
+
+    Attributes:
+        name: of the recipe.
+        training: what its training says of itself, without the record of heads.
+        groups: variant ("end" and some of `VARIANTS`) -> ranks.
+        turning, law, removal, recall: of the model at its end.
+
+    Example:
+        >>> list(Measured.__dataclass_fields__)[:2]
+        ['name', 'training']
+    """
+
+    name: str
+    training: Mapping[str, Any]
+    groups: Mapping[str, Groups]
+    turning: Turning
+    law: Law
+    removal: Removal
+    recall: Recall
+
+    def claims(self) -> list[Row]:
+        """The rows that this model alone decides, in the order of both registrations."""
+        end = self.groups["end"]
+        rows = [
+            *first_claims(self.name, end, initial=self.groups.get("initial")),
+            *self.turning.claims(self.name),
+            *law_claims(self.name, end, self.law),
+            *self.removal.claims(self.name),
+            *(claims.not_testable(key, self.name, why=NOT_MEASURED) for key in ("C4", "C4a", "C5")),
+        ]
+        order = [*claims.CLAIMS, *claims.SECOND]
+        return sorted(rows, key=lambda row: order.index(row["claim"]))
+
+    def numbers(self) -> dict[str, Any]:
+        """What the table and the text of the ladder quote, beside the claims."""
+        end = self.groups["end"].relative("prose").mean(0)
+        by_heads = {
+            "Sarle": over_heads(strata.sarle_coefficient, end),
+            "share outside": over_heads(strata.share_outside, end),
+            "two-group share": over_heads(strata.two_group_share, end),
+        }
+        return {
+            "over heads": {label: _listed(estimate) for label, estimate in by_heads.items()},
+            "shares": {variant: shares(groups) for variant, groups in self.groups.items()},
+            "unigram": dict(self.removal.unigram),
+            "intact": {"books": float(self.removal.intact[: self.removal.n_windows].mean()), "code": float(self.removal.intact[self.removal.n_windows :].mean())},
+            "D": {scheme: _listed(self.removal.area_interval(scheme)) for scheme in SCHEMES},
+            "D beyond random orders within layers": self.removal.beyond_random(),
+            "crossing": {scheme: self.removal.crossing(scheme) for scheme in SCHEMES},
+            "joint - rank alone": _listed(self.removal.alpha_gap()),
+            "spare share": self.removal.spare_share(),
+            "gain": {label: {str(gap): float(row.mean()) for gap, row in zip(self.recall.gaps, table, strict=True)} for label, table in self.recall.gains.items()},
+            "added under cap": {label: float((nats - self.removal.intact).mean()) for label, nats in self.recall.cap_nats.items()},
+            "mean r/d under cap": {label: float(rank.mean() / self.recall.d) for label, rank in self.recall.cap_rank.items()},
+            "kappa under cap": {label: self.recall.kappa(int(label.split()[1])) for label in self.recall.cap_rank if label != "intact"},
+            "task scores": {task: float(scores.mean()) for task, scores in self.recall.scores.items()},
+            "task nats": {label: table.mean(1).tolist() for label, table in self.recall.task_nats.items()},
+            "positions": {label: table.tolist() for label, table in self.removal.bins.items()},
+        }  # fmt: skip
+
+
+def _listed(estimate: Estimate) -> list[float]:
+    return [estimate.point, estimate.low, estimate.high]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: six digits, null for what is undefined."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return None if np.isnan(value) else float(f"{value:.6g}")
+    return value
+
+
+def measure_model(
+    folder: Path, *, name: str, training: Mapping[str, Any], scale: Scale = Scale(), device: str | None = None
+) -> Measured:
+    """Measure a trained model with everything that the ladder asks for.
+
+    Args:
+        folder: of a run: FOLDER/model, and FOLDER/step-500 and so on where they were kept.
+        name: of the recipe.
+        training: what RUN/training.json says.
+        scale: how much.
+        device: as in `load_model`.
+
+    Raises:
+        FileNotFoundError: the run has no model.
+
+    Example:
+        >>> measure_model(Path("nowhere"), name="x", training={})
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: nowhere holds no finished run: expected the folder nowhere/model
+    """
+    if not (folder / "model").is_dir():
+        raise FileNotFoundError(f"{folder} holds no finished run: expected the folder {folder / 'model'}")
+    options: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    tokenizer = load_tokenizer(str(folder / "model"))
+    model = load_model(str(folder / "model"), **options)
+    texts = draw_texts(
+        tokenizer, n_windows=scale.n_windows, window=scale.window, n_copies=scale.n_copies, copy=max(scale.gaps), n_calibration=scale.n_calibration
+    )  # fmt: skip
+    groups = {"end": measure_groups(model, tokenizer, n_prompts=scale.n_prompts, n_tokens=scale.n_tokens)}
+    for variant in VARIANTS:
+        kept = folder / variant
+        if variant.startswith("step") and not kept.is_dir():
+            continue
+        # The model before training is compared on the same prompts as the trained one.
+        n_prompts = scale.n_prompts if variant == "initial" else scale.n_checkpoint_prompts
+        weights: Any = "trained" if kept.is_dir() else variant
+        other = load_model(str(kept if kept.is_dir() else folder / "model"), weights=weights, **options)
+        groups[variant] = measure_groups(other, tokenizer, n_prompts=n_prompts, n_tokens=scale.n_tokens)
+    turning = measure_turning(model, tokenizer, n_tokens=scale.n_tokens)
+    law = measure_law(
+        model, tokenizer, n_prompts=scale.n_law_prompts, n_tokens=scale.law_tokens, bound_tokens=scale.n_tokens
+    )
+    removal = measure_removal(model, texts, name=name, sizes=scale.removal)
+    recall = measure_recall(
+        model, tokenizer, texts, removal, groups["end"], gaps=scale.gaps, n_scores=scale.n_scores, n_graded=scale.n_graded,
+        n_prompts=scale.n_prompts, tasks={name: TASKS[name] for name in scale.tasks},
+    )  # fmt: skip
+    about = {key: value for key, value in training.items() if key not in ("record", "log")}
+    return Measured(name, about, groups, turning, law, removal, recall)
+
+
+# ---------------------------------------------------------------- stored
+
+
+def store_measured(measured: Measured, folder: Path, *, made: Mapping[str, Any]) -> None:
+    """Write NAME.npz and NAME.json, each whole or not at all.
+
+    Args:
+        measured: of one model.
+        folder: where to.
+        made: provenance.
+
+    Raises:
+        OSError: the file system's own error.
+
+    Example:
+        >>> store_measured.__name__
+        'store_measured'
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_or_not(folder / f"{measured.name}.npz") as partial, partial.open("wb") as stream:
+        np.savez_compressed(stream, **_arrays(measured))  # type: ignore[arg-type]
+    arms = measured.removal.arms
+    write_json(
+        folder / f"{measured.name}.json",
+        {
+            "provenance": dict(made),
+            "name": measured.name,
+            "training": dict(measured.training),
+            "rows": measured.claims(),
+            "numbers": _plain(measured.numbers()),
+            "arms": summary(measured.removal),
+            "sizes": {
+                "n_draws": 1 + max(arm.draw for arm in arms if arm.scheme == PROTECTED),
+                "n_chance": 1 + max(arm.draw for arm in arms),
+                "within_windows": measured.removal.within_windows,
+                "d": measured.removal.d,
+                "n_tokens": measured.groups["end"].n_tokens,
+                "gaps": list(measured.recall.gaps),
+                "factors": list(measured.law.factors),
+                "turning": vars(measured.turning),
+                "bound": [measured.law.bound_violations, measured.law.bound_states, measured.law.void],
+            },
+        },
+    )
+
+
+def load_measured(name: str, folder: Path = LADDER) -> tuple[Measured, dict[str, Any]]:
+    """Read a stored model of the ladder.
+
+    Args:
+        name: of the recipe.
+        folder: that holds NAME.json and NAME.npz.
+
+    Returns:
+        What was measured, and the content of the JSON.
+
+    Raises:
+        FileNotFoundError: there is no such result.
+
+    Example:
+        >>> load_measured("no such model")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: ...
+    """
+    data = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    with np.load(folder / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    return _measured(data, arrays), data
+
+
+def _arrays(measured: Measured) -> dict[str, NDArray[Any]]:
+    """Everything per head, prompt and window, in the narrowest type that holds it."""
+    removal, recall, law = measured.removal, measured.recall, measured.law
+    found: dict[str, NDArray[Any]] = {"heads": np.array(removal.heads, dtype=np.int16)}
+    for variant, groups in measured.groups.items():
+        for domain, table in groups.rank.items():
+            found[f"groups/{variant}/rank/{domain}"] = table.astype(np.int16)
+            found[f"groups/{variant}/log_decay/{domain}"] = groups.log_decay[domain].astype(np.float32)
+        found[f"groups/{variant}/early_rank"] = groups.early_rank.astype(np.int16)
+        for key in ("early_norm", "norm"):
+            found[f"groups/{variant}/{key}"] = getattr(groups, key).astype(np.float32)
+    found |= {"law/base_rank": law.base_rank.astype(np.int16), "law/scaled_rank": law.scaled_rank.astype(np.int16)}
+    found["law/base_decay"] = law.base_decay.astype(np.float32)
+    for order, indices in removal.orders.items():
+        found[f"orders/{order}"] = indices.astype(np.int16)
+    for key in ("rank", "intact", "nats", "within"):
+        found[f"removal/{key}"] = getattr(removal, key).astype(np.float32)
+    for label, table in removal.bins.items():
+        found[f"bins/{label}"] = table.astype(np.float32)
+    for group, table in removal.groups.items():
+        found[f"groups of heads/{group}"] = table.astype(np.float32)
+    for kind in ("gains", "cap_nats", "scores", "task_nats"):
+        for label, table in getattr(recall, kind).items():
+            found[f"{kind}/{label}"] = table.astype(np.float32)
+    for label, table in recall.cap_rank.items():
+        found[f"cap_rank/{label}"] = table.astype(np.int16)
+    return found
+
+
+def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Measured:
+    def under(prefix: str) -> dict[str, NDArray[np.float64]]:
+        return {
+            key.removeprefix(prefix): value.astype(np.float64)
+            for key, value in arrays.items()
+            if key.startswith(prefix)
+        }
+
+    sizes, name = data["sizes"], data["name"]
+    heads = tuple((int(layer), int(head)) for layer, head in arrays["heads"])
+    variants = dict.fromkeys(key.split("/")[1] for key in arrays if key.startswith("groups/"))
+    groups = {
+        variant: Groups(
+            heads, sizes["d"], sizes["n_tokens"], under(f"groups/{variant}/rank/"), under(f"groups/{variant}/log_decay/"),
+            *(arrays[f"groups/{variant}/{key}"].astype(np.float64) for key in ("early_rank", "early_norm", "norm")),
+        )
+        for variant in variants
+    }  # fmt: skip
+    orders = {key: value.astype(np.int64) for key, value in under("orders/").items()}
+    arms = _arms(heads, orders, sizes, name, data["numbers"]["spare share"])
+    of_removal = under("removal/")
+    removal = Removal(
+        heads, sizes["d"], orders, of_removal["rank"], data["numbers"]["unigram"], of_removal["intact"], arms, of_removal["nats"],
+        under("bins/"), of_removal["within"], sizes["within_windows"], under("groups of heads/"),
+    )  # fmt: skip
+    recall = Recall(
+        tuple(sizes["gaps"]),
+        under("gains/"),
+        under("cap_nats/"),
+        under("cap_rank/"),
+        under("scores/"),
+        under("task_nats/"),
+        sizes["d"],
+    )
+    of_law = under("law/")
+    violations, n_states, void = sizes["bound"]
+    law = Law(
+        violations,
+        n_states,
+        void,
+        tuple(sizes["factors"]),
+        of_law["base_rank"],
+        of_law["base_decay"],
+        of_law["scaled_rank"],
+        sizes["d"],
+    )
+    return Measured(name, data["training"], groups, Turning(**sizes["turning"]), law, removal, recall)
+
+
+def _arms(
+    heads: Sequence[tuple[int, int]],
+    orders: Mapping[str, NDArray[np.int64]],
+    sizes: Mapping[str, Any],
+    name: str,
+    spare: float | None,
+) -> tuple[Arm, ...]:
+    """The arms in the order in which they were measured; they follow from the orders of heads, the name and the sizes."""
+    made = all_arms(heads, orders, name=name, n_draws=sizes["n_draws"])
+    return (*made, *chance_arms(heads, name=name, spare=spare, first=sizes["n_draws"], n_draws=sizes["n_chance"]))
+
+
+# ---------------------------------------------------------------- over models
+
+
+def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
+    """The rows that only several models decide: C0b, C1e, C4b, C4c, C5b and C6, hybrid and pure apart where the rule says so.
+
+    Args:
+        models: name of the recipe, KIND-DATA-SEED -> what was measured.
+
+    Returns:
+        One row per claim and group of models; claims whose models are missing are left out.
+
+    Example:
+        >>> ladder_claims({})
+        []
+    """
+    if not models:
+        return []
+    of_shares = {name: shares(model.groups["end"]) for name, model in models.items()}
+    by_kind: dict[tuple[str, str], dict[str, Measured]] = {}
+    for name, model in models.items():
+        kind, data, seed = name.rsplit("-", 2)
+        by_kind.setdefault((kind, data), {})[seed] = model
+    differences = {
+        name: (each["outside by law"] - each["outside"], each["two groups by law"] - each["two groups"])
+        for name, each in of_shares.items()
+    }
+    rows = [claims.judge_law(differences)]
+    for kind in dict.fromkeys(kind for kind, _ in by_kind):
+        outside = {
+            data: [of_shares[model.name]["outside"] for model in by_kind[kind, data].values()]
+            for data in ("text", "tasks63")
+            if (kind, data) in by_kind
+        }
+        if len(outside) == 2:
+            rows.append(claims.judge_tasks(kind, outside["text"], outside["tasks63"]))
+    for (kind, data), seeds in by_kind.items():
+        label = f"{kind}-{data}"
+        rows += [
+            claims.judge_within_layers(label, {seed: model.removal.beyond_random() for seed, model in seeds.items()}),
+            claims.judge_layer_zero(
+                label,
+                {
+                    seed: (model.removal.crossing(MODEL), model.removal.crossing(PROTECTED))
+                    for seed, model in seeds.items()
+                },
+            ),
+            claims.judge_alpha(label, {seed: model.removal.alpha_gap().point for seed, model in seeds.items()}),
+        ]
+    for data in dict.fromkeys(data for _, data in by_kind):
+        pairs = [by_kind.get((kind, data), {}) for kind in ("hybrid", "pure")]
+        if both := sorted(set(pairs[0]) & set(pairs[1])):
+            recalls = {seed: (pairs[0][seed].recall, pairs[1][seed].recall) for seed in both}
+            rows.append(
+                claims.judge_recall(
+                    data,
+                    {seed: (hybrid.taken(), pure.taken()) for seed, (hybrid, pure) in recalls.items()},
+                    {seed: (hybrid.kappa(), pure.kappa()) for seed, (hybrid, pure) in recalls.items()},
+                    {seed: (hybrid.gain().point, pure.gain().point) for seed, (hybrid, pure) in recalls.items()},
+                )
+            )
+    order = list(claims.SECOND)
+    return sorted(rows, key=lambda row: order.index(row["claim"]))

@@ -1,0 +1,165 @@
+"""What is copied from context, without some heads and with half-lives capped; and what caps do to ranks and losses."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from staterank_utils import claims
+from staterank_utils.evaluation import TASKS, answer_nats, evaluate, token_nats
+from staterank_utils.memory import cap_half_life
+from staterank_utils.strata import Estimate, bootstrap, cohen_kappa, is_high
+from staterank_utils.studies.groups import Groups, trace_heads
+from staterank_utils.studies.removal import HIGH, LOW, MODEL, POSITION_DOSES, RANDOM, Removal
+from staterank_utils.studies.texts import Texts
+from staterank_utils.surgery import ablate_heads
+from staterank_utils.tasks import domain_prompts
+
+GAPS = (16, 64, 256, 512, 1024)  # tokens of a copy, and so the distance that is looked back
+CAPS = (128, 64, 32, 16, 8)  # tokens
+INTACT = "intact"
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Induction gains, and what caps on half-lives do.
+
+    Attributes:
+        gaps: lengths of a copy.
+        gains: label (intact, an arm of `Removal`, or "cap 16") -> (gap, window): loss on the first copy minus on the second, nats per token.
+        cap_nats: cap -> losses on held-out text, (window,).
+        cap_rank: cap, or "intact" -> ranks on prose, (prompt, head).
+        scores: task -> score of each instance, of the intact model.
+        task_nats: label -> loss on right answers, (task, instance).
+        d: largest possible rank.
+
+    Example:
+        >>> recall = Recall((512,), {"intact": np.full((1, 2), 2.0), "cap 16": np.full((1, 2), 0.5)}, {}, {}, {}, {}, 64)
+        >>> recall.taken(16)
+        0.75
+    """
+
+    gaps: tuple[int, ...]
+    gains: Mapping[str, NDArray[np.float64]]
+    cap_nats: Mapping[str, NDArray[np.float64]]
+    cap_rank: Mapping[str, NDArray[np.float64]]
+    scores: Mapping[str, NDArray[np.float64]]
+    task_nats: Mapping[str, NDArray[np.float64]]
+    d: int
+
+    def gain(self, label: str = INTACT, gap: int = claims.SECOND["C6"].numbers["copy"]) -> Estimate:
+        """Mean gain at a gap with its interval over windows.
+
+        Raises:
+            ValueError: the gap was not measured.
+        """
+        return bootstrap(lambda x: float(x.mean()), self.gains[label][self.gaps.index(gap)])
+
+    def taken(self, cap: int = claims.SECOND["C6"].numbers["cap"]) -> float:
+        """Share of the intact gain that a cap takes (C6)."""
+        return 1 - self.gain(f"cap {cap}").point / self.gain().point
+
+    def kappa(self, cap: int = claims.SECOND["C6"].numbers["cap"]) -> float:
+        """Agreement of the low and high labels before and under a cap (C6)."""
+        before, inside = (is_high(self.cap_rank[label].mean(0), self.d) for label in (INTACT, f"cap {cap}"))
+        return cohen_kappa(before, inside)
+
+
+def induction_gains(model: PreTrainedModel, texts: Texts, gaps: Sequence[int]) -> NDArray[np.float64]:
+    """Loss on the first minus on the second of two copies of held-out text, (gap, window), nats per token.
+
+    The first token of a copy is left out of both, since nothing announces the second copy.
+
+    Args:
+        model: from `load_model`.
+        texts: from `draw_texts`.
+        gaps: lengths of a copy, at most that of `texts.copies`.
+
+    Raises:
+        ValueError: a gap that is longer than the copies that were drawn, or under 2.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> from staterank_utils.studies.texts import draw_texts
+        >>> texts = draw_texts(load_tokenizer("hybrid"), n_windows=1, window=32, n_copies=2, copy=32, n_calibration=1)
+        >>> induction_gains(load_model("hybrid"), texts, [8, 32]).shape
+        (2, 4)
+    """
+    longest = texts.copies.shape[1]
+    if not all(2 <= gap <= longest for gap in gaps):
+        raise ValueError(f"gaps lie in 2..{longest}, the length of the copies that were drawn; got {list(gaps)}")
+    rows = []
+    for gap in gaps:
+        losses = token_nats(model, texts.copies[:, :gap].repeat(1, 2))
+        rows.append(losses[:, : gap - 1].mean(1) - losses[:, gap:].mean(1))
+    return np.stack(rows)
+
+
+def measure_recall(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Texts,
+    removal: Removal,
+    groups: Groups,
+    *,
+    gaps: Sequence[int] = GAPS,
+    n_scores: int = 100,
+    n_graded: int = 32,
+    n_prompts: int = 16,
+    seed: int = 0,
+    tasks: Mapping[str, Any] = TASKS,
+) -> Recall:
+    """Measure gains and task losses of the named arms and under every cap.
+
+    Args:
+        model, tokenizer: from `load_model` and `load_tokenizer`.
+        texts, removal, groups: as drawn and measured for this model.
+        gaps: lengths of a copy.
+        n_scores, n_graded: instances per task, generated by the intact model, and graded by their loss.
+        n_prompts: of prose, on which ranks are taken under each cap.
+        seed: of the instances and prompts.
+        tasks: name -> task.
+
+    Example:
+        >>> measure_recall.__name__
+        'measure_recall'
+    """
+    arms = {
+        arm.label: [removal.heads[index] for index in arm.heads]
+        for arm in removal.arms
+        if arm.scheme == MODEL and arm.share in map(float, POSITION_DOSES) and (arm.order != RANDOM or arm.draw < 4)
+    }
+    short = {label: heads for label, heads in arms.items() if label.startswith((LOW, HIGH, RANDOM))}
+    blocks: dict[str, Callable[[], AbstractContextManager[None]]] = {INTACT: nullcontext}
+    blocks |= {f"cap {cap}": partial(cap_half_life, model, cap) for cap in CAPS}
+    capped = dict(blocks)
+    blocks |= {label: partial(ablate_heads, model, heads) for label, heads in arms.items()}
+
+    gains, cap_nats, cap_rank, task_nats = {}, {}, {}, {}
+    prompts = domain_prompts("prose", tokenizer, n_prompts=n_prompts, n_tokens=groups.n_tokens, seed=seed)
+    for label, block in tqdm(blocks.items(), desc="recall", leave=False):
+        with block():
+            if label in capped or label in short:
+                gains[label] = induction_gains(model, texts, gaps)
+            if label in capped:
+                cap_nats[label] = token_nats(model, texts.windows).mean(1)
+                cap_rank[label] = trace_heads(model, prompts, positions=[groups.n_tokens // 2, groups.n_tokens]).rank[
+                    -1
+                ]
+            task_nats[label] = np.stack(
+                [
+                    answer_nats(task, model, tokenizer, n_instances=n_graded, seed=seed + 1, batch_size=32)
+                    for task in tasks.values()
+                ]
+            )
+    scores = {
+        name: evaluate(task, model, tokenizer, n_instances=n_scores, seed=seed, batch_size=128)
+        for name, task in tasks.items()
+    }
+    return Recall(tuple(gaps), gains, cap_nats, cap_rank, scores, task_nats, groups.d)

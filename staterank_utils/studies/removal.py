@@ -1,0 +1,565 @@
+"""What a model loses without some of its heads: added nats on held-out text, for every order, scheme and dose."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from staterank_utils import claims
+from staterank_utils.evaluation import token_nats
+from staterank_utils.selection import SHARES, saturation_scores
+from staterank_utils.strata import Estimate, bootstrap
+from staterank_utils.studies.groups import HeadTrace, Row, state_size, trace_heads
+from staterank_utils.studies.texts import LOSS_TEXTS, Texts
+from staterank_utils.surgery import Head, ablate_heads, all_heads
+
+SIXTEENTHS = tuple(Fraction(k, 16) for k in (1, 2, 4, 5, 6, 7, 8))  # the doses of every scheme
+AREA = SIXTEENTHS[:4]  # over which D is taken
+MODEL, LAYERS, PROTECTED = "over the model", "layer-matched", "layer 0 protected"
+SCHEMES = (MODEL, LAYERS, PROTECTED)
+RANDOM = "random"
+LOW, HIGH, JOINT = "low rank", "high rank", "joint"
+BINS = {
+    "under 128": (0, 128),
+    "128 to 512": (128, 512),
+    "over 512": (512, None),
+}  # positions of the token that is predicted
+POSITION_DOSES = (Fraction(1, 8), Fraction(1, 4), Fraction(3, 8))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Heads that are removed together.
+
+    Attributes:
+        scheme: one of `SCHEMES`.
+        order: name of an order of `orders`, or "random".
+        share: of all linear heads, as it was asked for.
+        draw: number of the random order; 0 for others.
+        heads: indices into `all_heads`.
+
+    Example:
+        >>> Arm("over the model", "low rank", 0.25, 0, (0, 3)).label
+        'low rank, 25.0%, over the model'
+    """
+
+    scheme: str
+    order: str
+    share: float
+    draw: int
+    heads: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.order}{f' {self.draw}' if self.order == RANDOM else ''}, {self.share:.1%}, {self.scheme}"
+
+
+def orders(trace: HeadTrace, *, d: int) -> dict[str, NDArray[np.int64]]:
+    """Every order in which heads can be removed, the first to go first, from measures on calibration prompts.
+
+    Ties in effective rank are broken by the stable rank.
+
+    Args:
+        trace: of the calibration prompts; measures at its last position, means over prompts, count.
+        d: largest possible rank.
+
+    Returns:
+        name -> indices of all heads.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> import torch
+        >>> trace = trace_heads(load_model("hybrid"), torch.arange(64).reshape(1, 64), positions=[64])
+        >>> list(orders(trace, d=64))
+        ['low rank', 'high rank', 'slow decay', 'fast decay', 'large norm', 'small norm', 'joint', 'joint, norm inverted']
+    """
+    rank, norm, stable = (measure[-1].mean(0) for measure in (trace.rank, trace.norm, trace.stable))
+    decay = trace.log_decay.mean(0)
+    n_heads = len(rank)
+    heads = [(0, index) for index in range(n_heads)]
+
+    def saturation(norms: NDArray[np.float64]) -> NDArray[np.float64]:
+        of_heads = saturation_scores(
+            dict(zip(heads, rank.tolist(), strict=True)), dict(zip(heads, norms.tolist(), strict=True)), d=d
+        )
+        return np.array([of_heads[head] for head in heads])
+
+    first = {
+        LOW: (stable, rank),
+        HIGH: (-stable, -rank),
+        "slow decay": (-decay,),
+        "fast decay": (decay,),
+        "large norm": (-norm,),
+        "small norm": (norm,),
+        JOINT: (-stable, -saturation(norm)),
+        "joint, norm inverted": (-stable, -saturation(norm.max() - norm)),
+    }
+    return {name: np.lexsort(keys) for name, keys in first.items()}
+
+
+def chosen(
+    order: Sequence[int] | NDArray[np.int64], heads: Sequence[Head], scheme: str, share: Fraction | float
+) -> tuple[int, ...]:
+    """The heads that an order takes at a dose.
+
+    Args:
+        order: indices of all heads, the first to go first.
+        heads: (layer, head) of each.
+        scheme: one of `SCHEMES`.
+        share: of all heads; layer-matched, the same number in every layer.
+
+    Returns:
+        Indices, sorted.
+
+    Raises:
+        ValueError: an unknown scheme, a dose that is no whole number of heads per layer where it must be, or more heads than there are.
+
+    Example:
+        >>> heads = [(0, 0), (0, 1), (1, 0), (1, 1)]
+        >>> [chosen([0, 1, 2, 3], heads, scheme, 0.5) for scheme in SCHEMES]
+        [(0, 1), (0, 2), (2, 3)]
+    """
+    layers: dict[int, list[int]] = {}
+    for index in order:
+        layers.setdefault(heads[index][0], []).append(int(index))
+    if scheme == LAYERS:
+        counts = {layer: share * len(of_layer) for layer, of_layer in layers.items()}
+        if any(count != int(count) for count in counts.values()):
+            raise ValueError(f"a share of {share} is no whole number of heads in every layer: {counts}")
+        return tuple(sorted(index for layer, of_layer in layers.items() for index in of_layer[: int(counts[layer])]))
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r}: choose from {', '.join(SCHEMES)}")
+    allowed = [int(index) for index in order if scheme == MODEL or heads[index][0] != 0]
+    n = round(float(share) * len(heads))
+    if n > len(allowed):
+        raise ValueError(f"{n} heads cannot be taken of {len(allowed)} ({scheme})")
+    return tuple(sorted(allowed[:n]))
+
+
+def doses(scheme: str) -> list[float]:
+    """Shares of all heads, increasing: the sixteenths, and but for layer-matched those of the first registration too.
+
+    Example:
+        >>> len(doses("layer-matched")), [round(dose, 3) for dose in doses("over the model")][:4]
+        (7, [0.021, 0.042, 0.05, 0.062])
+    """
+    more = () if scheme == LAYERS else SHARES
+    return sorted({*map(float, SIXTEENTHS), *more})
+
+
+def random_orders(n_heads: int, n_draws: int, *, name: str) -> NDArray[np.int64]:
+    """Random orders of all heads, nested over doses, seeded by what they are for.
+
+    Args:
+        n_heads: of the model.
+        n_draws: how many.
+        name: of the model and scheme; the same name gives the same orders.
+
+    Returns:
+        (draw, head).
+
+    Example:
+        >>> random_orders(4, 2, name="a").shape, bool((random_orders(9, 1, name="a") == random_orders(9, 1, name="b")).all())
+        ((2, 4), False)
+    """
+    rng = np.random.default_rng(list(name.encode()))
+    return np.stack([rng.permutation(n_heads) for _ in range(n_draws)])
+
+
+def all_arms(
+    heads: Sequence[Head], by_name: Mapping[str, NDArray[np.int64]], *, name: str, n_draws: int
+) -> tuple[Arm, ...]:
+    """Every order and random draw at every dose of every scheme, in the order in which they are measured.
+
+    Args:
+        heads: (layer, head) of each index.
+        by_name: from `orders`.
+        name: of the model, which seeds the random orders.
+        n_draws: random orders per scheme.
+
+    Example:
+        >>> heads = [(layer, head) for layer in (0, 1) for head in range(16)]
+        >>> len(all_arms(heads, {"low rank": np.arange(32)}, name="a", n_draws=2))
+        93
+    """
+    arms = [
+        Arm(scheme, order, share, 0, chosen(by_name[order], heads, scheme, share))
+        for scheme in SCHEMES
+        for share in doses(scheme)
+        for order in by_name
+    ]
+    for scheme in SCHEMES:
+        drawn = random_orders(len(heads), n_draws, name=f"{name}, {scheme}")
+        arms += [
+            Arm(scheme, RANDOM, share, draw, chosen(order, heads, scheme, share))
+            for share in doses(scheme)
+            for draw, order in enumerate(drawn)
+        ]
+    return tuple(arms)
+
+
+def chance_arms(heads: Sequence[Head], *, name: str, spare: float | None, first: int, n_draws: int) -> tuple[Arm, ...]:
+    """Random arms beyond those of every dose, at the two doses of C5a.
+
+    Args:
+        heads: (layer, head) of each index.
+        name: of the model.
+        spare: the second dose, `Removal.spare_share`.
+        first, n_draws: number of the first draw that is missing, and how many there are to be in all.
+
+    Example:
+        >>> heads = [(0, head) for head in range(16)]
+        >>> len(chance_arms(heads, name="a", spare=0.125, first=16, n_draws=40))
+        48
+    """
+    drawn = random_orders(len(heads), n_draws, name=f"{name}, {MODEL}")
+    shares = sorted({claims.SECOND["C5a"].numbers["share"], *([] if spare is None else [spare])})
+    return tuple(
+        Arm(MODEL, RANDOM, share, draw, chosen(drawn[draw], heads, MODEL, share))
+        for share in shares
+        for draw in range(first, n_draws)
+    )
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; the defaults are those of the ladder.
+
+    Example:
+        >>> Sizes().n_draws, Sizes().n_chance
+        (16, 40)
+    """
+
+    n_draws: int = 16  # random orders per scheme
+    n_chance: int = claims.SECOND["C5a"].numbers["draws"]
+    n_within: int = claims.SECOND["C4b"].numbers["orders"]
+    within_windows: int = claims.SECOND["C4b"].numbers["windows"]  # per text
+    n_groups: int = claims.SECOND["C7"].numbers["draws"]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Losses on held-out text without heads, nats per token.
+
+    Attributes:
+        heads: (layer, head) of each index.
+        d: largest possible rank.
+        orders: name -> indices of heads.
+        rank: of each head on the calibration prompts.
+        unigram: text -> loss of a unigram model.
+        intact: (window,), those of books first, then as many of code.
+        arms: that were measured.
+        nats: (arm, window).
+        bins: label of an arm -> (text, bin of positions), means.
+        within: (random order within layers, first or last k, dose of `AREA`, window): on the first windows of each text.
+        groups: of C7: "high" and "random" -> (share kept: none, then the registered ones; draw), means over windows.
+
+    Example:
+        >>> Removal.__dataclass_fields__["nats"].name
+        'nats'
+    """
+
+    heads: tuple[Head, ...]
+    d: int
+    orders: Mapping[str, NDArray[np.int64]]
+    rank: NDArray[np.float64]
+    unigram: Mapping[str, float]
+    intact: NDArray[np.float64]
+    arms: tuple[Arm, ...]
+    nats: NDArray[np.float64]
+    bins: Mapping[str, NDArray[np.float64]]
+    within: NDArray[np.float64]
+    within_windows: int
+    groups: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def n_windows(self) -> int:
+        """Windows per text."""
+        return len(self.intact) // len(LOSS_TEXTS)
+
+    def added(self, scheme: str, order: str, share: float, draw: int = 0) -> NDArray[np.float64]:
+        """Added nats of an arm, (window,).
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        for arm, nats in zip(self.arms, self.nats, strict=True):
+            if (arm.scheme, arm.order, arm.draw) == (scheme, order, draw) and abs(arm.share - share) < 1e-9:
+                return np.asarray(nats - self.intact)
+        raise KeyError(f"no arm {order!r} {draw} at {share} {scheme}")
+
+    def draws(self, scheme: str, share: float) -> NDArray[np.float64]:
+        """Added nats of all random arms at a dose, (draw, window)."""
+        found = [
+            nats - self.intact
+            for arm, nats in zip(self.arms, self.nats, strict=True)
+            if (arm.scheme, arm.order) == (scheme, RANDOM) and abs(arm.share - share) < 1e-9
+        ]
+        return np.stack(found)
+
+    def counts(self, scheme: str, share: float) -> bool:
+        """Whether a dose counts: without the lowest and without the highest ranks, the mean loss is below that of unigram models."""
+        ruin = float(np.mean(list(self.unigram.values())))
+        arms = (self.added(scheme, order, share) for order in (LOW, HIGH))
+        return all(float((self.intact + added).mean()) < ruin for added in arms)
+
+    def area(self, scheme: str, windows: NDArray[np.int64] | None = None) -> float:
+        """D: area over shares from 1/16 to 5/16 of added nats without the highest ranks minus without the lowest."""
+        where = np.arange(len(self.intact)) if windows is None else windows
+        gaps = [
+            float((self.added(scheme, HIGH, float(dose)) - self.added(scheme, LOW, float(dose)))[where].mean())
+            for dose in AREA
+        ]
+        return trapezoid(gaps)
+
+    def area_interval(self, scheme: str) -> Estimate:
+        """D with its interval over windows, drawn within each text."""
+        gaps = np.stack([self.added(scheme, HIGH, float(x)) - self.added(scheme, LOW, float(x)) for x in AREA], 1)
+        return bootstrap(
+            lambda *parts: trapezoid(np.mean([part.mean(0) for part in parts], 0)), *np.split(gaps, len(LOSS_TEXTS))
+        )
+
+    def few_windows(self) -> NDArray[np.int64]:
+        """The windows on which the random orders within layers were measured."""
+        return np.concatenate([np.arange(self.within_windows) + i * self.n_windows for i in range(len(LOSS_TEXTS))])
+
+    def random_areas(self) -> NDArray[np.float64]:
+        """D of every random order within layers, both signs (C4b)."""
+        gaps = (self.within[:, 0] - self.within[:, 1]).mean(-1)
+        areas = np.array([trapezoid(row) for row in gaps])
+        return np.concatenate([areas, -areas])
+
+    def beyond_random(self) -> float:
+        """Share of the random orders' D that is smaller in absolute value than that of rank, on the same windows (C4b)."""
+        own = abs(self.area(LAYERS, self.few_windows()))
+        return float((np.abs(self.random_areas()) < own).mean())
+
+    def crossing(self, scheme: str) -> float | None:
+        """Share of heads at which the arm without the highest ranks first costs more than the one without the lowest (C4c)."""
+        shares = doses(scheme)
+        gaps = [float((self.added(scheme, HIGH, x) - self.added(scheme, LOW, x)).mean()) for x in shares]
+        for i in range(1, len(shares)):
+            if gaps[i - 1] <= 0 < gaps[i]:
+                return shares[i - 1] + (shares[i] - shares[i - 1]) * -gaps[i - 1] / (gaps[i] - gaps[i - 1])
+        return None
+
+    def spare_share(self) -> float | None:
+        """The largest dose over the model at which rank alone adds at most 0.1 nats (C5a)."""
+        most = claims.SECOND["C5a"].numbers["spare"]
+        spare = [x for x in doses(MODEL) if float(self.added(MODEL, HIGH, x).mean()) <= most]
+        return max(spare, default=None)
+
+    def below_chance(self) -> dict[str, bool]:
+        """For both doses of C5a, whether the joint score adds less than every random draw."""
+        shares = (claims.SECOND["C5a"].numbers["share"], self.spare_share())
+        return {
+            f"{share:.1%}": bool((self.added(MODEL, JOINT, share).mean() < self.draws(MODEL, share).mean(1)).all())
+            for share in shares
+            if share is not None
+        }
+
+    def alpha_gap(self) -> Estimate:
+        """Added nats at 25 % with the joint score minus with rank alone, with its interval over windows (C5b)."""
+        share = claims.SECOND["C5b"].numbers["share"]
+        gap = self.added(MODEL, JOINT, share) - self.added(MODEL, HIGH, share)
+        return bootstrap(
+            lambda *parts: float(np.mean([part.mean() for part in parts])), *np.split(gap, len(LOSS_TEXTS))
+        )
+
+    def restoring_share(self, group: str) -> Fraction:
+        """The smallest share of a group that undoes 80 % of the damage of removing all of it; 1 where none does (C7)."""
+        means = self.groups[group].mean(1)
+        keeps, undone = claims.SECOND["C7"].numbers["keeps"], claims.SECOND["C7"].numbers["undone"]
+        enough = [keep for keep, added in zip(keeps, means[1:], strict=True) if 1 - added / means[0] >= undone]
+        return min(enough, default=Fraction(1))
+
+    def claims(self, name: str) -> list[Row]:
+        """The rows of C5a and C7, which one model decides."""
+        rows = [claims.judge_chance(name, self.below_chance())]
+        if self.groups["high"].size:
+            rows.append(claims.judge_redundancy(name, self.restoring_share("high"), self.restoring_share(RANDOM)))
+        else:
+            rows.append(claims.not_testable("C7", name, why="it has fewer than 16 heads of full rank"))
+        return rows
+
+
+def trapezoid(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """Area under values at the shares of `AREA`.
+
+    Example:
+        >>> trapezoid([1.0, 1.0, 1.0, 1.0])
+        0.25
+    """
+    return float(np.trapezoid(values, list(map(float, AREA))))
+
+
+def measure_removal(model: PreTrainedModel, texts: Texts, *, name: str, sizes: Sizes = Sizes()) -> Removal:
+    """Measure every arm.
+
+    Args:
+        model: from `load_model`, in float32.
+        texts: from `draw_texts`.
+        name: of the model, which seeds the random orders.
+        sizes: how many of them.
+
+    Returns:
+        The losses, and all that the registered rules need.
+
+    Raises:
+        ValueError: a model whose layers do not have a multiple of 16 heads each.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> from staterank_utils.studies.texts import draw_texts
+        >>> texts = draw_texts(load_tokenizer("hybrid"), n_windows=1, window=64, n_copies=1, copy=32, n_calibration=1)
+        >>> measure_removal(load_model("hybrid"), texts, name="hybrid")
+        Traceback (most recent call last):
+            ...
+        ValueError: doses are sixteenths of every layer's heads, and the layers have 8
+    """
+    heads = all_heads(model)
+    per_layer = {sum(layer == of for of, _ in heads) for layer, _ in heads}
+    if any(n % 16 for n in per_layer):
+        raise ValueError(
+            f"doses are sixteenths of every layer's heads, and the layers have {', '.join(map(str, sorted(per_layer)))}"
+        )
+    d, length = state_size(model), texts.calibration.shape[1]
+    trace = trace_heads(model, texts.calibration, positions=[length // 2, length])
+    by_name = orders(trace, d=d)
+    rank = trace.rank[-1].mean(0)
+
+    arms = all_arms(heads, by_name, name=name, n_draws=sizes.n_draws)
+    binned = {
+        arm.label
+        for arm in arms
+        if arm.scheme == MODEL
+        and arm.share in map(float, POSITION_DOSES)
+        and (arm.order in (LOW, HIGH) or (arm.order == RANDOM and arm.draw < 4))
+    }
+    whole = token_nats(model, texts.windows)
+    bins = {"intact": _binned(whole)}
+    nats = []
+    for arm in tqdm(arms, desc="arms", leave=False):
+        losses = _without(model, heads, arm.heads, texts.windows)
+        nats.append(losses.mean(1))
+        if arm.label in binned:
+            bins[arm.label] = _binned(losses)
+    partial = Removal(
+        tuple(heads), d, by_name, rank, dict(texts.unigram), whole.mean(1), arms, np.stack(nats), bins,
+        np.empty(0), sizes.within_windows, {},
+    )  # fmt: skip
+    more = chance_arms(heads, name=name, spare=partial.spare_share(), first=sizes.n_draws, n_draws=sizes.n_chance)
+    more_nats = [
+        _without(model, heads, arm.heads, texts.windows).mean(1) for arm in tqdm(more, desc="random draws", leave=False)
+    ]
+    return Removal(
+        **vars(partial) | {
+            "arms": (*partial.arms, *more),
+            "nats": np.concatenate([partial.nats, np.reshape(more_nats, (len(more), -1))]),
+            "within": _within_layers(model, texts, partial, name, sizes),
+            "groups": _groups(model, texts, partial, name, sizes),
+        }
+    )  # fmt: skip
+
+
+def _without(
+    model: PreTrainedModel, heads: Sequence[Head], indices: Iterable[int], windows: Tensor
+) -> NDArray[np.float64]:
+    with ablate_heads(model, [heads[index] for index in indices]):
+        return token_nats(model, windows)
+
+
+def _binned(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(text, bin of positions) of losses (window, token); the first loss is of the token at position 1."""
+    by_text = np.stack([part.mean(0) for part in np.split(losses, len(LOSS_TEXTS))])
+    parts = [by_text[:, max(0, low - 1) : None if high is None else high - 1] for low, high in BINS.values()]
+    return np.stack([part.mean(1) if part.shape[1] else np.full(len(by_text), np.nan) for part in parts], 1)
+
+
+def _within_layers(model: PreTrainedModel, texts: Texts, made: Removal, name: str, sizes: Sizes) -> NDArray[np.float64]:
+    windows = texts.windows[made.few_windows()]
+    drawn = random_orders(len(made.heads), sizes.n_within, name=f"{name}, within layers")
+    table = np.empty((len(drawn), 2, len(AREA), len(windows)))
+    for row, order in enumerate(tqdm(drawn, desc="orders within layers", leave=False)):
+        for end, of_end in enumerate((order, order[::-1])):
+            for column, dose in enumerate(AREA):
+                indices = chosen(of_end, made.heads, LAYERS, dose)
+                table[row, end, column] = _without(model, made.heads, indices, windows).mean(1)
+    return table
+
+
+def _groups(
+    model: PreTrainedModel, texts: Texts, made: Removal, name: str, sizes: Sizes
+) -> dict[str, NDArray[np.float64]]:
+    """Added nats without all of a group but a share of it, (share kept, draw)."""
+    full, keeps = claims.SECOND["C7"].numbers["full"], claims.SECOND["C7"].numbers["keeps"]
+    high = np.flatnonzero(made.rank >= full * made.d)
+    if len(high) < 16:
+        return {"high": np.empty((0, 0)), RANDOM: np.empty((0, 0))}
+    rng = np.random.default_rng(list(f"{name}, groups".encode()))
+
+    def added(removed: NDArray[np.int64]) -> float:
+        return float((_without(model, made.heads, removed.tolist(), texts.windows).mean(1) - made.intact).mean())
+
+    tables = {}
+    for group in ("high", RANDOM):
+        table = np.empty((1 + len(keeps), sizes.n_groups))
+        for draw in tqdm(range(sizes.n_groups), desc=f"groups, {group}", leave=False):
+            members = rng.permutation(
+                high if group == "high" else rng.choice(len(made.heads), len(high), replace=False)
+            )
+            # All of the high group is the same in every draw.
+            table[0, draw] = table[0, 0] if group == "high" and draw else added(members)
+            for row, keep in enumerate(keeps, 1):
+                table[row, draw] = added(members[round(float(keep) * len(members)) :])
+        tables[group] = table
+    return tables
+
+
+def summary(removal: Removal) -> list[dict[str, Any]]:
+    """One row per arm that is not a random draw, and one per dose for those, with intervals.
+
+    Args:
+        removal: as measured.
+
+    Returns:
+        "scheme", "order", "share", "heads" (their number), "layer 0" (how many of them are there), "added" (mean over both texts, with
+        its 95 % interval over windows; of random draws the mean with the range of draws), "books", "code", "counts".
+
+    Example:
+        >>> summary.__name__
+        'summary'
+    """
+    rows = []
+    for arm, nats in zip(removal.arms, removal.nats, strict=True):
+        if arm.order == RANDOM and arm.draw:
+            continue
+        if arm.order == RANDOM:
+            drawn = removal.draws(arm.scheme, arm.share)
+            means = drawn.mean(1)
+            added, by_text = Estimate(float(means.mean()), float(means.min()), float(means.max())), drawn.mean(0)
+        else:
+            by_text = nats - removal.intact
+            added = bootstrap(
+                lambda *parts: float(np.mean([part.mean() for part in parts])), *np.split(by_text, len(LOSS_TEXTS))
+            )
+        books, code = (float(part.mean()) for part in np.split(by_text, len(LOSS_TEXTS)))
+        rows.append(
+            {
+                "scheme": arm.scheme, "order": arm.order, "share": arm.share, "heads": len(arm.heads),
+                "layer 0": None if arm.order == RANDOM else sum(removal.heads[index][0] == 0 for index in arm.heads),
+                "added": [round(x, 4) for x in (added.point, added.low, added.high)],
+                "books": round(books, 4), "code": round(code, 4), "counts": removal.counts(arm.scheme, arm.share),
+            }
+        )  # fmt: skip
+    return rows

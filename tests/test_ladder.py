@@ -1,0 +1,285 @@
+"""The ladder on a CPU: a small model through the whole road, and the stored results recomputed from their own data."""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from staterank_utils import claims
+from staterank_utils.layouts import linear_layers, modeling_module
+from staterank_utils.memory import predicted_rank
+from staterank_utils.models import CHECKPOINTS, choose_kernels, initial_model
+from staterank_utils.strata import share_outside
+from staterank_utils.studies import removal as study
+from staterank_utils.studies.ladder import LADDER, Measured, Scale, ladder_claims, load_measured, measure_model
+from staterank_utils.studies.removal import AREA, HIGH, JOINT, LAYERS, LOW, MODEL, PROTECTED, RANDOM, Sizes, chosen
+from training import ladder
+from training import train as training
+from training.corpus import write_corpus
+from training.measure import measure
+from training.recipes import LINEAR, RECIPES, SOFTMAX, WAVES
+from training.train import Run, train
+
+SMALL = replace(
+    RECIPES["hybrid-tasks63-0"], name="hybrid-small-0", layer_types=(LINEAR, SOFTMAX, LINEAR), steps=20, batch_rows=1, n_tokens=64,
+    hidden=64, intermediate=512, key_heads=8, value_heads=16, head_size=16,
+)  # fmt: skip
+QUICK = Scale(
+    n_prompts=2, n_tokens=160, n_checkpoint_prompts=1, n_law_prompts=1, law_tokens=96, n_windows=2, window=64, n_copies=1, n_calibration=1,
+    gaps=(16, 512), n_scores=1, n_graded=1, tasks=("recall",), removal=Sizes(n_draws=4, n_chance=5, n_within=2, within_windows=1, n_groups=2),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> tuple[Path, Measured]:
+    """A model of a million weights trained for 20 steps, measured and stored."""
+    folder = tmp_path_factory.mktemp("ladder")
+    ids = np.random.default_rng(0).integers(2, len(tokenizer), 20_000).astype(np.uint16)
+    write_corpus(folder / "corpus", dict.fromkeys(("books", "code", "held_out_books"), ids), tokenizer)
+    model = initial_model(SMALL.configuration(tokenizer))
+    assert 0.9e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.1e6
+    choose_kernels(model, plain=True)
+    kernel = modeling_module(linear_layers(model)[0][1]).torch_chunk_gated_delta_rule
+
+    def recurrence(q, k, v, log_decay, beta):
+        return kernel(q, k, v, g=log_decay, beta=beta)[0]
+
+    run = folder / SMALL.name
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RECORD_AT": (0, 5), "RECORD_PROMPTS": 1, "KEEP_AT": (5,), "HELD_OUT_WINDOWS": 2}.items():
+            patch.setattr(training, name, value)
+        train(
+            Run(SMALL, folder / "corpus", str(CHECKPOINTS / "hybrid"), run, workers=0),
+            recurrence,
+            device="cpu",
+            compiled=False,
+        )
+    (run / "step-5").rename(run / "step-500")
+    measure(run, folder / "out", scale=QUICK, device="cpu")
+    return folder, load_measured(SMALL.name, folder / "out")[0]
+
+
+def test_a_small_model_goes_the_whole_road(stored) -> None:
+    folder, measured = stored
+    data = json.loads((folder / "out" / f"{SMALL.name}.json").read_text())
+    assert data["training"]["steps"] == 20
+    assert data["training"]["recipe"]["name"] == SMALL.name
+    assert list(measured.groups) == ["end", "initial", "shuffled", "step-500"]
+    assert [row["claim"] for row in data["rows"]] == [
+        *("C1", "C1b", "C1c", "C2", "C2n", "C2b", "C3", "C3a", "C4", "C4a", "C5"),
+        *("C0", "C0a", "C0c", "C7", "C5a"),
+    ]
+    assert measured.law.bound_violations == 0
+    assert data["provenance"]["checkpoints"].keys() == {"model"}
+    assert all((folder / "out" / f"{SMALL.name}.{end}").stat().st_size < 300_000 for end in ("json", "npz"))
+
+
+def test_what_is_stored_gives_the_same_claims_and_numbers_again(stored) -> None:
+    folder, measured = stored
+    data = json.loads((folder / "out" / f"{SMALL.name}.json").read_text())
+    assert [(row["claim"], row["verdict"]) for row in measured.claims()] == [
+        (row["claim"], row["verdict"]) for row in data["rows"]
+    ]
+    for row in data["arms"]:
+        if row["order"] != RANDOM:
+            added = measured.removal.added(row["scheme"], row["order"], row["share"])
+            assert added.mean() == pytest.approx(row["added"][0], abs=2e-4)
+    assert study.summary(measured.removal)[0].keys() == data["arms"][0].keys()
+
+
+def test_a_run_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no finished run: expected the folder"):
+        measure_model(tmp_path, name="x", training={})
+
+
+# ---------------------------------------------------------------- rules, on made-up losses
+
+
+@pytest.fixture
+def made(stored) -> study.Removal:
+    """A model's arms with losses that are known: the share of removed heads, twice that without the highest ranks."""
+    removal = stored[1].removal
+    n_heads, n_windows = len(removal.heads), len(removal.intact)
+    cost = {LOW: 1.0, HIGH: 2.0, JOINT: 3.0, RANDOM: 4.0}
+    nats = [np.full(n_windows, 5.0 + cost.get(arm.order, 1.0) * len(arm.heads) / n_heads) for arm in removal.arms]
+    return replace(removal, intact=np.full(n_windows, 5.0), nats=np.array(nats), unigram={"books": 6.0, "code": 6.0})
+
+
+def test_the_area_is_that_of_the_registration(made) -> None:
+    shares = [1 / 16, 2 / 16, 4 / 16, 5 / 16]
+    expected = sum((b - a) * (a + b) / 2 for a, b in itertools.pairwise(shares))
+    for scheme in (MODEL, LAYERS, PROTECTED):
+        assert made.area(scheme) == pytest.approx(expected)
+    assert made.area_interval(MODEL).low == pytest.approx(expected)
+
+
+def test_a_dose_counts_while_both_arms_are_better_than_unigrams(made) -> None:
+    assert [made.counts(MODEL, share) for share in (0.25, 7 / 16, 0.5)] == [True, True, False]
+
+
+def test_the_joint_score_is_held_against_every_random_draw(made) -> None:
+    assert made.spare_share() == 2 / 48
+    assert made.below_chance() == {"38.9%": True, "4.2%": True}
+    worse = replace(made, nats=np.where([[arm.order == JOINT] for arm in made.arms], 9.0, made.nats))
+    assert worse.below_chance() == {"38.9%": False, "4.2%": False}
+    assert made.alpha_gap().point == pytest.approx(0.25)
+
+
+def test_the_arms_cross_where_the_highest_begin_to_cost_more(made) -> None:
+    assert made.crossing(MODEL) is None  # from the first dose on they cost more
+    gap = {LOW: 0.2, HIGH: 0.0}
+    shifted = [
+        np.full(4, 5.0 + gap.get(arm.order, 0.0) + (len(arm.heads) / len(made.heads) if arm.order == HIGH else 0.0))
+        for arm in made.arms
+    ]
+    assert replace(made, nats=np.array(shifted)).crossing(LAYERS) == pytest.approx(0.2)
+
+
+def test_random_orders_within_layers_are_taken_with_both_signs(made) -> None:
+    within = np.zeros((3, 2, len(AREA), 2))
+    within[:, 0] = np.array([0.1, 0.2, 9.0])[:, None, None]
+    again = replace(made, within=within)
+    assert sorted(again.random_areas()) == pytest.approx([-9 / 4, -0.05, -0.025, 0.025, 0.05, 9 / 4])
+    assert again.beyond_random() == pytest.approx(1 / 3)  # D of rank is 0.047
+
+
+def test_the_share_that_restores_a_group_is_the_smallest_that_undoes_enough(made) -> None:
+    table = np.array([[1.0, 1.0], [0.9, 0.9], [0.3, 0.1], [0.1, 0.1], [0.0, 0.0], [0.0, 0.0]])
+    groups = {"high": table, RANDOM: np.full((6, 2), 1.0)}
+    again = replace(made, groups=groups)
+    assert (again.restoring_share("high"), again.restoring_share(RANDOM)) == (study.Fraction(1, 8), 1)
+    assert [row["verdict"] for row in again.claims("m") if row["claim"] == "C7"] == [claims.HOLDS]
+
+
+def test_schemes_take_what_they_say() -> None:
+    heads = [(layer, head) for layer in (0, 1, 2) for head in range(16)]
+    order = list(range(48))
+    assert chosen(order, heads, MODEL, 0.25) == tuple(range(12))
+    assert chosen(order, heads, LAYERS, 0.125) == (0, 1, 16, 17, 32, 33)
+    assert chosen(order, heads, PROTECTED, 0.25) == tuple(range(16, 28))
+    for options, words in (
+        ((order, heads, LAYERS, 0.1), "no whole number of heads in every layer"),
+        ((order, heads, "none", 0.25), "unknown scheme 'none'"),
+        ((order, heads[:20], PROTECTED, 0.5), "10 heads cannot be taken of 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            chosen(options[0][: len(options[1])], *options[1:])
+
+
+def test_ties_in_rank_are_broken_by_the_stable_rank() -> None:
+    values = np.array([[[3.0, 3.0, 1.0]]])
+    stable, norm, ones = np.array([[[2.0, 1.5, 1.0]]]), np.array([[[1.0, 2.0, 3.0]]]), np.ones((1, 3))
+    trace = study.HeadTrace(values, norm, stable, -ones, ones)
+    made = study.orders(trace, d=4)
+    assert made[LOW].tolist() == [2, 1, 0]
+    assert made[HIGH].tolist() == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- claims over models
+
+
+def test_claims_of_several_models_are_told_by_kind_data_and_seed(stored) -> None:
+    measured = stored[1]
+    models = {
+        name: replace(measured, name=name)
+        for name in ("hybrid-text-0", "hybrid-text-1", "pure-text-0", "hybrid-tasks63-0", "pure-tasks63-0")
+    }
+    rows = ladder_claims(models)
+    assert [(row["claim"], row["model"]) for row in rows if row["claim"] in ("C0b", "C1e", "C6")] == [
+        ("C0b", "the ladder"), ("C1e", "hybrid"), ("C1e", "pure"), ("C6", "text"), ("C6", "tasks63"),
+    ]  # fmt: skip
+    assert [row["note"] for row in rows if (row["claim"], row["model"]) == ("C5b", "hybrid-text")] == ["; 2 seeds"]
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def arguments(tmp_path: Path):
+    return ladder.argparse.Namespace(
+        corpus=tmp_path / "corpus", tokenizer="tokenizer", runs=tmp_path / "runs", out=tmp_path / "out", workers=0
+    )
+
+
+def test_a_job_that_fails_leaves_the_others_alone_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = subprocess.Popen
+
+    def started(command: list[str], **options: object):
+        name = command[command.index("--recipe") + 1]
+        return original([sys.executable, "-c", f"raise SystemExit({int(name == 'hybrid-text-1')})"])
+
+    monkeypatch.setattr(ladder.subprocess, "Popen", started)
+    assert ladder.run_wave(WAVES[1], arguments(tmp_path)) == ["hybrid-text-1"]
+
+
+def test_what_a_job_has_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments(tmp_path)
+    assert list(ladder.commands("hybrid-text-0", given)) == ["training", "measuring"]
+    (given.runs / "hybrid-text-0").mkdir(parents=True)
+    (given.runs / "hybrid-text-0" / "training.json").touch()
+    [(step, command)] = ladder.commands("hybrid-text-0", given).items()
+    assert (step, command[1:3]) == ("measuring", ["-m", "training.measure"])
+    monkeypatch.setattr(ladder.subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 3))
+    with pytest.raises(
+        SystemExit, match=r"measuring of hybrid-text-0 failed with exit status 3: see .*hybrid-text-0\.log"
+    ):
+        ladder.run_job("hybrid-text-0", given, 1)
+
+
+def test_jobs_take_different_gpus_and_wait_where_none_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        raise TimeoutError
+
+    monkeypatch.setattr(ladder.time, "sleep", wait)
+    with ladder.free_gpu(tmp_path, 2) as first, ladder.free_gpu(tmp_path, 2) as second:
+        assert (first, second) == (0, 1)
+        with pytest.raises(TimeoutError), ladder.free_gpu(tmp_path, 2):
+            pass
+    with ladder.free_gpu(tmp_path, 2) as again:
+        assert again == 0
+    assert waits == [ladder.POLL]
+
+
+def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    given = ["ladder", "--wave", "1", "--corpus", "c", "--tokenizer", "t", "--runs", "r", "--gpus", "4"]
+    monkeypatch.setattr("sys.argv", given)
+    with pytest.raises(SystemExit, match="asked for 4 GPUs, and torch sees 1 on this host: lower --gpus"):
+        ladder.main()
+
+
+# ---------------------------------------------------------------- what is stored
+
+STORED = sorted(file.stem for file in LADDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_stored_model_s_numbers_follow_from_its_data(name: str) -> None:
+    measured, data = load_measured(name)
+    ranks = measured.groups["end"].rank["prose"]
+    shares = data["numbers"]["shares"]["end"]
+    assert share_outside(ranks.mean(0) / measured.removal.d) == pytest.approx(shares["outside"], abs=1e-5)
+    decay = torch.from_numpy(measured.groups["end"].log_decay["prose"].mean(0))
+    by_law = predicted_rank(decay, d=measured.removal.d).numpy() / measured.removal.d
+    assert share_outside(by_law) == pytest.approx(shares["outside by law"], abs=1e-5)
+    index = next(
+        i for i, arm in enumerate(measured.removal.arms) if (arm.scheme, arm.order, arm.share) == (LAYERS, HIGH, 0.25)
+    )
+    row = next(row for row in data["arms"] if (row["scheme"], row["order"], row["share"]) == (LAYERS, HIGH, 0.25))
+    added = (measured.removal.nats[index] - measured.removal.intact).mean()
+    assert added == pytest.approx(row["added"][0], abs=2e-4)
+    assert [row["verdict"] for row in measured.claims()] == [row["verdict"] for row in data["rows"]]
+    assert (LADDER / f"{name}.json").stat().st_size < 300_000
+    assert (LADDER / f"{name}.npz").stat().st_size < 400_000
+
+
+def test_only_recipes_of_the_ladder_are_stored() -> None:
+    assert set(STORED) <= set(RECIPES)

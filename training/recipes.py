@@ -1,0 +1,144 @@
+"""What each training of the ladder is: data in one frozen table, by name.
+
+A recipe says everything that decides the weights, but for the corpus and the machine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from transformers import Qwen3NextConfig
+
+LINEAR, SOFTMAX = "linear_attention", "full_attention"
+HYBRID = (LINEAR, LINEAR, LINEAR, SOFTMAX) * 3
+PURE = (LINEAR,) * 12
+TEXT = {"books": 0.75, "code": 0.25, "tasks": 0.0}
+TASKS_63 = {"books": 0.28, "code": 0.09, "tasks": 0.63}
+TASKS_10 = {"books": 0.675, "code": 0.225, "tasks": 0.10}
+TASKS = {"needle": 0.18, "arithmetic": 0.09, "recall": 0.11, "copying": 0.62}
+
+
+def _frozen(shares: Mapping[str, float]) -> Any:
+    return field(default_factory=lambda: MappingProxyType(dict(shares)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training.
+
+    Attributes:
+        name: of the recipe, of its run and of its result.
+        layer_types: of the decoder, one per layer, "linear_attention" or "full_attention".
+        seed: of the initial weights and of the batches.
+        rows: shares of the rows of a batch: windows of books, windows of code, generated tasks.
+        tasks: shares of the documents in a row of tasks.
+        answer_weight: loss weight of a token that a task asks for, beside 1 for all others.
+        steps: of the optimizers.
+        batch_rows, n_tokens: size of a step.
+        rule: update rule of the linear layers.
+        gates: their initialisation; "broad" is that of Mamba-2, decay rate uniform in [1, 16] and step log-uniform in
+            [0.001, 0.1].
+        bounded: log-decay is held above -5 in the training forward, which lets its kernel use matrix units throughout.
+        hidden, intermediate, softmax_heads, key_value_heads, key_heads, value_heads, head_size: sizes.
+
+    Example:
+        >>> RECIPES["pure-text-0"].n_linear_heads, RECIPES["hybrid-tasks10-0"].rows["tasks"]
+        (192, 0.1)
+    """
+
+    name: str
+    layer_types: tuple[str, ...]
+    seed: int
+    rows: Mapping[str, float] = _frozen(TEXT)
+    tasks: Mapping[str, float] = _frozen(TASKS)
+    answer_weight: float = 1.0
+    steps: int = 4000
+    batch_rows: int = 32
+    n_tokens: int = 2048
+    rule: str = "gated delta"
+    gates: str = "broad"
+    bounded: bool = True
+    hidden: int = 256
+    intermediate: int = 512
+    softmax_heads: int = 4
+    key_value_heads: int = 2
+    key_heads: int = 8
+    value_heads: int = 16
+    head_size: int = 64
+
+    @property
+    def n_linear_heads(self) -> int:
+        """Value heads of all linear-attention layers."""
+        return self.layer_types.count(LINEAR) * self.value_heads
+
+    def settings(self) -> dict[str, Any]:
+        """Every field, as JSON can hold it."""
+        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
+        return plain | {"layer_types": list(self.layer_types)}
+
+    def configuration(self, tokenizer: Any) -> Qwen3NextConfig:
+        """Of the model: the class of Qwen3-Next made small, dense MLPs, tied embeddings.
+
+        Args:
+            tokenizer: of the corpus.
+
+        Raises:
+            ValueError: a rule or gates that no model class here has.
+        """
+        if (self.rule, self.gates) != ("gated delta", "broad"):
+            raise ValueError(
+                f"{self.name}: no model class for rule {self.rule!r} with gates {self.gates!r}; there is one for 'gated delta' with 'broad'"
+            )
+        n_layers = len(self.layer_types)
+        return Qwen3NextConfig(
+            vocab_size=len(tokenizer), hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=n_layers,
+            layer_types=list(self.layer_types), num_attention_heads=self.softmax_heads, num_key_value_heads=self.key_value_heads,
+            head_dim=self.head_size, linear_num_key_heads=self.key_heads, linear_num_value_heads=self.value_heads,
+            linear_key_head_dim=self.head_size, linear_value_head_dim=self.head_size, num_experts=0,
+            mlp_only_layers=list(range(n_layers)), tie_word_embeddings=True, max_position_embeddings=4096,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, use_cache=SOFTMAX in self.layer_types,
+            initialization={"scheme": "normal weights, Mamba-2 gates", "seed": self.seed}, architectures=["Qwen3NextForCausalLM"],
+        )  # fmt: skip
+
+
+def _recipes() -> dict[str, Recipe]:
+    layers = {"hybrid": HYBRID, "pure": PURE}
+    data: dict[str, dict[str, Any]] = {
+        "text": {},
+        "tasks63": {"rows": MappingProxyType(TASKS_63), "answer_weight": 4.0},
+        "tasks10": {"rows": MappingProxyType(TASKS_10)},
+    }
+    made = {}
+    for kind, types in layers.items():
+        for name, options in data.items():
+            for seed in range({"text": 3, "tasks63": 2, "tasks10": 1}[name]):
+                recipe = Recipe(f"{kind}-{name}-{seed}", types, seed, **options)
+                made[recipe.name] = recipe
+    return made
+
+
+RECIPES = _recipes()
+WAVES = {
+    1: ("hybrid-text-0", "hybrid-text-1", "hybrid-text-2", "pure-text-0"),
+    2: ("pure-text-1", "pure-text-2", "hybrid-tasks63-0", "hybrid-tasks63-1"),
+    3: ("pure-tasks63-0", "pure-tasks63-1", "hybrid-tasks10-0", "pure-tasks10-0"),
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by its name.
+
+    Args:
+        name: a key of `RECIPES`.
+
+    Raises:
+        ValueError: there is no such recipe.
+
+    Example:
+        >>> find_recipe("hybrid-text-0").steps
+        4000
+    """
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}: choose from {', '.join(RECIPES)}")
+    return RECIPES[name]
