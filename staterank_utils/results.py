@@ -26,7 +26,7 @@ STORED = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "transformers", "flash-linear-attention", "numpy", "scipy", "diptest")
 PROFILES = ("quick", "full")
 STARTED = time.monotonic()
-COMMIT = "STATERANK_COMMIT"  # the environment variable that names the commit where the code is no git checkout
+COMMIT = "STATERANK_COMMIT"  # the environment variable that names the commit of code that was copied from elsewhere
 
 
 def write_json(path: Path | str, data: Any) -> None:
@@ -97,8 +97,8 @@ def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = (
         checkpoints: folders of weights that were measured; each is named with a hash over its safetensors files.
 
     Returns:
-        A dictionary that JSON can hold. `seconds` is counted from the import of this module; `commit` ends in "+changes" where tracked
-        files were changed, and outside a git checkout is what the environment variable STATERANK_COMMIT says, or "unknown".
+        A dictionary that JSON can hold. `seconds` is counted from the import of this module; `commit` is what the environment variable
+        STATERANK_COMMIT says, else "unknown" outside a git checkout, and ends in "+changes" where tracked files were changed.
 
     Raises:
         FileNotFoundError: a folder without weights.
@@ -262,6 +262,8 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def _commit() -> str:
     """The commit that runs, marked where files differ from it; results do not count, they change nothing that is measured."""
+    if named := os.environ.get(COMMIT):
+        return named
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
@@ -274,7 +276,7 @@ def _commit() -> str:
             "+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT, "unknown")
+        return "unknown"
 
 
 def embedded_folders(models: Sequence[str]) -> list[Path]:

@@ -210,7 +210,7 @@ def test_a_job_that_fails_leaves_the_others_alone_and_is_named(tmp_path: Path, m
     original = subprocess.Popen
 
     def started(command: list[str], **options: object):
-        name = command[command.index("--recipe") + 1]
+        name = command[command.index("--job") + 1]
         return original([sys.executable, "-c", f"raise SystemExit({int(name == 'hybrid-text-1')})"])
 
     monkeypatch.setattr(ladder.subprocess, "Popen", started)

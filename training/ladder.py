@@ -3,8 +3,8 @@
     python -m training.ladder --wave 1 --corpus PREPARED --tokenizer checkpoints/hybrid --runs RUNS --out results/ladder
 
 Each recipe is a job of its own: it waits for a free GPU, trains into RUNS/NAME, measures, and writes OUT/NAME.json and OUT/NAME.npz. A job
-that fails leaves the others alone and is named at the end. The same command resumes: what is done is not done again. `--recipe NAME` runs
-one job, which is what a workflow engine calls.
+that fails leaves the others alone and is named at the end. The same command resumes: what is done is not done again. `--recipes NAME ...`
+takes recipes of any wave, and `--job NAME` runs one job, which is what a workflow engine calls.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def run_wave(names: Sequence[str], arguments: argparse.Namespace) -> list[str]:
     """Start every job, wait for all, and return the names of those that failed."""
     options = ["--corpus", arguments.corpus, "--tokenizer", arguments.tokenizer, "--runs", arguments.runs, "--out", arguments.out, "--workers", arguments.workers]  # fmt: skip
     jobs = {
-        name: subprocess.Popen([sys.executable, "-m", "training.ladder", "--recipe", name, *map(str, options)])
+        name: subprocess.Popen([sys.executable, "-m", "training.ladder", "--job", name, *map(str, options)])
         for name in names
     }
     try:
@@ -94,7 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--wave", type=int, choices=sorted(WAVES))
-    what.add_argument("--recipe", choices=sorted(RECIPES), help="one job alone")
+    what.add_argument("--recipes", nargs="+", choices=sorted(RECIPES), metavar="NAME", help="of any wave")
+    what.add_argument("--job", choices=sorted(RECIPES), metavar="NAME", help="one recipe, in this process")
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by training.corpus")
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs, with room for 1 GB each")
@@ -106,9 +107,9 @@ def main() -> None:
     n_gpus = there if arguments.gpus is None else arguments.gpus
     if not 1 <= n_gpus <= there:
         raise SystemExit(f"asked for {n_gpus} GPUs, and torch sees {there} on this host: lower --gpus")
-    if arguments.recipe:
-        run_job(arguments.recipe, arguments, n_gpus)
-    elif failed := run_wave(WAVES[arguments.wave], arguments):
+    if arguments.job:
+        run_job(arguments.job, arguments, n_gpus)
+    elif failed := run_wave(arguments.recipes or WAVES[arguments.wave], arguments):
         raise SystemExit(
             f"failed: {', '.join(failed)}; their logs are in {arguments.runs}. The same command tries them again"
         )

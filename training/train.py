@@ -238,7 +238,8 @@ def train(run: Run, recurrence: Recurrence, *, device: str = "cuda", compiled: b
             "recipe": recipe.settings(), "corpus_tokens": tokens,
             "settings": {"peak_rates": PEAK, "warm_up_steps": WARM_UP, "decay_share": DECAY},
             "recurrence": getattr(recurrence, "__name__", "?"),
-            **held_out_score(fast, run.corpus, tokenizer, recipe, device),
+            # (compiled without gradients it would be compiled anew)
+            **held_out_score(FastForward(model, recurrence, dtype=dtype, compiled=False), run.corpus, tokenizer, recipe, device),
             "record": {"prompts_a_domain": RECORD_PROMPTS, "n_tokens": recipe.n_tokens, "steps": record}, "log": log,
         },
     )  # fmt: skip

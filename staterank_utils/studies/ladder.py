@@ -287,7 +287,8 @@ def _arrays(measured: Measured) -> dict[str, NDArray[Any]]:
     for variant, groups in measured.groups.items():
         for domain, table in groups.rank.items():
             found[f"groups/{variant}/rank/{domain}"] = table.astype(np.int16)
-            found[f"groups/{variant}/log_decay/{domain}"] = groups.log_decay[domain].astype(np.float32)
+            if domain == "prose" or variant == "end":
+                found[f"groups/{variant}/log_decay/{domain}"] = groups.log_decay[domain].astype(np.float32)
         found[f"groups/{variant}/early_rank"] = groups.early_rank.astype(np.int16)
         for key in ("early_norm", "norm"):
             found[f"groups/{variant}/{key}"] = getattr(groups, key).astype(np.float32)
