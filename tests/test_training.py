@@ -139,7 +139,7 @@ def test_a_recipe_without_a_model_class_is_refused(tokenizer) -> None:
     with pytest.raises(ValueError, match="no model class for rule 'KDA' with gates 'broad'"):
         replace(TINY, rule="KDA").configuration(tokenizer)
     with pytest.raises(ValueError, match="no recurrence for the update rule 'KDA'"):
-        recurrence_of("KDA", bounded=True)
+        recurrence_of("KDA")
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """The training loss of a small `Qwen3NextForCausalLM`, several times faster than its own forward.
 
 Same parameters, same function (a test compares the logits), written so that `torch.compile` can fuse all that lies between
-the matrix products and the chunked recurrence. The recurrence is fla's `chunk_kda`, given each head's decay repeated over
-the key channels: then it is the gated delta rule, exactly. fla's own `chunk_gated_delta_rule` refuses its backward pass on
-Hopper GPUs with Triton 3.4 to 3.7.0, where it would be wrong.
+the matrix products and the chunked recurrence, which is fla's `chunk_gated_delta_rule`. One kernel of its backward pass is wrong on
+Hopper GPUs with Triton 3.4 to 3.7.0, and fla refuses it there; `mend_backward` puts matrix products of torch in its place.
 """
 
 from collections.abc import Callable
@@ -36,43 +35,114 @@ def limit_autotuning() -> None:
     Autotuner.run = limited
 
 
-def fla_recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
-    """Gated delta rule by fla's KDA kernel: q, k (batch, token, key head, d), v (batch, token, head, d), gates (batch, token, head)."""
-    return _kda(q, k, v, log_decay, beta, safe_gate=False)
+def gated_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+    """Gated delta rule by fla's kernels: q, k (batch, token, key head, d), v (batch, token, head, d), gates (batch, token, head)."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    out: Tensor = chunk_gated_delta_rule(q, k, v, log_decay, beta)[0]
+    return out
 
 
-def fla_recurrence_bounded(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
-    """As `fla_recurrence`, with log-decay held above -5 a token, which lets the kernel use matrix units throughout.
+def mend_backward() -> None:
+    """Let the backward pass of fla's gated delta rule run in this process by `chunk_gradients` where fla's own kernel is wrong."""
+    from fla.ops.gated_delta_rule import chunk
 
-    A token at the bound leaves 0.7 % of the state where the model itself would leave less.
+    fused = torch.compile(chunk_gradients, dynamic=False)
+
+    def gradients(
+        *,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        g: Tensor,
+        h: Tensor,
+        dv: Tensor,
+        do: Tensor,
+        dh: Tensor,
+        scale: float,
+        chunk_size: int,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        if q.shape[1] % chunk_size or options.get("cu_seqlens") is not None or options.get("state_v_first"):
+            raise ValueError(
+                f"expected whole chunks of {chunk_size} tokens of one sequence per row, got {q.shape[1]} tokens"
+            )
+        made: tuple[Tensor, ...] = fused(q, k, v, g, h, dv, do, dh, scale, chunk_size)
+        return made
+
+    chunk.chunk_bwd_dqkwg = gradients
+
+
+def chunk_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    h: Tensor,
+    dv: Tensor,
+    do: Tensor,
+    dh: Tensor,
+    scale: float,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys, WY weights and decays within chunks, from the states between them.
+
+    Args:
+        q, k: (batch, token, key head, d).
+        v: values that are written, do and dv: gradients of outputs and of those values, (batch, token, head, d).
+        g: log2 of the decay, summed up within its chunk, (batch, token, head).
+        h, dh: state before each chunk and its gradient after it, (batch, chunk, head, d, d).
+        scale: of the queries.
+        size: tokens of a chunk.
+
+    Returns:
+        dq, dk (batch, token, key head, d), dw (batch, token, head, d), and dg, the gradient of the summed-up natural logarithm.
     """
-    return _kda(q, k, v, log_decay.clamp_min(-5.0), beta, safe_gate=True)
+    n_keys = k.shape[2]
+    per_key = v.shape[2] // n_keys
+
+    def chunks(x: Tensor) -> Tensor:
+        """(batch, chunk, head, token, d)"""
+        return x.unflatten(1, (-1, size)).transpose(2, 3)
+
+    def tokens(x: Tensor) -> Tensor:
+        return x.transpose(2, 3).flatten(1, 2)
+
+    q_, k_ = (chunks(x.repeat_interleave(per_key, 2)) for x in (q, k))
+    v_, do_, dv_ = map(chunks, (v, do, dv))
+    g_ = g.unflatten(1, (-1, size)).transpose(2, 3)
+    left, last = g_.exp2()[..., None], g_[..., -1:]
+    dw = -(dv_ @ h.mT)
+    dq = (do_ @ h.mT).float() * left * scale
+    dk = (v_ @ dh.mT).float() * (last - g_).exp2()[..., None]
+    of_last = last.exp2()[..., 0] * (h.float() * dh.float()).sum((-2, -1)) + (dk * k_).sum((-2, -1))
+    below = torch.ones(size, size, dtype=torch.bool, device=g.device).tril()
+    decay = torch.where(below, g_[..., :, None] - g_[..., None, :], float("-inf")).exp2()
+    ds = ((do_ @ v_.mT).float() * decay * scale).to(q.dtype)
+    dq = dq + (ds @ k_).float()
+    dk = dk + (ds.mT @ q_).float()
+    dg = (dq * q_).sum(-1) - (dk * k_).sum(-1)
+    dg = torch.cat([dg[..., :-1], dg[..., -1:] + of_last[..., None]], -1)
+    dq, dk = (tokens(x).unflatten(2, (n_keys, per_key)).sum(3).to(q.dtype) for x in (dq, dk))
+    return dq, dk, tokens(dw), dg.transpose(2, 3).flatten(1, 2)
 
 
-def recurrence_of(rule: str, *, bounded: bool) -> Recurrence:
+RECURRENCES: dict[str, Recurrence] = {"gated delta": gated_delta}
+
+
+def recurrence_of(rule: str) -> Recurrence:
     """The recurrence of an update rule on a GPU.
 
     Args:
         rule: of a recipe.
-        bounded: as in `fla_recurrence_bounded`.
 
     Raises:
         ValueError: a rule without a recurrence here.
     """
     if rule not in RECURRENCES:
         raise ValueError(f"no recurrence for the update rule {rule!r}: there is one for {', '.join(RECURRENCES)}")
-    return RECURRENCES[rule][bounded]
-
-
-def _kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, safe_gate: bool) -> Tensor:
-    from fla.ops.kda import chunk_kda
-
-    per_channel = log_decay.unsqueeze(-1).expand(*log_decay.shape, k.shape[-1]).contiguous()
-    out, _ = chunk_kda(q, k, v, per_channel, beta, disable_recompute=True, safe_gate=safe_gate)
-    return out
-
-
-RECURRENCES: dict[str, tuple[Recurrence, Recurrence]] = {"gated delta": (fla_recurrence, fla_recurrence_bounded)}
+    return RECURRENCES[rule]
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -231,3 +301,49 @@ class FastForward:
         return self.weighted_loss(
             self._hidden(ids[:, :-1]), self.model.model.norm.weight, self.model.lm_head.weight.to(self.dtype), ids[:, 1:], weights, self.model.config.rms_norm_eps
         )  # fmt: skip
+
+
+class Gradients:
+    """Loss and gradients of batches of one shape; on a GPU recorded once as a graph and replayed, since launching takes longer than the work.
+
+    Args:
+        fast: of the model; gradients are left in its parameters.
+    """
+
+    WARM_UP = 2  # passes before the recording, in which kernels are compiled
+
+    def __init__(self, fast: FastForward):
+        self.fast = fast
+        self.parameters = [p for p in fast.model.parameters() if p.requires_grad]
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the loss of every token, as in `FastForward.loss`; the next call overwrites both."""
+        if not ids.is_cuda:
+            return self._pass(ids, weights)
+        if self._graph is None:
+            self._record(ids, weights)
+        assert self._graph is not None
+        self._ids.copy_(ids)
+        self._weights.copy_(weights)
+        self._graph.replay()
+        return self._made
+
+    def _pass(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss, losses = self.fast.loss(ids, weights)
+        loss.backward()
+        return loss.detach(), losses
+
+    def _record(self, ids: Tensor, weights: Tensor) -> None:
+        self._ids, self._weights = ids.clone(), weights.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self.WARM_UP):
+                self._pass(self._ids, self._weights)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._made = self._pass(self._ids, self._weights)

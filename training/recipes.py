@@ -39,7 +39,6 @@ class Recipe:
         rule: update rule of the linear layers.
         gates: their initialisation; "broad" is that of Mamba-2, decay rate uniform in [1, 16] and step log-uniform in
             [0.001, 0.1].
-        bounded: log-decay is held above -5 in the training forward, which lets its kernel use matrix units throughout.
         hidden, intermediate, softmax_heads, key_value_heads, key_heads, value_heads, head_size: sizes.
 
     Example:
@@ -58,7 +57,6 @@ class Recipe:
     n_tokens: int = 2048
     rule: str = "gated delta"
     gates: str = "broad"
-    bounded: bool = True
     hidden: int = 256
     intermediate: int = 512
     softmax_heads: int = 4

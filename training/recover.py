@@ -27,7 +27,7 @@ from staterank_utils.results import STORED, provenance, read_result, write_json
 from staterank_utils.selection import PAPER_SHARE, random_heads, saturation_scores, select_heads
 from staterank_utils.surgery import Head
 from training.corpus import check_corpus
-from training.fast_forward import FastForward, Recurrence, fla_recurrence_bounded, limit_autotuning
+from training.fast_forward import FastForward, Recurrence, gated_delta, limit_autotuning, mend_backward
 from training.mixture import Mixture
 from training.recipes import find_recipe
 from training.train import held_out_score, optimizers
@@ -132,9 +132,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("recovery needs a CUDA GPU, and this machine has none")
     limit_autotuning()
+    mend_backward()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     settings = Recovery(arguments.name, arguments.steps)
-    recover(settings, arguments.corpus, arguments.out / f"{settings.name}.json", fla_recurrence_bounded)
+    recover(settings, arguments.corpus, arguments.out / f"{settings.name}.json", gated_delta)
 
 
 if __name__ == "__main__":

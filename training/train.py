@@ -32,7 +32,7 @@ from staterank_utils.spectra import Spectrum, singular_values
 from staterank_utils.tasks import domain_prompts
 from staterank_utils.tracing import trace_states
 from training.corpus import check_corpus
-from training.fast_forward import FastForward, Recurrence, limit_autotuning, recurrence_of
+from training.fast_forward import FastForward, Gradients, Recurrence, limit_autotuning, mend_backward, recurrence_of
 from training.mixture import Mixture
 from training.recipes import Recipe, find_recipe
 
@@ -147,7 +147,7 @@ def train(run: Run, recurrence: Recurrence, *, device: str = "cuda", compiled: b
     model = initial_model(recipe.configuration(tokenizer)).to(device)
     choose_kernels(model, plain=True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    fast = FastForward(model, recurrence, dtype=dtype, compiled=compiled)
+    gradients = Gradients(FastForward(model, recurrence, dtype=dtype, compiled=compiled))
     prompts = {
         domain: domain_prompts(domain, tokenizer, n_prompts=RECORD_PROMPTS, n_tokens=recipe.n_tokens, seed=0)
         for domain in RECORD_DOMAINS
@@ -198,14 +198,12 @@ def train(run: Run, recurrence: Recurrence, *, device: str = "cuda", compiled: b
                 for group, value in zip(opt.param_groups, peak, strict=True):
                     group["lr"] = share * value
             ids, weights = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            loss, losses = fast.loss(ids, weights)
+            loss, losses = gradients(ids, weights)
             # Looked at every LOG_EVERY steps, so that the GPU need not be waited for.
-            first_bad = torch.where(torch.isfinite(loss.detach()), first_bad, first_bad.clamp_max(step))
-            loss.backward()
+            first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp_max(step))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for opt in opts:
                 opt.step()
-                opt.zero_grad(set_to_none=True)
             step += 1
             elapsed = earlier + time.monotonic() - started
             if step % LOG_EVERY == 0:
@@ -278,10 +276,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("training needs a CUDA GPU, and this machine has none")
     limit_autotuning()
+    mend_backward()
     # Batches are made in forked processes, where the tokenizer's own threads would wait for each other for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     run = Run(recipe, arguments.corpus, arguments.tokenizer, arguments.out, arguments.minutes, arguments.workers)
-    train(run, recurrence_of(recipe.rule, bounded=recipe.bounded))
+    train(run, recurrence_of(recipe.rule))
 
 
 if __name__ == "__main__":
