@@ -6,15 +6,15 @@ BIN := .venv/bin
 STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
-MINUTES ?= 25
-TRAINED := _build/training
-TRAIN = $(BIN)/python -m training.train --corpus $(TRAINED)/corpus --tokenizer checkpoints/hybrid --bounded --minutes $(MINUTES)
 BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
 CORES ?= 2
+WAVE ?= 1
+GPUS ?= 1
+LADDER := _build/ladder
 
-.PHONY: help book test test-architectures test-gpu conformance check notebooks bench full quick figure sweep train clean
+.PHONY: help book test test-architectures test-gpu conformance check notebooks bench full quick figure sweep ladder clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -71,11 +71,9 @@ sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/exampl
 	$(if $(UNLOCK),$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --unlock)
 	$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --cores $(CORES) --rerun-incomplete
 
-train: .venv/installed ## train both embedded models, side by side on one CUDA GPU (BOOKS=folder of texts, MINUTES=25)
-	@test -d "$(BOOKS)" || { echo "say where the texts are: make train BOOKS=folder; got BOOKS=$(BOOKS)"; exit 1; }
-	$(BIN)/python -m training.corpus $(BOOKS) --tokenizer checkpoints/hybrid --out $(TRAINED)/corpus
-	$(TRAIN) hybrid --out $(TRAINED)/hybrid & first=$$!; $(TRAIN) pure --out $(TRAINED)/pure; wait $$first
-	for name in hybrid pure; do $(BIN)/python -m training.card $$name $(TRAINED)/$$name; done
+ladder: .venv/installed ## train and measure a wave of the ladder (WAVE=1 BOOKS=folder of texts GPUS=1), or resume it
+	$(BIN)/snakemake --snakefile sweep/Ladder --config wave=$(WAVE) books=$(BOOKS) --directory $(LADDER) --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete
+	mkdir -p results/ladder && cp $(LADDER)/results/* results/ladder/
 
 clean: ## remove what was built, keep the environment
 	rm -rf _build

@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from staterank_utils import claims
+from staterank_utils.evaluation import token_nats
 from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.memory import predicted_rank
-from staterank_utils.models import CHECKPOINTS, choose_kernels, initial_model
+from staterank_utils.models import CHECKPOINTS, choose_kernels, initial_model, load_model, load_tokenizer
+from staterank_utils.results import weights_hash
 from staterank_utils.strata import share_outside
 from staterank_utils.studies import removal as study
 from staterank_utils.studies.ladder import LADDER, Measured, Scale, ladder_claims, load_measured, measure_model
 from staterank_utils.studies.removal import AREA, HIGH, JOINT, LAYERS, LOW, MODEL, PROTECTED, RANDOM, Sizes, chosen
+from staterank_utils.studies.texts import draw_texts
+from staterank_utils.surgery import ablate_heads
 from training import ladder
 from training import train as training
 from training.corpus import write_corpus
@@ -31,8 +35,8 @@ SMALL = replace(
     hidden=64, intermediate=512, key_heads=8, value_heads=16, head_size=16,
 )  # fmt: skip
 QUICK = Scale(
-    n_prompts=2, n_tokens=160, n_checkpoint_prompts=1, n_law_prompts=1, law_tokens=96, n_windows=2, window=64, n_copies=1, n_calibration=1,
-    gaps=(16, 512), n_scores=1, n_graded=1, tasks=("recall",), removal=Sizes(n_draws=4, n_chance=5, n_within=2, within_windows=1, n_groups=2),
+    n_prompts=2, n_tokens=160, n_checkpoint_prompts=1, n_law_prompts=1, law_tokens=96, n_windows=1, window=64, n_copies=1, n_calibration=1,
+    gaps=(16, 512), n_scores=1, n_graded=1, tasks=("recall",), removal=Sizes(n_draws=2, n_chance=3, n_within=1, within_windows=1, n_groups=2),
 )  # fmt: skip
 
 
@@ -135,7 +139,7 @@ def test_the_arms_cross_where_the_highest_begin_to_cost_more(made) -> None:
     assert made.crossing(MODEL) is None  # from the first dose on they cost more
     gap = {LOW: 0.2, HIGH: 0.0}
     shifted = [
-        np.full(4, 5.0 + gap.get(arm.order, 0.0) + (len(arm.heads) / len(made.heads) if arm.order == HIGH else 0.0))
+        np.full(len(made.intact), 5.0 + gap.get(arm.order, 0.0) + (len(arm.heads) / len(made.heads) if arm.order == HIGH else 0.0))
         for arm in made.arms
     ]
     assert replace(made, nats=np.array(shifted)).crossing(LAYERS) == pytest.approx(0.2)
@@ -283,3 +287,19 @@ def test_a_stored_model_s_numbers_follow_from_its_data(name: str) -> None:
 
 def test_only_recipes_of_the_ladder_are_stored() -> None:
     assert set(STORED) <= set(RECIPES)
+
+
+def test_the_weights_that_are_kept_are_those_that_were_measured() -> None:
+    """And a CPU measures on them what a GPU did."""
+    folder = CHECKPOINTS / "hybrid-text-0"
+    measured, data = load_measured("hybrid-text-0")
+    assert data["provenance"]["checkpoints"]["model"] == weights_hash(folder)
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    books = draw_texts(tokenizer).windows[:2]
+    assert token_nats(model, books).mean(1) == pytest.approx(measured.removal.intact[:2], abs=1e-4)
+    arm = next(arm for arm in measured.removal.arms if (arm.scheme, arm.order, arm.share) == (PROTECTED, HIGH, 0.25))
+    with ablate_heads(model, [measured.removal.heads[index] for index in arm.heads]):
+        without = token_nats(model, books).mean(1)
+    assert without - measured.removal.intact[:2] == pytest.approx(
+        measured.removal.added(PROTECTED, HIGH, 0.25)[:2], abs=1e-4
+    )

@@ -14,6 +14,7 @@ from conftest import tiny_qwen3_next
 
 from staterank_utils.claims import CLAIMS
 from staterank_utils.models import CHECKPOINTS
+from training.recipes import WAVES
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = "01_stratification"
@@ -105,5 +106,36 @@ def test_nothing_is_run_that_the_configuration_does_not_list(tmp_path: Path) -> 
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(change: dict, message: str, tmp_path: Path) -> None:
     done = subprocess.run([*snakemake(MINE | change, tmp_path), "--dry-run"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+def ladder(folder: Path, *config: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "sweep" / "Ladder"), "--directory", str(folder / "run"), "--cores", "2",
+        "--resources", "gpu=1", "--dry-run", "--config", *config,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_wave_of_the_ladder_is_one_job_per_recipe(tmp_path: Path) -> None:
+    done = ladder(tmp_path, "wave=2", f"books={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in WAVES[2]:
+        assert f"results/{name}.json" in done.stdout
+    assert done.stdout.count("resources: ") >= 4
+    assert "gpu=1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (("wave=9", "books=."), "there is no wave 9: expected --config wave=N with one of 1, 2, 3"),
+        (("wave=1", "books=nowhere"), "there is no folder 'nowhere'"),
+        (("wave=1",), "there is no folder None"),
+    ],
+)
+def test_a_wave_that_cannot_be_run_is_refused(config: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = ladder(tmp_path, *config)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr

@@ -20,7 +20,15 @@ from staterank_utils.strata import exactly
 from training import recover as recovery
 from training import train as training
 from training.corpus import encode, read_books, write_corpus
-from training.fast_forward import FastForward, limit_autotuning, recurrence_of
+from training.fast_forward import (
+    FastForward,
+    Gradients,
+    chunk_gradients,
+    gated_delta,
+    limit_autotuning,
+    mend_backward,
+    recurrence_of,
+)
 from training.mixture import Mixture
 from training.recipes import LINEAR, RECIPES, SOFTMAX, WAVES, find_recipe
 from training.recover import Recovery
@@ -348,3 +356,93 @@ def test_the_record_at_step_0_is_what_the_initial_weights_give_here(name: str, t
     trace = trace_states(load_model(name, weights="initial"), prompts, positions=[n_tokens], reduce=singular_values)
     stored = torch.tensor(record["steps"]["0"]["arithmetic"]["nuclear_norm"], dtype=torch.float64)
     torch.testing.assert_close(Spectrum(trace.values[:, :, 0]).nuclear_norm().mean(1), stored, rtol=1e-4, atol=0)
+
+
+def test_gradients_within_chunks_are_those_of_autograd() -> None:
+    """Outputs and next state of every chunk as a function of q, k and the decays, with values and states as they are."""
+    torch.manual_seed(0)
+    size, n_chunks, n_keys, n_heads, d, scale = 8, 3, 2, 4, 5, 0.3
+    q, k = (torch.randn(2, n_chunks * size, n_keys, d) for _ in range(2))
+    v, dv, do = (torch.randn(2, n_chunks * size, n_heads, d) for _ in range(3))
+    h, dh = (torch.randn(2, n_chunks, n_heads, d, d) for _ in range(2))
+    steps = -torch.rand(2, n_chunks, size, n_heads)
+    total = steps.cumsum(2)  # natural logarithm
+
+    inputs = [x.clone().requires_grad_() for x in (q, k, total)]
+    q_, k_ = (x.repeat_interleave(2, 2).unflatten(1, (n_chunks, size)).transpose(2, 3) for x in inputs[:2])
+    v_, do_, dv_ = (x.unflatten(1, (n_chunks, size)).transpose(2, 3) for x in (v, do, dv))
+    g_ = inputs[2].transpose(2, 3)
+    below = torch.ones(size, size).tril()
+    scores = (q_ @ k_.mT) * (g_[..., :, None] - g_[..., None, :]).mul(below).exp() * below
+    out = scale * (g_.exp()[..., None] * (q_ @ h) + scores @ v_)
+    last = g_[..., -1:, None]
+    after = last.exp() * h + ((last - g_[..., None]).exp() * k_).mT @ v_
+    ((out * do_).sum() + (after * dh).sum()).backward()
+
+    in_base_2 = (total / np.log(2)).flatten(1, 2)
+    dq, dk, dw, dg = chunk_gradients(q, k, v, in_base_2, h, dv, do, dh, scale, size)
+    for found, given in zip((dq, dk, dg), inputs, strict=True):
+        torch.testing.assert_close(found, given.grad.reshape(found.shape), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dw, -(dv_ @ h.mT).transpose(2, 3).flatten(1, 2), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+def in_float64(q, k, v, log_decay, beta):
+    """The recurrence, token by token, with a gradient."""
+    q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], 2).double() for x in (q, k))
+    v, log_decay, beta = v.double(), log_decay.double(), beta.double()
+    state, outputs = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]), []
+    for t in range(v.shape[1]):
+        state = state * log_decay[:, t].exp()[..., None, None]
+        written = beta[:, t][..., None] * (v[:, t] - (state * k[:, t][..., None]).sum(-2))
+        state = state + k[:, t][..., None] * written[..., None, :]
+        outputs.append((state * q[:, t][..., None]).sum(-2) * k.shape[3] ** -0.5)
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.gpu
+def test_the_gradients_of_the_recurrence_are_those_in_float64() -> None:
+    limit_autotuning()
+    mend_backward()
+    torch.manual_seed(0)
+    shape = (2, 256)
+    q, k = (
+        torch.nn.functional.normalize(torch.randn(*shape, 2, 64, device="cuda"), dim=-1).bfloat16() for _ in range(2)
+    )
+    v = torch.randn(*shape, 4, 64, device="cuda").bfloat16()
+    log_decay = -torch.tensor([0.003, 0.1, 1.0, 9.0], device="cuda") * torch.rand(*shape, 4, device="cuda")
+    given = (q, k, v, log_decay, torch.rand(*shape, 4, device="cuda").bfloat16())
+    weight = torch.randn(*shape, 4, 64, device="cuda")
+    found = []
+    for rule in (gated_delta, in_float64):
+        inputs = [x.detach().clone().requires_grad_() for x in given]
+        out = rule(*inputs)
+        out.backward(weight.to(out.dtype))
+        found.append([out.detach(), *(x.grad for x in inputs)])
+    for ours, exact in zip(*found, strict=True):
+        assert (ours.double() - exact.double()).norm() / exact.double().norm() < 0.01  # bfloat16
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_gives_the_gradients_of_one_that_is_not(tokenizer) -> None:
+    limit_autotuning()
+    mend_backward()
+    model = initial_model(replace(TINY, head_size=64).configuration(tokenizer)).to("cuda")
+    fast = FastForward(model, gated_delta, compiled=False)
+    recorded = Gradients(fast)
+    batches = [(torch.randint(2, 8000, (2, 65), device="cuda"), torch.ones(2, 64, device="cuda")) for _ in range(3)]
+    found = []
+    for ids, weights in batches:
+        loss, _ = recorded(ids, weights)
+        found.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+    for (ids, weights), (loss, gradients) in zip(batches, found, strict=True):
+        model.zero_grad()
+        expected, _ = fast.loss(ids, weights)
+        expected.backward()
+        assert loss == pytest.approx(expected.item(), rel=1e-3)
+        for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(
+                gradient, parameter.grad, rtol=0.05, atol=1e-3 * parameter.grad.abs().max().item()
+            )

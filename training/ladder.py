@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=7, help="processes that make batches, per training")
     arguments = parser.parse_args()
     there = torch.cuda.device_count()
+    if not there:
+        raise SystemExit("the ladder needs a CUDA GPU, and this host has none")
     n_gpus = there if arguments.gpus is None else arguments.gpus
     if not 1 <= n_gpus <= there:
         raise SystemExit(f"asked for {n_gpus} GPUs, and torch sees {there} on this host: lower --gpus")

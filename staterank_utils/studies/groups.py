@@ -102,7 +102,7 @@ class Groups:
         d: largest possible rank.
         n_tokens: at which ranks are taken.
         rank, log_decay: domain -> (prompt, head).
-        early_rank, early_norm, norm: on prose, at 128 tokens and at the end, (prompt, head).
+        early_rank, early_norm, norm: on prose, at 128 tokens and at the end, (prompt, head); of a stored model, of its end alone.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer

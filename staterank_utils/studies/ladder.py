@@ -79,12 +79,51 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Trajectory:
+    """Heads on prose while the model was trained, means over the prompts of its record.
+
+    Attributes:
+        steps: at which they were looked at; the last is the end.
+        rank, log_decay: (step, head).
+
+    Example:
+        >>> record = {"steps": {"0": {"prose": {"effective_rank": [[1.0, 2.0]], "log_decay": [[-1.0, -0.5]]}}}}
+        >>> trajectory_of(record, n_steps=4).rank
+        array([[1., 2.]])
+    """
+
+    steps: tuple[int, ...]
+    rank: NDArray[np.float64]
+    log_decay: NDArray[np.float64]
+
+
+def trajectory_of(record: Mapping[str, Any], *, n_steps: int) -> Trajectory:
+    """The record of a training as arrays.
+
+    Args:
+        record: of RUN/training.json.
+        n_steps: at which the training ended.
+
+    Example:
+        >>> trajectory_of({"steps": {"end": {"prose": {"effective_rank": [[1.0]], "log_decay": [[-1.0]]}}}}, n_steps=4).steps
+        (4,)
+    """
+    steps = record["steps"]
+    rank, log_decay = (
+        np.array([np.ravel(domains["prose"][measure]) for domains in steps.values()])
+        for measure in ("effective_rank", "log_decay")
+    )
+    return Trajectory(tuple(n_steps if step == "end" else int(step) for step in steps), rank, log_decay)
+
+
+@dataclass(frozen=True)
 class Measured:
     """All that was measured on one model.
 
     Attributes:
         name: of the recipe.
-        training: what its training says of itself, without the record of heads.
+        training: what its training says of itself, its losses among it, but for the record of heads.
+        trajectory: that record.
         groups: variant ("end" and some of `VARIANTS`) -> ranks.
         turning, law, removal, recall: of the model at its end.
 
@@ -95,6 +134,7 @@ class Measured:
 
     name: str
     training: Mapping[str, Any]
+    trajectory: Trajectory
     groups: Mapping[str, Groups]
     turning: Turning
     law: Law
@@ -205,8 +245,9 @@ def measure_model(
         model, tokenizer, texts, removal, groups["end"], gaps=scale.gaps, n_scores=scale.n_scores, n_graded=scale.n_graded,
         n_prompts=scale.n_prompts, tasks={name: TASKS[name] for name in scale.tasks},
     )  # fmt: skip
-    about = {key: value for key, value in training.items() if key not in ("record", "log")}
-    return Measured(name, about, groups, turning, law, removal, recall)
+    about = {key: value for key, value in training.items() if key != "record"}
+    trajectory = trajectory_of(training["record"], n_steps=training["steps"])
+    return Measured(name, about, trajectory, groups, turning, law, removal, recall)
 
 
 # ---------------------------------------------------------------- stored
@@ -288,10 +329,14 @@ def _arrays(measured: Measured) -> dict[str, NDArray[Any]]:
         for domain, table in groups.rank.items():
             found[f"groups/{variant}/rank/{domain}"] = table.astype(np.int16)
             if domain == "prose" or variant == "end":
-                found[f"groups/{variant}/log_decay/{domain}"] = groups.log_decay[domain].astype(np.float32)
-        found[f"groups/{variant}/early_rank"] = groups.early_rank.astype(np.int16)
-        for key in ("early_norm", "norm"):
-            found[f"groups/{variant}/{key}"] = getattr(groups, key).astype(np.float32)
+                precision = np.float32 if domain == "prose" else np.float16
+                found[f"groups/{variant}/log_decay/{domain}"] = groups.log_decay[domain].astype(precision)
+    end = measured.groups["end"]
+    found["end/early_rank"] = end.early_rank.astype(np.int16)
+    found |= {"end/early_norm": end.early_norm.astype(np.float32), "end/norm": end.norm.astype(np.float32)}
+    path = measured.trajectory
+    found |= {"steps/at": np.array(path.steps), "steps/rank": path.rank.astype(np.float32)}
+    found["steps/log_decay"] = path.log_decay.astype(np.float32)
     found |= {"law/base_rank": law.base_rank.astype(np.int16), "law/scaled_rank": law.scaled_rank.astype(np.int16)}
     found["law/base_decay"] = law.base_decay.astype(np.float32)
     for order, indices in removal.orders.items():
@@ -321,13 +366,15 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
     sizes, name = data["sizes"], data["name"]
     heads = tuple((int(layer), int(head)) for layer, head in arrays["heads"])
     variants = dict.fromkeys(key.split("/")[1] for key in arrays if key.startswith("groups/"))
+    of_end, of_steps, nothing = under("end/"), under("steps/"), np.empty((0, len(heads)))
     groups = {
         variant: Groups(
             heads, sizes["d"], sizes["n_tokens"], under(f"groups/{variant}/rank/"), under(f"groups/{variant}/log_decay/"),
-            *(arrays[f"groups/{variant}/{key}"].astype(np.float64) for key in ("early_rank", "early_norm", "norm")),
+            *(of_end[key] if variant == "end" else nothing for key in ("early_rank", "early_norm", "norm")),
         )
         for variant in variants
     }  # fmt: skip
+    trajectory = Trajectory(tuple(map(int, of_steps["at"])), of_steps["rank"], of_steps["log_decay"])
     orders = {key: value.astype(np.int64) for key, value in under("orders/").items()}
     arms = _arms(heads, orders, sizes, name, data["numbers"]["spare share"])
     of_removal = under("removal/")
@@ -356,7 +403,7 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
         of_law["scaled_rank"],
         sizes["d"],
     )
-    return Measured(name, data["training"], groups, Turning(**sizes["turning"]), law, removal, recall)
+    return Measured(name, data["training"], trajectory, groups, Turning(**sizes["turning"]), law, removal, recall)
 
 
 def _arms(
