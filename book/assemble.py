@@ -24,6 +24,7 @@ from typing import Any
 import papermill
 from tqdm import tqdm
 
+from book.ladder import ladder_tables
 from staterank_utils import claims
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED
@@ -174,6 +175,7 @@ def main() -> None:
         "second_readings": claims.SECOND_READINGS,
         "status": status_tables(runs),
         "conformance": conformance_tables(),
+        **ladder_tables(),
         **{f"benchmark_{name}": stored_benchmark(name) for name in BENCHMARKS},
         **{f"card_{name}": model_card(name) for name in EMBEDDED},
     }

@@ -842,20 +842,29 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """
     cells = []
     for row in rows:
-        claim = CLAIMS[row["claim"]]
+        statement, measure, holds, paper = _printed(row["claim"])
         measured = "; ".join(f"{number['label']} {_interval(number)}" for number in row["criteria"])
         cells.append(
             (
-                f"**{row['claim']}** {claim.statement}",
-                claim.measure,
-                claim.holds,
-                claim.paper,
+                f"**{row['claim']}** {statement}",
+                measure,
+                holds,
+                paper,
                 row["model"],
                 measured,
                 f"**{row['verdict']}**{row['note']}",
             )
         )
     return markdown_table(("claim", "measure", "holds if", "paper", "model", "measured", "verdict"), cells)
+
+
+def _printed(key: str) -> tuple[str, str, str, str]:
+    """Statement, measure, rule and the paper's figure of a claim of either registration."""
+    if key in CLAIMS:
+        claim = CLAIMS[key]
+        return claim.statement, claim.measure, claim.holds, claim.paper
+    second = SECOND[key]
+    return second.text("statement"), second.text("measure"), second.text("holds"), "–"
 
 
 def overview_table(folders: Mapping[str, Path], models: Sequence[str] | Mapping[str, str]) -> str:
@@ -900,6 +909,8 @@ def _interval(number: Mapping[str, Any]) -> str:
         return "undefined"
     if number["label"] == "violations":
         return f"{number['point']:.0f}"
+    if number["point"] == number["low"] == number["high"]:
+        return f"{number['point']:.3f}"
     return f"{number['point']:.3f} [{number['low']:.3f}, {number['high']:.3f}]"
 
 

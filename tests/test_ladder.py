@@ -139,7 +139,10 @@ def test_the_arms_cross_where_the_highest_begin_to_cost_more(made) -> None:
     assert made.crossing(MODEL) is None  # from the first dose on they cost more
     gap = {LOW: 0.2, HIGH: 0.0}
     shifted = [
-        np.full(len(made.intact), 5.0 + gap.get(arm.order, 0.0) + (len(arm.heads) / len(made.heads) if arm.order == HIGH else 0.0))
+        np.full(
+            len(made.intact),
+            5.0 + gap.get(arm.order, 0.0) + (len(arm.heads) / len(made.heads) if arm.order == HIGH else 0.0),
+        )
         for arm in made.arms
     ]
     assert replace(made, nats=np.array(shifted)).crossing(LAYERS) == pytest.approx(0.2)

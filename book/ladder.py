@@ -1,0 +1,111 @@
+"""The page of the ladder: tables made from the stored results of every model that was trained and measured."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND, markdown_table, verdict_table
+from staterank_utils.studies.ladder import LADDER, Measured, ladder_claims, load_measured
+from staterank_utils.studies.removal import HIGH, LOW, RANDOM, SCHEMES
+from training.recipes import RECIPES
+
+SHORT = {HOLDS: "holds", PARTLY: "in part", FAILS: "no"}
+DOSE = 0.25
+
+
+def stored_models() -> dict[str, tuple[Measured, dict[str, Any]]]:
+    """Every stored model, in the order of the recipes."""
+    return {name: load_measured(name) for name in RECIPES if (LADDER / f"{name}.json").exists()}
+
+
+def ladder_tables() -> dict[str, str]:
+    """The generated parts of the page, by name."""
+    models = stored_models()
+    data = {name: content for name, (_, content) in models.items()}
+    missing = [name for name in RECIPES if name not in models]
+    return {
+        "ladder_models": f"{len(models)} of {len(RECIPES)} models are trained and measured."
+        + (f" Not yet: {', '.join(f'`{name}`' for name in missing)}." if missing else ""),
+        "ladder_first": _by_model(data, CLAIMS),
+        "ladder_second": _by_model(data, SECOND),
+        "ladder_over": verdict_table(ladder_claims({name: measured for name, (measured, _) in models.items()})),
+        "ladder_numbers": _numbers(data),
+        "ladder_removal": _removal(data),
+        "ladder_recall": _recall(data),
+    }
+
+
+def _by_model(data: Mapping[str, Mapping[str, Any]], registered: Iterable[str]) -> str:
+    """One row per model, one column per claim that a single model decides."""
+    verdicts = {name: {row["claim"]: row["verdict"] for row in content["rows"]} for name, content in data.items()}
+    keys = [key for key in registered if any(key in of_model for of_model in verdicts.values())]
+    rows = [
+        (f"`{name}`", *(SHORT.get(of_model.get(key, "–"), "–") for key in keys)) for name, of_model in verdicts.items()
+    ]
+    return markdown_table(("model", *keys), rows)
+
+
+def _interval(numbers: list[float]) -> str:
+    point, low, high = numbers
+    return f"{point:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _numbers(data: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ("model", "bits per byte", "share outside", "two groups", "the same by the law", "before training")
+    rows = []
+    for name, content in data.items():
+        numbers = content["numbers"]
+        end, initial = (numbers["shares"][variant] for variant in ("end", "initial"))
+        rows.append(
+            (
+                f"`{name}`",
+                f"{content['training']['bits_per_byte_held_out_books']:.3f}",
+                _interval(numbers["over heads"]["share outside"]),
+                _interval(numbers["over heads"]["two-group share"]),
+                f"{end['outside by law']:.2f}, {end['two groups by law']:.2f}",
+                f"{initial['outside']:.2f}, {initial['two groups']:.2f}",
+            )
+        )
+    return markdown_table(head, rows)
+
+
+def _removal(data: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ("model", "scheme", "low", "high", "random", "D", "arms cross at")
+    rows = []
+    for name, content in data.items():
+        for scheme in SCHEMES:
+            arms = {
+                row["order"]: row["added"] for row in content["arms"] if (row["scheme"], row["share"]) == (scheme, DOSE)
+            }
+            crossing = content["numbers"]["crossing"][scheme]
+            rows.append(
+                (
+                    f"`{name}`", scheme, *(_interval(arms[order]) for order in (LOW, HIGH, RANDOM)),
+                    _interval(content["numbers"]["D"][scheme]), "–" if crossing is None else f"{crossing:.0%}",
+                )
+            )  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def _recall(data: Mapping[str, Mapping[str, Any]]) -> str:
+    copy, cap = SECOND["C6"].numbers["copy"], f"cap {SECOND['C6'].numbers['cap']}"
+    head = (
+        "model",
+        f"gain at {copy} tokens",
+        "gain under the cap",
+        "nats added by the cap",
+        "mean r/d",
+        "under the cap",
+        "kappa",
+    )
+    rows = []
+    for name, content in data.items():
+        numbers = content["numbers"]
+        rank = numbers["mean r/d under cap"]
+        rows.append(
+            (
+                f"`{name}`", f"{numbers['gain']['intact'][str(copy)]:.2f}", f"{numbers['gain'][cap][str(copy)]:.2f}",
+                f"{numbers['added under cap'][cap]:.2f}", f"{rank['intact']:.2f}", f"{rank[cap]:.2f}",
+                f"{numbers['kappa under cap'][cap]:.2f}",
+            )
+        )  # fmt: skip
+    return markdown_table(head, rows)
