@@ -20,8 +20,8 @@ from benchmarks.limits import bytes_per_second, operations_a_token, operations_p
 from benchmarks.profiles import where_time_goes
 from benchmarks.timing import by_transformers_alone, options, over_first, rounds, store
 from staterank_utils import domain_prompts, load_model, load_tokenizer
-from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
+from staterank_utils.markdown import markdown_table
 from staterank_utils.models import make_cache
 from staterank_utils.surgery import ablate_heads, all_heads, softmax_heads
 

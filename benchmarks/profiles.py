@@ -8,7 +8,7 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from staterank_utils.claims import markdown_table
+from staterank_utils.markdown import markdown_table
 
 Kernels = dict[str, tuple[float, int]]  # name of a GPU's kernel or copy -> seconds at it and times, the longest first
 

@@ -20,8 +20,8 @@ from benchmarks.limits import read, step_bytes
 from benchmarks.timing import options, over_first, rounds, store
 from staterank_utils import domain_prompts, load_model, load_tokenizer, prune_heads, select_heads
 from staterank_utils.channels import keep_channels, order_channels
-from staterank_utils.claims import markdown_table
 from staterank_utils.decoding import generate_greedily
+from staterank_utils.markdown import markdown_table
 from staterank_utils.selection import PAPER_SHARE, measure_saturation
 
 READ_TOKENS = 256

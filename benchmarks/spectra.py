@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.limits import operations_per_second
 from benchmarks.profiles import where_time_goes
 from benchmarks.timing import options, over_first, rounds, store
-from staterank_utils.claims import markdown_table
 from staterank_utils.inertia import polar_steps
+from staterank_utils.markdown import markdown_table
 from staterank_utils.spectra import effective_rank, effective_rank_bounds, nuclear_norm, rank_and_norm, singular_values
 
 N_STATES, D = 1152, 128

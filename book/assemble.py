@@ -25,7 +25,7 @@ import papermill
 from tqdm import tqdm
 
 from book.ladder import ladder_tables
-from staterank_utils import claims
+from staterank_utils import claims, markdown
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED
 
@@ -94,9 +94,9 @@ def status_tables(runs: list[dict[str, Any]]) -> str:
         for run in runs
     ]
     return (
-        claims.markdown_table(("notebook", "profile", "seconds", "peak memory, GiB", "status"), timings)
+        markdown.markdown_table(("notebook", "profile", "seconds", "peak memory, GiB", "status"), timings)
         + "\n\n## Versions\n\n"
-        + claims.markdown_table(("", "version"), versions)
+        + markdown.markdown_table(("", "version"), versions)
     )
 
 
@@ -138,7 +138,7 @@ def conformance_tables() -> str:
             properties = list(rows[0][dtype])
             table = [(row["model"], *(_difference(row[dtype].get(name)) for name in properties)) for row in rows]
             parts.append(f"**{made['device']}, {dtype}** ({made['date'][:10]}, {versions})")
-            parts.append(claims.markdown_table(("architecture", *properties), table))
+            parts.append(markdown.markdown_table(("architecture", *properties), table))
     return "\n\n".join(parts)
 
 
@@ -164,13 +164,13 @@ def main() -> None:
         shutil.copy(ROOT / name, stage / name)
     runs = notebook_pages(stage, arguments.profile, arguments.only)
     generated = {
-        "overview": claims.overview_table(
+        "overview": markdown.overview_table(
             {"full": STORED / "full", f"this build, {arguments.profile}": stage / "results"}, EMBEDDED
         ),
-        "registered": claims.registered_table(),
+        "registered": markdown.registered_table(),
         "preamble": claims.PREAMBLE,
         "controls": claims.CONTROLS,
-        "second": claims.second_table(),
+        "second": markdown.second_table(),
         "second_terms": claims.SECOND_TERMS,
         "second_readings": claims.SECOND_READINGS,
         "status": status_tables(runs),

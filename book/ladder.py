@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND, markdown_table, verdict_table
+from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND
+from staterank_utils.markdown import markdown_table, verdict_table
 from staterank_utils.studies.ladder import LADDER, Measured, ladder_claims, load_measured
 from staterank_utils.studies.removal import HIGH, LOW, RANDOM, SCHEMES
 from training.recipes import RECIPES

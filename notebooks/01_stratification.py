@@ -46,6 +46,7 @@ from staterank_utils import (
     domain_prompts,
     load_model,
     load_tokenizer,
+    markdown,
     plotting,
     results,
     singular_values,
@@ -240,7 +241,7 @@ HEAD = (
     "over 0.8 d",
     "C1's rule",
 )
-Markdown(claims.markdown_table(HEAD, table))
+Markdown(markdown.markdown_table(HEAD, table))
 
 # %% [markdown]
 # Read the table by its rows; the last column applies the registered rule to each. A control that passes takes the claim's news away:
@@ -331,7 +332,7 @@ def measures_of(spectrum):
 
 table = [order_row(name, *measure) for name in MODELS for measure in measures_of(spectra[name])]
 Markdown(
-    claims.markdown_table(
+    markdown.markdown_table(
         ("model", "measure", "Spearman with r", "range over heads", "Sarle"), table
     )
 )
@@ -356,7 +357,7 @@ for name in MODELS:
     verdicts.append(claims.judge("C1", name, evidence[name]))
     verdicts.append(claims.judge("C1b", name, {"violations": strata.exactly(violations[name])}))
     verdicts.append(acquired(name))
-Markdown(claims.verdict_table(verdicts))
+Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
 checkpoints = results.embedded_folders(MODELS)
@@ -384,5 +385,5 @@ Markdown(results.stored_beside("01_stratification", parameters=FULL, checkpoints
 # ```
 
 # %% tags=["hide-input"]
-glue("answer_groups", claims.by_model(verdicts, "C1"), display=False)
-glue("answer_acquired", claims.by_model(verdicts, "C1c"), display=False)
+glue("answer_groups", markdown.by_model(verdicts, "C1"), display=False)
+glue("answer_acquired", markdown.by_model(verdicts, "C1c"), display=False)

@@ -50,6 +50,7 @@ from staterank_utils import (
     domain_prompts,
     load_model,
     load_tokenizer,
+    markdown,
     plotting,
     predicted_rank,
     results,
@@ -241,7 +242,7 @@ for name in MODELS:
         )
     )
 HEAD = ("model", "weights", "Spearman of r", "cosine of r", "cosine of n")
-Markdown(claims.markdown_table(HEAD, sorted(rows, key=lambda row: MODELS.index(row[0]))))
+Markdown(markdown.markdown_table(HEAD, sorted(rows, key=lambda row: MODELS.index(row[0]))))
 
 # %% [markdown]
 # ## Theorem 4.4: how fast can the norm vector turn?
@@ -409,7 +410,7 @@ for name in MODELS:
         between = list(combinations(natural_tables(name, weights), 2))
         rows.append((name, f"{label}, between inputs", *smallest_and_median(name, between)))
 HEAD = ("model", "what is compared", "min Spearman", "median", "min kappa", "median")
-Markdown(claims.markdown_table(HEAD, rows))
+Markdown(markdown.markdown_table(HEAD, rows))
 
 # %% tags=["hide-input"]
 KINDS = {"half the prompts": "between inputs", "other prompts": "same input"}
@@ -554,7 +555,7 @@ for name in MODELS:
         if name in law
         else claims.not_testable("C0a", name, why="its layers have no decay"),
     ]
-Markdown(claims.verdict_table(verdicts))
+Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
 checkpoints = results.embedded_folders(MODELS)
@@ -581,4 +582,4 @@ Markdown(results.stored_beside("02_input_invariance", parameters=FULL, checkpoin
 
 # %% tags=["hide-input"]
 for key in ("C2", "C2n", "C3", "C3a", "C0", "C0a"):
-    glue(f"answer {key}", claims.by_model(verdicts, key), display=False)
+    glue(f"answer {key}", markdown.by_model(verdicts, key), display=False)

@@ -41,7 +41,15 @@ from pathlib import Path
 import numpy as np
 from IPython.display import Markdown
 from myst_nb import glue
-from staterank_utils import ablation, claims, load_model, load_tokenizer, plotting, results
+from staterank_utils import (
+    ablation,
+    claims,
+    load_model,
+    load_tokenizer,
+    markdown,
+    plotting,
+    results,
+)
 from staterank_utils.evaluation import (
     arithmetic_task,
     copying_task,
@@ -130,7 +138,7 @@ def heads_in_words(n):
 
 
 rows = [(f"**{key}**", task.description) for key, task in TASKS.items()]
-Markdown(claims.markdown_table(("task", "what is asked"), rows))
+Markdown(markdown.markdown_table(("task", "what is asked"), rows))
 
 # %% [markdown]
 # Rank travels with other properties of a head, so an arm chosen by rank is an arm chosen by those as well. Spearman's correlation
@@ -548,7 +556,7 @@ rows = [
 ]
 tables.keep("Layers and softmax heads", ("model", "kind", "part", *ADDED), rows)
 whole = [row for row in rows if row[1] != "softmax heads"]
-Markdown(claims.markdown_table(("model", "kind", "layer", *ADDED), whole))
+Markdown(markdown.markdown_table(("model", "kind", "layer", *ADDED), whole))
 
 # %% [markdown]
 # ### Is the rank used, or only there?
@@ -635,7 +643,7 @@ for name, study in studies.items():
     verdicts.append(claims.judge_asymmetry(name, difference, below))
     if study.mastered:
         verdicts.append(claims.judge("C4a", name, {"score / intact": study.redundancy()}))
-Markdown(claims.verdict_table(verdicts))
+Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
 checkpoints = results.embedded_folders(MODELS)
@@ -651,7 +659,7 @@ Markdown(results.stored_beside("03_ablation_asymmetry", parameters=FULL, checkpo
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "As the first figure, from the stored run of the full profile: heads of the lowest rank removed (squares, dashed), of the highest (dots, solid), and random ones (dotted grey, mean and range over draws). Where two curves cross, no single dose speaks for the rule; where the grey band holds both, neither arm is special.", "name": "fig-doses-full"}, "image": {"alt": "Scores of the stored run falling with the number of heads removed, two arms and random draws a panel."}}
 full = results.stored_run("03_ablation_asymmetry", parameters=FULL, checkpoints=checkpoints)
 stored = {}
-for name, task, label, _, score in claims.table_rows(full["tables"]["Doses"]):
+for name, task, label, _, score in markdown.table_rows(full["tables"]["Doses"]):
     arms_of = stored.setdefault((name, task), {})
     arms_of.setdefault(label, []).append(Estimate.parse(score))
 if stored:
@@ -674,12 +682,12 @@ for ((name, task), curves), (reading, words) in product(stored.items(), READINGS
     if low[0].point >= 0.5:
         rows.append((name, task, reading, f"{n}", f"{high[i].point - low[i].point:.3f}"))
 HEAD = ("model", "task", "no arm: none of", "heads", "highest - lowest")
-readings = claims.markdown_table(HEAD, rows)
+readings = markdown.markdown_table(HEAD, rows)
 Markdown(f'What other readings of "no arm" give in that run:\n\n{readings}') if rows else None
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Single heads in the stored run of the full profile: added loss on right answers, with its interval, against the relative effective rank, one panel a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep-full"}, "image": {"alt": "Scatter of single-head damage against rank in the stored run, one panel a model."}}
 alone = {}
-for name, _, _, rank, _, loss, *_ in claims.table_rows(full["tables"]["Every head alone"]):
+for name, _, _, rank, _, loss, *_ in markdown.table_rows(full["tables"]["Every head alone"]):
     alone.setdefault(name, []).append((float(rank), Estimate.parse(loss)))
 for name, ax in (plotting.model_panels(list(alone)) if alone else {}).items():
     ranks, losses = map(list, zip(*alone[name], strict=True))
@@ -707,4 +715,4 @@ for name, ax in (plotting.model_panels(list(alone)) if alone else {}).items():
 
 # %% tags=["hide-input"]
 for key in ("C4", "C4a"):
-    glue(f"answer {key}", claims.beside_stored(verdicts, full["rows"], key), display=False)
+    glue(f"answer {key}", markdown.beside_stored(verdicts, full["rows"], key), display=False)

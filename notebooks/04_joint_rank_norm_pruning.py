@@ -48,6 +48,7 @@ from staterank_utils import (
     claims,
     load_model,
     load_tokenizer,
+    markdown,
     plotting,
     results,
     saturation_scores,
@@ -551,7 +552,7 @@ HEAD = (
     "after",
 )
 Markdown(
-    claims.markdown_table(HEAD, rows) if rows else "*No recovery of these models is stored.*"
+    markdown.markdown_table(HEAD, rows) if rows else "*No recovery of these models is stored.*"
 )
 
 # %% [markdown]
@@ -571,7 +572,7 @@ for name, study in studies.items():
         measured = study.against_draws(gone, N_DRAWS, kind="removed")
         note = f" ({freed_share[name, 'joint']:.1%} of the state's bytes freed)"
         verdicts.append(claims.judge("C5", name, measured, note=note))
-Markdown(claims.verdict_table(verdicts))
+Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
 checkpoints = results.embedded_folders(MODELS)
@@ -589,7 +590,7 @@ Markdown(
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "As the second curves above, from the stored run of the full profile: score over that of the intact model against the share of the state that is removed; thick grey, the mean of random draws. A curve at 1 is free; one under the thick grey line chooses worse than chance.", "name": "fig-curve-full"}, "image": {"alt": "Falling curves of relative score of the stored run, one a method, beside a thick grey line of random draws."}}
 full = results.stored_run("04_joint_rank_norm_pruning", parameters=FULL, checkpoints=checkpoints)
 stored = {}
-for name, method, *scores in claims.table_rows(
+for name, method, *scores in markdown.table_rows(
     full["tables"]["Score over intact, by share removed"]
 ):
     stored.setdefault(name, {})[method] = [*map(Estimate.parse, scores)]
@@ -650,6 +651,6 @@ caches = {"before": reads(mine, 64), "after": reads(again.to(mine.device), 64)}
 # ```
 
 # %% tags=["hide-input"]
-glue("answer C5", claims.beside_stored(verdicts, full["rows"], "C5"), display=False)
+glue("answer C5", markdown.beside_stored(verdicts, full["rows"], "C5"), display=False)
 shares = ", ".join(f"{freed_share[name, 'joint']:.1%} ({name})" for name in MODELS)
 glue("freed", shares, display=False)

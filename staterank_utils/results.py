@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from staterank_utils.claims import markdown_table, verdict_table
+from staterank_utils.markdown import markdown_table, verdict_table
 from staterank_utils.models import CHECKPOINTS, EMBEDDED
 from staterank_utils.strata import Estimate
 

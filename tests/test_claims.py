@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from staterank_utils import claims
+from staterank_utils import claims, markdown
 from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND, Criterion, verdict
 from staterank_utils.strata import Estimate
 
@@ -42,7 +42,7 @@ def test_counts_of_zero_meet_a_closed_threshold_from_below() -> None:
 
 def test_the_registered_list_is_complete() -> None:
     assert list(CLAIMS) == ["C1", "C1b", "C1c", "C2", "C2n", "C2b", "C3", "C3a", "C4", "C4a", "C5"]
-    assert all(f"**{key}**" in claims.registered_table() for key in CLAIMS)
+    assert all(f"**{key}**" in markdown.registered_table() for key in CLAIMS)
 
 
 UP, DOWN, LEVEL = Estimate(0.5, 0.3, 0.7), Estimate(-0.5, -0.7, -0.3), Estimate(0.0, -0.1, 0.1)
@@ -82,7 +82,7 @@ def test_overview_shows_the_first_run_in_full_the_others_below_it_and_what_is_no
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "02_input_invariance.json").write_text(json.dumps({"rows": [row]}))
     folders = {"stored": tmp_path / "full", "this run": tmp_path / "quick"}
-    table = claims.overview_table(folders, ["hybrid", "pure"]).splitlines()
+    table = markdown.overview_table(folders, ["hybrid", "pure"]).splitlines()
     c2 = next(line for line in table if line.startswith("| **C2** "))
     assert "**holds** (stored)<br>rho 0.950 [0.920, 0.970]<br>this run: holds in part" in c2
     assert c2.count("not yet tested") == 1
@@ -93,11 +93,11 @@ def test_an_undefined_number_is_stored_as_null_and_shown_as_such() -> None:
     row = claims.judge("C2", "pure", {"rho": Estimate(NAN, NAN, NAN)})
     assert row["verdict"] == FAILS
     assert row["criteria"][0]["point"] is None
-    assert "undefined" in claims.verdict_table([row])
+    assert "undefined" in markdown.verdict_table([row])
 
 
 def test_bars_in_cells_do_not_break_a_table() -> None:
-    assert claims.markdown_table(("a",), [("x|y",)]).splitlines()[-1] == "| x\\|y |"
+    assert markdown.markdown_table(("a",), [("x|y",)]).splitlines()[-1] == "| x\\|y |"
 
 
 def at(point: float, width: float = 0.0) -> Estimate:

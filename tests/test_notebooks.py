@@ -37,7 +37,7 @@ def test_every_page_opens_with_a_question_and_ends_with_verdicts(source: Path) -
     assert first.splitlines()[0].startswith("# ")
     assert first.splitlines()[0].endswith("?")
     assert first.count("\n- ") == 3
-    assert "claims.verdict_table" in source.read_text()
+    assert "markdown.verdict_table" in source.read_text()
     assert cells(source, "markdown")[-1].source.count("\n- ") == 3
 
 

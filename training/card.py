@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from staterank_utils.claims import markdown_table
 from staterank_utils.evaluation import TASKS, evaluate, score_interval
+from staterank_utils.markdown import markdown_table
 from staterank_utils.models import CHECKPOINTS, initial_model, load_model, load_tokenizer, parameters_hash
 from staterank_utils.results import STORED, weights_hash, write_json
 from staterank_utils.strata import Estimate
