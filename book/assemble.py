@@ -173,6 +173,7 @@ def main() -> None:
         "second": markdown.second_table(),
         "second_terms": claims.SECOND_TERMS,
         "second_readings": claims.SECOND_READINGS,
+        "second_later": claims.SECOND_LATER,
         "status": status_tables(runs),
         "conformance": conformance_tables(),
         **ladder_tables(),

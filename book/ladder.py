@@ -7,6 +7,7 @@ from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND
 from staterank_utils.markdown import markdown_table, verdict_table
 from staterank_utils.studies.ladder import LADDER, Measured, ladder_claims, load_measured
 from staterank_utils.studies.removal import HIGH, LOW, RANDOM, SCHEMES
+from staterank_utils.tasks import NATURAL_DOMAINS
 from training.recipes import RECIPES
 
 SHORT = {HOLDS: "holds", PARTLY: "in part", FAILS: "no"}
@@ -30,7 +31,9 @@ def ladder_tables() -> dict[str, str]:
         "ladder_second": _by_model(data, SECOND),
         "ladder_over": verdict_table(ladder_claims({name: measured for name, (measured, _) in models.items()})),
         "ladder_numbers": _numbers(data),
+        "ladder_causal": _causal(data),
         "ladder_removal": _removal(data),
+        "ladder_secondary": _secondary(data),
         "ladder_recall": _recall(data),
     }
 
@@ -106,7 +109,36 @@ def _recall(data: Mapping[str, Mapping[str, Any]]) -> str:
             (
                 f"`{name}`", f"{numbers['gain']['intact'][str(copy)]:.2f}", f"{numbers['gain'][cap][str(copy)]:.2f}",
                 f"{numbers['added under cap'][cap]:.2f}", f"{rank['intact']:.2f}", f"{rank[cap]:.2f}",
-                f"{numbers['kappa under cap'][cap]:.2f}",
+                _or_dash(numbers["kappa under cap"][cap]),
             )
         )  # fmt: skip
     return markdown_table(head, rows)
+
+
+def _causal(data: Mapping[str, Mapping[str, Any]]) -> str:
+    """C0c for each factor alone."""
+    factors = list(next(iter(data.values()))["numbers"]["C0c by factor"]) if data else []
+    rows = [
+        (f"`{name}`", *(_or_dash(content["numbers"]["C0c by factor"].get(factor)) for factor in factors))
+        for name, content in data.items()
+    ]
+    return markdown_table(("model", *(f"x {factor}" for factor in factors)), rows)
+
+
+def _secondary(data: Mapping[str, Mapping[str, Any]]) -> str:
+    """Added nats on the four domains of the first registration."""
+    rows = []
+    for name, content in data.items():
+        losses = content["numbers"]["secondary"]
+        for scheme in SCHEMES if losses else ():
+            for order in (LOW, HIGH):
+                without = losses[f"{order}, {DOSE:.1%}, {scheme}"]
+                added = [x - intact for x, intact in zip(without, losses["intact"], strict=True)]
+                rows.append((f"`{name}`", scheme, order, *map(_or_dash, added)))
+    if not rows:
+        return "*These domains were added to the measuring program later; no stored model has them yet.*"
+    return markdown_table(("model", "scheme", "removed", *NATURAL_DOMAINS), rows)
+
+
+def _or_dash(number: float | None) -> str:
+    return "–" if number is None else f"{number:.2f}"

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from staterank_utils.strata import Estimate
+from staterank_utils.strata import Estimate, exactly, spread
 
 HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
-NOT_TESTABLE = "not testable on this model"
+NOT_TESTABLE, NOT_MEASURED = "not testable on this model", "not measured"
 ENOUGH_SEEDS = 3  # for a verdict on training to be shown without their number
 
 
@@ -234,8 +234,8 @@ Heads are ordered in float32; ties in effective rank are broken by the stable ra
 - *Share outside*: share of heads with r/d outside (0.2, 0.8). *Two-group share*: the smaller of the share with r < 0.2 d and the share
   with r > 0.8 d. A single full group scores 0 in it, and 1 in "outside". Both are always given.
 - *Added nats*: loss without the heads minus loss with all, nats per token, mean over two texts: held-out books and held-out code (16
-  windows of 1,024 tokens each, bootstrap over windows). The four domains of the first registration are secondary: three of them were
-  not trained on, and their losses start near those of a unigram model.
+  windows of 1,024 tokens each, bootstrap over windows). The four domains of the first registration are given beside it and are
+  secondary: three of them were not trained on, and their losses start near those of a unigram model.
 - A *dose* is a share of all linear heads. It counts where both arms' mean loss over the two texts is below the mean loss of their
   unigram models (add-one, fitted on other text of the same kind). C4c's crossing and C7 are exempt from this.
 - *Schemes*: over the model; *layer-matched*, k of every layer's 16 for k = 1, 2, 4, 5, 6, 7, 8; *layer 0 protected*, the lowest or
@@ -260,6 +260,22 @@ What the text leaves open was read as follows, before any model of the ladder wa
 - *C5a*, *C7*: "at most" and "undoes" are of points, means over windows and draws. The largest share is taken among the doses.
 - *C7*: the random groups are drawn from all heads; a group that no k restores has k = 1.
 - *C6*: capped at a half-life of 16 tokens means that no token decays a state by less than 2^(-1/16)."""
+
+SECOND_LATER = """\
+An audit of the code found more that the text leaves open. These readings were written on 2026-11-27 as well, but *after* the models
+`hybrid-text-0` and `hybrid-text-1` had been measured:
+
+- A dose counts by the two arms that a claim compares: lowest and highest ranks, for C5b joint score and rank alone, for C5a joint score
+  and random draws. D is taken over the doses that count. A seed or dose that does not count is left out of a verdict.
+- *C0c* pools all six factors, as the code did before any training. The correlation for each factor alone is lower and is given beside it,
+  exploratory.
+- *C4b* compares absolute values, so that both signs of a random order count as one. Signed values would allow more of them.
+- *C4c*: an arm of highest ranks that costs more from the first dose on crosses at that dose. A seed whose arms do not cross over the model is
+  left out, and said.
+- *C6*: the first token of each copy is left out. One seed with a small intact gain makes a pair not testable. If the text pair is testable, pairs
+  trained with tasks are exploratory.
+- *C7*: r is that of the calibration prompts; with fewer than 16 heads of r >= 0.9 d it is not testable.
+- C0b, C4c, C5a, C7 and C10 are judged by points, without intervals."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +396,19 @@ def not_testable(key: str, model: str, *, why: str) -> dict[str, Any]:
     if key not in CLAIMS and key not in SECOND:
         raise KeyError(f"there is no claim {key!r}: expected one of {', '.join([*CLAIMS, *SECOND])}")
     return {"claim": key, "model": model, "criteria": [], "verdict": NOT_TESTABLE, "note": f": {why}"}
+
+
+def not_measured(key: str, model: str, *, why: str) -> dict[str, Any]:
+    """The row of a claim that was not put to this model, though it could be.
+
+    Raises:
+        KeyError: there is no such claim.
+
+    Example:
+        >>> not_measured("C4", "mine", why="no tasks")["verdict"]
+        'not measured'
+    """
+    return not_testable(key, model, why=why) | {"verdict": NOT_MEASURED}
 
 
 def judge_asymmetry(
@@ -541,7 +570,7 @@ def judge_gates(model: str, differences: Mapping[str, float], bits: Mapping[str,
         'holds'
     """
     holds, partly, close, seeds = _numbers("C1d", "holds", "partly", "bits", "seeds")
-    if far := [seed for seed in bits if abs(bits[seed]) > close]:
+    if far := [seed for seed in bits if round(abs(bits[seed]), 6) > close]:
         return not_testable(
             "C1d", model, why=f"held-out losses of seed {', '.join(far)} differ by more than {close} bits per byte"
         )
@@ -557,15 +586,22 @@ def judge_gates(model: str, differences: Mapping[str, float], bits: Mapping[str,
     return _row("C1d", model, _by_seed(differences), judgement, n_seeds=len(differences))
 
 
-def judge_tasks(model: str, text: Sequence[float], tasks: Sequence[float]) -> dict[str, Any]:
+def judge_tasks(
+    model: str,
+    text: Sequence[float],
+    tasks: Sequence[float],
+    *,
+    two_groups: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> dict[str, Any]:
     """Apply the registered rule of C1e: does training on tasks unmake the groups?
 
     Args:
         model: what was measured.
         text, tasks: share outside on prose, one number per seed, trained on text and on 63 % tasks.
+        two_groups: the two-group shares of the same models, which stand beside it and decide nothing.
 
     Returns:
-        A row as `judge` gives it: the difference of the means.
+        A row as `judge` gives it: means over seeds with the range of seeds, and the difference of the means.
 
     Raises:
         ValueError: no seeds of one of the two.
@@ -577,9 +613,14 @@ def judge_tasks(model: str, text: Sequence[float], tasks: Sequence[float]) -> di
     if not text or not tasks:
         raise ValueError(f"C1e compares seeds, got {len(text)} trained on text and {len(tasks)} on tasks")
     holds, partly = _numbers("C1e", "holds", "partly")
-    gap, difference = min(text) - max(tasks), sum(text) / len(text) - sum(tasks) / len(tasks)
+    gap, difference = min(text) - max(tasks), spread(text).point - spread(tasks).point
     judgement = HOLDS if difference >= holds and gap > 0 else PARTLY if gap > partly else FAILS
-    measured = {"text - tasks": difference, "smallest pair": gap}
+    measured: dict[str, float | Estimate] = {"outside, text - tasks": difference}
+    measured |= {"outside, text": spread(text), "outside, tasks": spread(tasks)}
+    if two_groups:
+        of_text, of_tasks = map(spread, two_groups)
+        measured |= {"two groups, text - tasks": of_text.point - of_tasks.point}
+        measured |= {"two groups, text": of_text, "two groups, tasks": of_tasks}
     return _row("C1e", model, measured, judgement, n_seeds=min(len(text), len(tasks)))
 
 
@@ -643,33 +684,41 @@ def judge_layer_zero(model: str, crossings: Mapping[str, tuple[float | None, flo
         return not_testable("C4c", model, why="the two arms do not cross over the model")
     holds, partly = _numbers("C4c", "holds", "partly")
     judgement = HOLDS if min(moved.values()) >= holds else PARTLY if min(moved.values()) >= partly else FAILS
-    return _row("C4c", model, _by_seed(moved), judgement, n_seeds=len(moved))
+    row = _row("C4c", model, _by_seed(moved), judgement, n_seeds=len(moved))
+    if left_out := sorted(set(crossings) - set(moved)):
+        row["note"] += f"; no crossing in seed {', '.join(left_out)}"
+    return row
 
 
-def judge_chance(model: str, below: Mapping[str, bool]) -> dict[str, Any]:
+def judge_chance(model: str, leads: Mapping[str, float]) -> dict[str, Any]:
     """Apply the registered rule of C5a: does Joint Rank-Norm Pruning beat chance at its own share?
 
     Args:
         model: what was measured.
-        below: dose -> whether the joint score adds less than every random draw; both registered doses.
+        leads: dose -> added nats with the joint score minus those of the best random draw, for the registered doses that count.
 
     Returns:
-        A row as `judge` gives it: the number of doses.
+        A row as `judge` gives it. Below every draw means under 0.
 
     Example:
-        >>> judge_chance("hybrid", {"38.9 %": False, "25 %": True})["verdict"]
+        >>> judge_chance("hybrid", {"38.9%": 0.2, "25.0%": -0.1})["verdict"]
         'holds in part'
     """
+    if not leads:
+        return not_testable("C5a", model, why="without these heads it is worse than a unigram model, at both doses")
     holds, partly = _numbers("C5a", "holds", "partly")
-    n = float(sum(below.values()))
-    return _row("C5a", model, {"doses below every draw": n}, HOLDS if n >= holds else PARTLY if n >= partly else FAILS)
+    below = sum(lead < 0 for lead in leads.values())
+    row = _row("C5a", model, leads, HOLDS if below >= holds else PARTLY if below >= partly else FAILS)
+    return row | {"note": "" if len(leads) == holds else f"; {len(leads)} of {holds} doses count"}
 
 
 def judge_recall(
     model: str,
-    taken: Mapping[str, tuple[float, float]],
+    taken: Mapping[str, tuple[Estimate, Estimate]],
     kappa: Mapping[str, tuple[float, float]],
     gain: Mapping[str, tuple[float, float]],
+    *,
+    note: str = "",
 ) -> dict[str, Any]:
     """Apply the registered rule of C6: is long memory spare where attention recalls?
 
@@ -678,27 +727,34 @@ def judge_recall(
         taken: seed -> share of the induction gain that the cap takes, (hybrid, pure).
         kappa: seed -> kappa of the labels before and after, (hybrid, pure).
         gain: seed -> intact gain, nats per token, (hybrid, pure).
+        note: shown behind the verdict.
 
     Returns:
-        A row as `judge` gives it; "holds" and "holds in part" need every seed.
+        A row as `judge` gives it; "holds" needs the intervals of every seed beyond the thresholds, "holds in part" only the points, or the
+        claim's own condition in every seed.
 
     Example:
-        >>> judge_recall("text", {"0": (0.02, 0.9)}, {"0": (1.0, 0.95)}, {"0": (2.0, 1.0)})["verdict"]
+        >>> taken = {"0": (Estimate(0.02, 0.01, 0.03), Estimate(0.9, 0.8, 1.0))}
+        >>> judge_recall("text", taken, {"0": (1.0, 0.95)}, {"0": (2.0, 1.0)})["verdict"]
         'holds'
     """
     least, hybrid, pure, agree, times = _numbers("C6", "gain", "hybrid", "pure", "kappa", "times")
-    if small := [seed for seed in gain if min(gain[seed]) < least]:
+    if small := [seed for seed in gain if not min(gain[seed]) >= least]:
         return not_testable(
             "C6", model, why=f"the intact gain of seed {', '.join(small)} is under {least} nats per token"
         )
-    holds = [h < hybrid and p > pure and min(kappa[seed]) >= agree for seed, (h, p) in taken.items()]
-    partly = [p > times * h and p > 0 for h, p in taken.values()]
+    same = all(k >= agree for pair in kappa.values() for k in pair)
+    whole = all(h.high < hybrid and p.low > pure for h, p in taken.values())
+    points = all(h.point < hybrid and p.point > pure for h, p in taken.values())
+    ratio = all(p.point > times * h.point and p.point > 0 for h, p in taken.values())
+    judgement = HOLDS if same and whole else PARTLY if (same and points) or ratio else FAILS
     numbers = {
         f"taken, {kind}, seed {seed}": pair[i]
         for seed, pair in taken.items()
         for i, kind in enumerate(("hybrid", "pure"))
     }
-    return _row("C6", model, numbers, HOLDS if all(holds) else PARTLY if all(partly) else FAILS, n_seeds=len(taken))
+    row = _row("C6", model, numbers, judgement, n_seeds=len(taken))
+    return row | {"note": row["note"] + note}
 
 
 def judge_redundancy(model: str, high: Fraction, random: Fraction) -> dict[str, Any]:
@@ -758,12 +814,13 @@ def _share(met: Iterable[bool]) -> float:
 
 
 def _row(
-    key: str, model: str, numbers: Mapping[str, float], judgement: str, *, n_seeds: int | None = None
+    key: str, model: str, numbers: Mapping[str, float | Estimate], judgement: str, *, n_seeds: int | None = None
 ) -> dict[str, Any]:
-    """A row of numbers without intervals; fewer than three seeds are said."""
+    """A row of numbers, those without an interval as points; fewer than three seeds are said."""
     few = n_seeds is not None and n_seeds < ENOUGH_SEEDS
     note = f"; {n_seeds} seed{'s' if n_seeds != 1 else ''}" if few else ""
     criteria = [
-        {"label": label, "point": round(x, 6), "low": round(x, 6), "high": round(x, 6)} for label, x in numbers.items()
+        {"label": label, **_rounded(x if isinstance(x, Estimate) else exactly(float(x)))}
+        for label, x in numbers.items()
     ]
     return {"claim": key, "model": model, "criteria": criteria, "verdict": judgement, "note": note}

@@ -25,7 +25,7 @@ JUST_ABOVE = 1.01  # times eps: the threshold of a measured rank that is held ag
 
 
 def half_lives(trace: StateTrace) -> Float[Tensor, "layer batch head"]:
-    """Tokens after which a head's state has lost half of what it held, by the mean log-decay: ln 2 / |mean log a|.
+    """Tokens after which a head's state has lost half of what it held, by the mean log-decay: ln 2 / abs(mean log a).
 
     Args:
         trace: from `trace_states`; of a decay for each channel, the mean over channels counts.
@@ -43,7 +43,7 @@ def half_lives(trace: StateTrace) -> Float[Tensor, "layer batch head"]:
 
 
 def predicted_rank(log_decay: Float[Tensor, "*lead"], *, d: int, rel_tol: float = REL_TOL) -> Float[Tensor, "*lead"]:
-    """The effective rank that a head's decay alone predicts: min(d, 1 + log(1/eps) / |mean log a|), with nothing fitted.
+    """The effective rank that a head's decay alone predicts: min(d, 1 + log(1/eps) / abs(mean log a)), with nothing fitted.
 
     This is the number of tokens that a state remembers above eps, the newest one included, clipped at its size. With a mean it is a
     prediction; `rank_bound` is the theorem.
@@ -92,7 +92,7 @@ def rank_bound(
     d: int,
     rel_tol: float = REL_TOL,
 ) -> RankBound:
-    """The memory bound: the smallest m with sum of |log ||A_i||| over the last m tokens >= log(1/eps) + log(||S(t-m)|| / ||S(t)||).
+    """The memory bound: the least m of tokens after which what was there before is under eps.
 
     Unrolling m tokens, S(t) = A_t ... A_{t-m+1} S(t-m) + R with rank(R) <= m, so by Eckart and Young the (m+1)-th singular value is at
     most the product of the norms of the transitions times ||S(t-m)||, and the effective rank at eps is at most m once that is under
@@ -101,9 +101,9 @@ def rank_bound(
     Source: the book's page on what rank measures; Theorem 3.1 as reported by an independent reader.
 
     Args:
-        log_norms: log ||A_i||_2 at the last tokens, oldest first, natural logarithm: `StateTrace.log_norms`. A scalar decay is its own
+        log_norms: logarithm of the spectral norm of A_i at the last tokens, oldest first, natural logarithm: `StateTrace.log_norms`. A scalar decay is its own
             norm, of a diagonal one the largest entry is, a matrix has its spectral norm.
-        state_norms: ||S||_2 before the first of these tokens and after each of them: one more than there are tokens. 0 where nothing was
+        state_norms: spectral norms of S before the first of these tokens and after each of them: one more than there are tokens. 0 where nothing was
             written yet.
         d: largest possible rank, min(d_k, d_v).
         rel_tol: the threshold eps, in (0, 1).

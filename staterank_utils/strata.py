@@ -4,6 +4,7 @@ Statistics here take NumPy arrays (or anything that NumPy reads) over heads. `bo
 drawing the prompts anew, because prompts are what a measurement could have drawn differently.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,17 @@ class Estimate:
         return cls(*(float(number.replace(",", "")) for number in found.groups()))
 
 
+class UndefinedError(ValueError):
+    """A statistic is defined on the prompts as they are, and not on some draws of them.
+
+    Example:
+        >>> bootstrap(lambda x: x.mean() if np.ptp(x) else np.nan, np.array([1.0, 2.0]))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        staterank_utils.strata.UndefinedError: the statistic is 1.5 on the prompts but NaN on ... of 1000 draws: use more prompts
+    """
+
+
 def bootstrap(
     statistic: Callable[..., float],
     *groups: NDArray[np.float64],
@@ -86,8 +98,8 @@ def bootstrap(
         The statistic on the prompts as they are, and the interval. With one prompt a group, the interval is the point.
 
     Raises:
-        ValueError: a group has no prompts or holds a NaN or infinity, or a draw gives NaN where the prompts as they are
-            do not.
+        ValueError: a group has no prompts or holds a NaN or infinity.
+        UndefinedError: a draw gives NaN where the prompts as they are do not.
 
     Example:
         >>> estimate = bootstrap(lambda x: x.mean(), np.array([1.0, 2.0, 3.0]))
@@ -107,7 +119,7 @@ def bootstrap(
     if np.isnan(point):
         return Estimate(point, float("nan"), float("nan"))
     if np.isnan(draws).any():
-        raise ValueError(
+        raise UndefinedError(
             f"the statistic is {point} on the prompts but NaN on {np.isnan(draws).sum()} of {n_resamples} draws: use more prompts"
         )
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
@@ -639,5 +651,7 @@ def smallest_over_pairs(
         0.5
     """
     return bootstrap(
-        lambda *drawn: float(off_diagonal(pairwise(statistic, drawn)).min()), *groups, n_resamples=n_resamples
+        lambda *drawn: float(np.min([statistic(a, b) for a, b in itertools.combinations(drawn, 2)])),
+        *groups,
+        n_resamples=n_resamples,
     )

@@ -213,6 +213,10 @@ def test_each_rule_of_one_model_in_the_second_registration(key: str, measured: l
 THREE = ("0", "1", "2")
 
 
+def recall(hybrid: Estimate, pure: Estimate, kappa: tuple, gain: tuple = (0.3, 0.3)) -> dict:
+    return claims.judge_recall("m", {"0": (hybrid, pure)}, {"0": kappa}, {"0": gain})
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -237,12 +241,17 @@ THREE = ("0", "1", "2")
         (claims.judge_layer_zero("m", {"0": (0.35, 0.29), "1": (0.3, None)}), PARTLY),
         (claims.judge_layer_zero("m", {"0": (0.35, 0.34)}), FAILS),
         (claims.judge_layer_zero("m", {"0": (None, 0.34)}), claims.NOT_TESTABLE),
-        (claims.judge_chance("m", {"38.9 %": True, "25 %": True}), HOLDS),
-        (claims.judge_chance("m", {"38.9 %": False, "25 %": False}), FAILS),
-        (claims.judge_recall("m", {"0": (0.05, 0.6)}, {"0": (0.9, 0.9)}, {"0": (0.3, 0.3)}), HOLDS),
-        (claims.judge_recall("m", {"0": (0.05, 0.6)}, {"0": (0.8, 0.9)}, {"0": (0.3, 0.3)}), PARTLY),
-        (claims.judge_recall("m", {"0": (0.1, 0.5)}, {"0": (1.0, 1.0)}, {"0": (0.3, 0.3)}), FAILS),
-        (claims.judge_recall("m", {"0": (0.0, 0.9)}, {"0": (1.0, 1.0)}, {"0": (1.0, 0.29)}), claims.NOT_TESTABLE),
+        (claims.judge_chance("m", {"38.9 %": -0.1, "25 %": -0.2}), HOLDS),
+        (claims.judge_chance("m", {"38.9 %": 0.1, "25 %": 0.0}), FAILS),
+        (claims.judge_chance("m", {"25 %": -0.1}), PARTLY),
+        (claims.judge_chance("m", {}), claims.NOT_TESTABLE),
+        (recall(at(0.05), at(0.6), (0.9, 0.9)), HOLDS),
+        (recall(at(0.05, 0.06), at(0.6), (0.9, 0.9)), PARTLY),
+        (recall(at(0.05), at(0.6), (0.8, 0.9)), PARTLY),
+        (recall(at(0.15), at(0.6), (0.9, 0.9)), FAILS),
+        (recall(at(0.2), at(0.6), (0.95, NAN)), FAILS),
+        (recall(at(0.1), at(0.5), (1.0, 1.0)), FAILS),
+        (recall(at(0.0), at(0.9), (1.0, 1.0), gain=(1.0, 0.29)), claims.NOT_TESTABLE),
         (claims.judge_redundancy("m", Fraction(1, 4), Fraction(3, 8)), HOLDS),
         (claims.judge_redundancy("m", Fraction(1, 4), Fraction(1, 4)), PARTLY),
         (claims.judge_redundancy("m", Fraction(1, 1), Fraction(1, 1)), FAILS),
@@ -258,3 +267,18 @@ def test_few_seeds_are_said() -> None:
     assert claims.judge_alpha("m", dict.fromkeys(THREE, 1.0))["note"] == ""
     assert claims.judge_alpha("m", {"0": 1.0})["note"] == "; 1 seed"
     assert claims.judge_tasks("m", [0.9] * 3, [0.1] * 2)["note"] == "; 2 seeds"
+    assert (
+        claims.judge_layer_zero("m", {"0": (None, None), "1": (0.3, 0.5)})["note"] == "; 1 seed; no crossing in seed 0"
+    )
+    assert claims.judge_chance("m", {"25 %": -0.1})["note"] == "; 1 of 2 doses count"
+
+
+def test_both_shares_stand_beside_the_verdict_on_tasks() -> None:
+    row = claims.judge_tasks("m", [0.8, 0.9], [0.6, 0.7], two_groups=([0.3, 0.3], [0.1, 0.2]))
+    numbers = {number["label"]: (number["point"], number["low"], number["high"]) for number in row["criteria"]}
+    assert numbers["outside, text"] == pytest.approx((0.85, 0.8, 0.9))
+    assert numbers["two groups, text - tasks"][0] == pytest.approx(0.15)
+
+
+def test_what_was_not_measured_is_not_called_untestable() -> None:
+    assert claims.not_measured("C4", "m", why="no tasks")["verdict"] == "not measured"

@@ -18,8 +18,17 @@ from staterank_utils.memory import predicted_rank
 from staterank_utils.models import CHECKPOINTS, choose_kernels, initial_model, load_model, load_tokenizer
 from staterank_utils.results import weights_hash
 from staterank_utils.strata import share_outside
+from staterank_utils.studies import recall
 from staterank_utils.studies import removal as study
-from staterank_utils.studies.ladder import LADDER, Measured, Scale, ladder_claims, load_measured, measure_model
+from staterank_utils.studies.ladder import (
+    LADDER,
+    Measured,
+    Scale,
+    ladder_claims,
+    load_measured,
+    measure_model,
+    store_measured,
+)
 from staterank_utils.studies.removal import AREA, HIGH, JOINT, LAYERS, LOW, MODEL, PROTECTED, RANDOM, Sizes, chosen
 from staterank_utils.studies.texts import draw_texts
 from staterank_utils.surgery import ablate_heads
@@ -56,6 +65,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> tuple[Path, M
 
     run = folder / SMALL.name
     with pytest.MonkeyPatch.context() as patch:
+        for module in (study, recall):
+            patch.setattr(module, "POSITION_DOSES", (study.Fraction(1, 4),))
         for name, value in {"RECORD_AT": (0, 5), "RECORD_PROMPTS": 1, "KEEP_AT": (5,), "HELD_OUT_WINDOWS": 2}.items():
             patch.setattr(training, name, value)
         train(
@@ -64,8 +75,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> tuple[Path, M
             device="cpu",
             compiled=False,
         )
-    (run / "step-5").rename(run / "step-500")
-    measure(run, folder / "out", scale=QUICK, device="cpu")
+        (run / "step-5").rename(run / "step-500")
+        measure(run, folder / "out", scale=QUICK, device="cpu")
     return folder, load_measured(SMALL.name, folder / "out")[0]
 
 
@@ -79,7 +90,9 @@ def test_a_small_model_goes_the_whole_road(stored) -> None:
         *("C1", "C1b", "C1c", "C2", "C2n", "C2b", "C3", "C3a", "C4", "C4a", "C5"),
         *("C0", "C0a", "C0c", "C7", "C5a"),
     ]
-    assert measured.law.bound_violations == 0
+    assert {variant: law.bound_violations for variant, law in measured.laws.items()} == {"end": 0, "step-500": 0}
+    assert list(data["controls"]) == ["initial", "shuffled", "step-500"]
+    assert measured.removal.secondary["intact"].shape == (4, 1)
     assert data["provenance"]["checkpoints"].keys() == {"model"}
     assert all((folder / "out" / f"{SMALL.name}.{end}").stat().st_size < 300_000 for end in ("json", "npz"))
 
@@ -128,15 +141,34 @@ def test_a_dose_counts_while_both_arms_are_better_than_unigrams(made) -> None:
 
 
 def test_the_joint_score_is_held_against_every_random_draw(made) -> None:
+    """Joint costs three, random draws four times the share of the heads; ruin is 1 nat."""
     assert made.spare_share() == 2 / 48
-    assert made.below_chance() == {"38.9%": True, "4.2%": True}
-    worse = replace(made, nats=np.where([[arm.order == JOINT] for arm in made.arms], 9.0, made.nats))
-    assert worse.below_chance() == {"38.9%": False, "4.2%": False}
+    leads = made.leads_over_chance()
+    assert list(leads) == ["4.2%, where rank alone is spare"]  # at 38.9 % both are ruined
+    assert leads["4.2%, where rank alone is spare"] < 0
+    rich = replace(made, unigram={"books": 9.0, "code": 9.0})
+    assert [lead < 0 for lead in rich.leads_over_chance().values()] == [True, True]
+    worse = replace(rich, nats=np.where([[arm.order == JOINT] for arm in made.arms], 8.9, made.nats))
+    assert [lead < 0 for lead in worse.leads_over_chance().values()] == [False, False]
     assert made.alpha_gap().point == pytest.approx(0.25)
 
 
+def test_the_area_is_over_the_doses_that_count(made) -> None:
+    """With ruin at half a nat, the highest ranks count up to a quarter of the heads and less."""
+    poor = replace(made, unigram={"books": 5.5, "code": 5.5})
+    assert poor.counted(LAYERS) == [1 / 16, 2 / 16]
+    assert poor.area(LAYERS) == pytest.approx((1 / 16 + 2 / 16) / 2 / 16)
+    ruined = replace(made, unigram={"books": 5.0, "code": 5.0})
+    assert np.isnan(ruined.area(MODEL))
+    assert np.isnan(ruined.area_interval(MODEL).point)
+    assert ruined.spare_share() is None
+    assert [row["verdict"] for row in ruined.claims("m") if row["claim"] == "C5a"] == [claims.NOT_TESTABLE]
+
+
 def test_the_arms_cross_where_the_highest_begin_to_cost_more(made) -> None:
-    assert made.crossing(MODEL) is None  # from the first dose on they cost more
+    assert made.crossing(MODEL) == 1 / 32  # from the first dose on they cost more
+    cheap = np.where([[arm.order == HIGH] for arm in made.arms], 5.0, made.nats)
+    assert replace(made, nats=cheap).crossing(MODEL) is None
     gap = {LOW: 0.2, HIGH: 0.0}
     shifted = [
         np.full(
@@ -192,7 +224,7 @@ def test_ties_in_rank_are_broken_by_the_stable_rank() -> None:
 
 
 def test_claims_of_several_models_are_told_by_kind_data_and_seed(stored) -> None:
-    measured = stored[1]
+    measured = replace(stored[1], removal=replace(stored[1].removal, unigram={"books": 99.0, "code": 99.0}))
     models = {
         name: replace(measured, name=name)
         for name in ("hybrid-text-0", "hybrid-text-1", "pure-text-0", "hybrid-tasks63-0", "pure-tasks63-0")
@@ -202,6 +234,23 @@ def test_claims_of_several_models_are_told_by_kind_data_and_seed(stored) -> None
         ("C0b", "the ladder"), ("C1e", "hybrid"), ("C1e", "pure"), ("C6", "text"), ("C6", "tasks63"),
     ]  # fmt: skip
     assert [row["note"] for row in rows if (row["claim"], row["model"]) == ("C5b", "hybrid-text")] == ["; 2 seeds"]
+
+
+def test_a_spare_share_is_one_of_the_doses_again_when_it_is_read(stored, tmp_path: Path) -> None:
+    """1/48 has no six digits."""
+    _, measured = stored
+    heads, by_name = measured.removal.heads, measured.removal.orders
+    arms = study.all_arms(heads, by_name, name=measured.name, n_draws=2)
+    arms += study.chance_arms(heads, name=measured.name, spare=1 / 48, first=2, n_draws=3)
+    dear = np.array([9.9 if arm.order == HIGH and arm.share > 1 / 48 else 0.0 for arm in arms])
+    removal = replace(
+        measured.removal, arms=arms, nats=measured.removal.intact + dear[:, None], unigram={"books": 99.0, "code": 99.0}
+    )
+    assert removal.spare_share() == 1 / 48
+    store_measured(replace(measured, removal=removal), tmp_path, made={})
+    again, _ = load_measured(measured.name, tmp_path)
+    assert again.removal.arms == arms
+    assert len(again.removal.draws(MODEL, 1 / 48)) == 3
 
 
 # ---------------------------------------------------------------- jobs
@@ -216,12 +265,16 @@ def arguments(tmp_path: Path):
 def test_a_job_that_fails_leaves_the_others_alone_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = subprocess.Popen
 
+    commands: list[list[str]] = []
+
     def started(command: list[str], **options: object):
+        commands.append(command)
         name = command[command.index("--job") + 1]
         return original([sys.executable, "-c", f"raise SystemExit({int(name == 'hybrid-text-1')})"])
 
     monkeypatch.setattr(ladder.subprocess, "Popen", started)
-    assert ladder.run_wave(WAVES[1], arguments(tmp_path)) == ["hybrid-text-1"]
+    assert ladder.run_wave(WAVES[1], arguments(tmp_path), 2) == ["hybrid-text-1"]
+    assert all(command[command.index("--gpus") + 1] == "2" for command in commands)
 
 
 def test_what_a_job_has_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +306,25 @@ def test_jobs_take_different_gpus_and_wait_where_none_is_free(tmp_path: Path, mo
     with ladder.free_gpu(tmp_path, 2) as again:
         assert again == 0
     assert waits == [ladder.POLL]
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "0"), ("4,5", "4")])
+def test_a_job_takes_one_of_the_gpus_that_it_may_use(
+    visible: str | None, expected: str, tmp_path: Path, monkeypatch
+) -> None:
+    given, seen = arguments(tmp_path), []
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    def run(command: list[str], *, env: dict[str, str], **options: object):
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ladder.subprocess, "run", run)
+    ladder.run_job("hybrid-text-0", given, 2)
+    assert seen == [expected] * 2
 
 
 def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

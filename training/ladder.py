@@ -10,6 +10,7 @@ takes recipes of any wave, and `--job NAME` runs one job, which is what a workfl
 import argparse
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def free_gpu(folder: Path, n_gpus: int) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         for index in range(n_gpus):
-            with (folder / f".gpu-{index}.lock").open("w") as lock:
+            with (folder / f".gpu-{socket.gethostname()}-{index}.lock").open("w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -68,7 +69,9 @@ def run_job(name: str, arguments: argparse.Namespace, n_gpus: int) -> None:
     find_recipe(name)
     log = arguments.runs / f"{name}.log"
     with free_gpu(arguments.runs, n_gpus) as index:
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(index)}
+        # Of those that this process may use, by their own names.
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
         for step, command in commands(name, arguments).items():
             with log.open("a") as stream:
                 done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False)
@@ -76,9 +79,9 @@ def run_job(name: str, arguments: argparse.Namespace, n_gpus: int) -> None:
                 raise SystemExit(f"{step} of {name} failed with exit status {done.returncode}: see {log}")
 
 
-def run_wave(names: Sequence[str], arguments: argparse.Namespace) -> list[str]:
+def run_wave(names: Sequence[str], arguments: argparse.Namespace, n_gpus: int) -> list[str]:
     """Start every job, wait for all, and return the names of those that failed."""
-    options = ["--corpus", arguments.corpus, "--tokenizer", arguments.tokenizer, "--runs", arguments.runs, "--out", arguments.out, "--workers", arguments.workers]  # fmt: skip
+    options = ["--corpus", arguments.corpus, "--tokenizer", arguments.tokenizer, "--runs", arguments.runs, "--out", arguments.out, "--workers", arguments.workers, "--gpus", n_gpus]  # fmt: skip
     jobs = {
         name: subprocess.Popen([sys.executable, "-m", "training.ladder", "--job", name, *map(str, options)])
         for name in names
@@ -111,7 +114,7 @@ def main() -> None:
         raise SystemExit(f"asked for {n_gpus} GPUs, and torch sees {there} on this host: lower --gpus")
     if arguments.job:
         run_job(arguments.job, arguments, n_gpus)
-    elif failed := run_wave(arguments.recipes or WAVES[arguments.wave], arguments):
+    elif failed := run_wave(arguments.recipes or WAVES[arguments.wave], arguments, n_gpus):
         raise SystemExit(
             f"failed: {', '.join(failed)}; their logs are in {arguments.runs}. The same command tries them again"
         )

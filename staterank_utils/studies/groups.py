@@ -1,6 +1,6 @@
 """Ranks of every head on every kind of input, and how far decay alone predicts them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,35 +208,68 @@ def first_claims(name: str, groups: Groups, *, initial: Groups | None) -> list[R
         >>> [row["claim"] for row in first_claims("hybrid", groups, initial=groups)]
         ['C1', 'C1c', 'C2', 'C2n', 'C3', 'C3a']
     """
-    end, norm = groups.rank["prose"], groups.norm
+    end = groups.rank["prose"]
     pair = np.stack([groups.early_rank, end], 1)
-    rho = bootstrap(lambda x: spearman(*x.mean(0)), pair)
-    of_ranks = bootstrap(lambda x: cosine(*x.mean(0)), pair)
-    of_norms = bootstrap(lambda x: cosine(*x.mean(0)), np.stack([groups.early_norm, norm], 1))
+    norms = np.stack([groups.early_norm, groups.norm], 1)
     natural = [groups.rank[domain] for domain in NATURAL_DOMAINS]
     kappa = mean_kappa(groups.d)
-    medians = [float(np.median(strata.off_diagonal(strata.pairwise(f, natural)))) for f in (mean_spearman, kappa)]
-    smallest = {
-        "min rho": strata.smallest_over_pairs(mean_spearman, natural),
-        "min kappa": strata.smallest_over_pairs(kappa, natural),
-    }
-    adversarial = {
-        domain: bootstrap(mean_spearman, end, groups.rank[domain], n_resamples=500) for domain in ADVERSARIAL_DOMAINS
-    }
-    if initial is None:
-        acquired = claims.not_testable("C1c", name, why="its weights before training are not known")
-    else:
+
+    def over_time(similarity: Any, table: NDArray[np.float64]) -> Estimate:
+        return bootstrap(lambda x: similarity(*x.mean(0)), table)
+
+    def acquired() -> Row:
+        if initial is None:
+            return claims.not_testable("C1c", name, why="its weights before training are not known")
         n = min(len(end), len(initial.rank["prose"]))
         both = np.stack([initial.rank["prose"][:n], end[:n]], 1)
-        acquired = claims.judge("C1c", name, {"rho": bootstrap(lambda x: spearman(*x.mean(0)), both)})
-    return [
-        claims.judge("C1", name, strata.two_groups(groups.relative("prose"))),
-        acquired,
-        claims.judge("C2", name, {"rho": rho}),
-        claims.judge("C2n", name, {"cosine of n": of_norms}, note=f"; cosine of r {of_ranks}"),
-        claims.judge("C3", name, smallest, medians=medians),
-        claims.judge("C3a", name, adversarial),
-    ]
+        return claims.judge("C1c", name, {"rho": over_time(spearman, both)})
+
+    def over_inputs() -> Row:
+        medians = [float(np.median(strata.off_diagonal(strata.pairwise(f, natural)))) for f in (mean_spearman, kappa)]
+        smallest = {
+            "min rho": strata.smallest_over_pairs(mean_spearman, natural),
+            "min kappa": strata.smallest_over_pairs(kappa, natural),
+        }
+        return claims.judge("C3", name, smallest, medians=medians)
+
+    def adversarial() -> Row:
+        against_prose = {
+            domain: bootstrap(mean_spearman, end, groups.rank[domain], n_resamples=500)
+            for domain in ADVERSARIAL_DOMAINS
+        }
+        return claims.judge("C3a", name, against_prose)
+
+    rows = {
+        "C1": lambda: claims.judge("C1", name, strata.two_groups(groups.relative("prose"))),
+        "C1c": acquired,
+        "C2": lambda: claims.judge("C2", name, {"rho": over_time(spearman, pair)}),
+        "C2n": lambda: claims.judge(
+            "C2n", name, {"cosine of n": over_time(cosine, norms)}, note=f"; cosine of r {over_time(cosine, pair)}"
+        ),
+        "C3": over_inputs,
+        "C3a": adversarial,
+    }
+    return [judged_if_defined(key, name, judge) for key, judge in rows.items()]
+
+
+def judged_if_defined(key: str, name: str, judge: Callable[[], Row]) -> Row:
+    """The row of a claim, or why it cannot be tested where its measure is undefined on some draws of prompts.
+
+    Args:
+        key: of the claim.
+        name: of the model.
+        judge: makes the row.
+
+    Example:
+        >>> def undefined():
+        ...     raise strata.UndefinedError("NaN on 3 of 500 draws")
+        >>> judged_if_defined("C3", "tiny", undefined)["note"]
+        ': NaN on 3 of 500 draws'
+    """
+    try:
+        return judge()
+    except strata.UndefinedError as error:
+        return claims.not_testable(key, name, why=str(error))
 
 
 @dataclass(frozen=True)
@@ -325,14 +358,27 @@ class Law:
         """(factor, head): change of rank by the law, from the mean log-decay of the unscaled head."""
         decay = torch.from_numpy(self.base_decay.mean(0))
         before = predicted_rank(decay, d=self.d)
-        return torch.stack([predicted_rank(decay * factor, d=self.d) - before for factor in self.factors]).numpy()
+        changes = [predicted_rank(decay * factor, d=self.d) - before for factor in self.factors]
+        return torch.stack([*changes, torch.zeros_like(before)])[:-1].numpy()
 
     def agreement(self) -> Estimate:
         """Spearman of predicted and measured change over heads and factors whose predicted change is not 0 (C0c)."""
         predicted = self.predicted_changes()
         moves = predicted != 0
+        if moves.sum() < 2:
+            return strata.exactly(float("nan"))
         changes = (self.scaled_rank - self.base_rank).transpose(1, 0, 2)  # (prompt, factor, head)
         return bootstrap(lambda drawn: spearman(predicted[moves], drawn.mean(0)[moves]), changes)
+
+    def by_factor(self) -> dict[str, float]:
+        """The same for each factor alone, where the sign of the change cannot help; exploratory."""
+        predicted, measured = self.predicted_changes(), (self.scaled_rank - self.base_rank).mean(1)
+        return {
+            f"{factor:g}": spearman(before[before != 0], found[before != 0])
+            if (before != 0).sum() > 1
+            else float("nan")
+            for factor, before, found in zip(self.factors, predicted, measured, strict=True)
+        }
 
     @property
     def n_still(self) -> int:
@@ -358,8 +404,8 @@ def measure_law(
         bound_tokens: of those that are held against the bound; by default as many.
         factors: of log-decay.
 
-    Raises:
-        ValueError: an architecture without decay.
+    Returns:
+        What was measured; no factors where the architecture has no decay.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
@@ -376,6 +422,8 @@ def measure_law(
     heads = all_heads(model)
     scaled = np.stack([base.rank[-1]] * len(factors))
     layers = sorted({layer for layer, _ in heads})
+    if any(layout.changed_decay is None for _, _, layout in linear_layers(model)):
+        layers, factors, scaled = [], (), scaled[:0]  # no decay that could be scaled
     for layer in tqdm(layers, desc="layers scaled", leave=False):
         of_layer = [index for index, (of, _) in enumerate(heads) if of == layer]
         for row, factor in enumerate(factors):
@@ -413,11 +461,17 @@ def law_claims(name: str, groups: Groups, law: Law) -> list[Row]:
             "C0",
             name,
             {"violations": strata.exactly(float(law.bound_violations))},
-            note=f" of {law.bound_states:,} states",
+            note=f" of {law.bound_states:,} states, {law.void:.0%} of them not bounded by decay",
         ),
-        claims.judge("C0a", name, law_fit(groups)),
-        claims.judge("C0c", name, {"rho": law.agreement()}, note=f"; {law.n_still} pairs predicted to stay"),
+        judged_if_defined("C0a", name, lambda: claims.judge("C0a", name, law_fit(groups))),
+        judged_if_defined("C0c", name, lambda: _causal(name, law)),
     ]
+
+
+def _causal(name: str, law: Law) -> Row:
+    if (law.predicted_changes() != 0).sum() < 2:
+        return claims.not_testable("C0c", name, why="the law predicts no change of rank")
+    return claims.judge("C0c", name, {"rho": law.agreement()}, note=f"; {law.n_still} pairs predicted to stay")
 
 
 def law_fit(groups: Groups, domain: str = "prose") -> dict[str, Estimate]:

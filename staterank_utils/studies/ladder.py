@@ -34,6 +34,8 @@ from staterank_utils.studies.groups import (
 )
 from staterank_utils.studies.recall import GAPS, Recall, measure_recall
 from staterank_utils.studies.removal import (
+    HIGH,
+    JOINT,
     MODEL,
     PROTECTED,
     SCHEMES,
@@ -42,15 +44,17 @@ from staterank_utils.studies.removal import (
     Sizes,
     all_arms,
     chance_arms,
+    doses,
     measure_removal,
     summary,
 )
 from staterank_utils.studies.texts import draw_texts
+from staterank_utils.tasks import NATURAL_DOMAINS
 
 LADDER = STORED / "ladder"
 VARIANTS = ("initial", "shuffled", "step-500", "step-2000")  # beside the end
 RANKED = ("C1", "C1b", "C1c", "C2", "C2n", "C2b", "C3", "C3a")
-NOT_MEASURED = "not measured on the ladder, only on the embedded models"
+NOT_MEASURED = "tasks are measured in full on the embedded models"
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,8 @@ class Measured:
         training: what its training says of itself, its losses among it, but for the record of heads.
         trajectory: that record.
         groups: variant ("end" and some of `VARIANTS`) -> ranks.
-        turning, law, removal, recall: of the model at its end.
+        laws: "end", and each step whose weights were kept -> how far the law holds.
+        turning, removal, recall: of the model at its end.
 
     Example:
         >>> list(Measured.__dataclass_fields__)[:2]
@@ -137,7 +142,7 @@ class Measured:
     trajectory: Trajectory
     groups: Mapping[str, Groups]
     turning: Turning
-    law: Law
+    laws: Mapping[str, Law]
     removal: Removal
     recall: Recall
 
@@ -147,12 +152,21 @@ class Measured:
         rows = [
             *first_claims(self.name, end, initial=self.groups.get("initial")),
             *self.turning.claims(self.name),
-            *law_claims(self.name, end, self.law),
+            *law_claims(self.name, end, self.laws["end"]),
             *self.removal.claims(self.name),
-            *(claims.not_testable(key, self.name, why=NOT_MEASURED) for key in ("C4", "C4a", "C5")),
+            *(claims.not_measured(key, self.name, why=NOT_MEASURED) for key in ("C4", "C4a", "C5")),
         ]
         order = [*claims.CLAIMS, *claims.SECOND]
         return sorted(rows, key=lambda row: order.index(row["claim"]))
+
+    def controls(self) -> dict[str, list[Row]]:
+        """The claims about ranks on the other variants: before training, shuffled, and on the way."""
+        rows = {}
+        for variant, groups in self.groups.items():
+            if variant != "end" and len(groups.early_rank):
+                law = law_claims(self.name, groups, self.laws[variant]) if variant in self.laws else []
+                rows[variant] = [*first_claims(self.name, groups, initial=self.groups.get("initial")), *law]
+        return rows
 
     def numbers(self) -> dict[str, Any]:
         """What the table and the text of the ladder quote, beside the claims."""
@@ -168,7 +182,11 @@ class Measured:
             "unigram": dict(self.removal.unigram),
             "intact": {"books": float(self.removal.intact[: self.removal.n_windows].mean()), "code": float(self.removal.intact[self.removal.n_windows :].mean())},
             "D": {scheme: _listed(self.removal.area_interval(scheme)) for scheme in SCHEMES},
+            "D over": {scheme: self.removal.counted(scheme) for scheme in SCHEMES},
             "D beyond random orders within layers": self.removal.beyond_random(),
+            "C0c by factor": self.laws["end"].by_factor(),
+            "taken by the cap": _listed(self.recall.taken()),
+            "secondary": {label: losses.mean(1).tolist() for label, losses in self.removal.secondary.items()},
             "crossing": {scheme: self.removal.crossing(scheme) for scheme in SCHEMES},
             "joint - rank alone": _listed(self.removal.alpha_gap()),
             "spare share": self.removal.spare_share(),
@@ -227,19 +245,24 @@ def measure_model(
         tokenizer, n_windows=scale.n_windows, window=scale.window, n_copies=scale.n_copies, copy=max(scale.gaps), n_calibration=scale.n_calibration
     )  # fmt: skip
     groups = {"end": measure_groups(model, tokenizer, n_prompts=scale.n_prompts, n_tokens=scale.n_tokens)}
+    of_law: dict[str, Any] = {
+        "n_prompts": scale.n_law_prompts,
+        "n_tokens": scale.law_tokens,
+        "bound_tokens": scale.n_tokens,
+    }
+    laws = {"end": measure_law(model, tokenizer, **of_law)}
     for variant in VARIANTS:
         kept = folder / variant
         if variant.startswith("step") and not kept.is_dir():
             continue
-        # The model before training is compared on the same prompts as the trained one.
-        n_prompts = scale.n_prompts if variant == "initial" else scale.n_checkpoint_prompts
+        # Controls are measured on the same prompts as the trained model.
+        n_prompts = scale.n_checkpoint_prompts if variant.startswith("step") else scale.n_prompts
         weights: Any = "trained" if kept.is_dir() else variant
         other = load_model(str(kept if kept.is_dir() else folder / "model"), weights=weights, **options)
         groups[variant] = measure_groups(other, tokenizer, n_prompts=n_prompts, n_tokens=scale.n_tokens)
+        if variant.startswith("step"):
+            laws[variant] = measure_law(other, tokenizer, **of_law)
     turning = measure_turning(model, tokenizer, n_tokens=scale.n_tokens)
-    law = measure_law(
-        model, tokenizer, n_prompts=scale.n_law_prompts, n_tokens=scale.law_tokens, bound_tokens=scale.n_tokens
-    )
     removal = measure_removal(model, texts, name=name, sizes=scale.removal)
     recall = measure_recall(
         model, tokenizer, texts, removal, groups["end"], gaps=scale.gaps, n_scores=scale.n_scores, n_graded=scale.n_graded,
@@ -247,7 +270,7 @@ def measure_model(
     )  # fmt: skip
     about = {key: value for key, value in training.items() if key != "record"}
     trajectory = trajectory_of(training["record"], n_steps=training["steps"])
-    return Measured(name, about, trajectory, groups, turning, law, removal, recall)
+    return Measured(name, about, trajectory, groups, turning, laws, removal, recall)
 
 
 # ---------------------------------------------------------------- stored
@@ -268,32 +291,34 @@ def store_measured(measured: Measured, folder: Path, *, made: Mapping[str, Any])
         >>> store_measured.__name__
         'store_measured'
     """
+    arms = measured.removal.arms
+    content = {
+        "provenance": dict(made),
+        "name": measured.name,
+        "training": dict(measured.training),
+        "rows": measured.claims(),
+        "controls": measured.controls(),
+        "numbers": _plain(measured.numbers()),
+        "arms": summary(measured.removal),
+        "sizes": {
+            "n_draws": 1 + max(arm.draw for arm in arms if arm.scheme == PROTECTED),
+            "n_chance": 1 + max(arm.draw for arm in arms),
+            "within_windows": measured.removal.within_windows,
+            "d": measured.removal.d,
+            "n_tokens": measured.groups["end"].n_tokens,
+            "gaps": list(measured.recall.gaps),
+            "factors": {variant: list(law.factors) for variant, law in measured.laws.items()},
+            "turning": vars(measured.turning),
+            "bound": {
+                variant: [law.bound_violations, law.bound_states, law.void] for variant, law in measured.laws.items()
+            },
+        },
+    }
+    # Judged before anything is written.
     folder.mkdir(parents=True, exist_ok=True)
     with whole_or_not(folder / f"{measured.name}.npz") as partial, partial.open("wb") as stream:
         np.savez_compressed(stream, **_arrays(measured))  # type: ignore[arg-type]
-    arms = measured.removal.arms
-    write_json(
-        folder / f"{measured.name}.json",
-        {
-            "provenance": dict(made),
-            "name": measured.name,
-            "training": dict(measured.training),
-            "rows": measured.claims(),
-            "numbers": _plain(measured.numbers()),
-            "arms": summary(measured.removal),
-            "sizes": {
-                "n_draws": 1 + max(arm.draw for arm in arms if arm.scheme == PROTECTED),
-                "n_chance": 1 + max(arm.draw for arm in arms),
-                "within_windows": measured.removal.within_windows,
-                "d": measured.removal.d,
-                "n_tokens": measured.groups["end"].n_tokens,
-                "gaps": list(measured.recall.gaps),
-                "factors": list(measured.law.factors),
-                "turning": vars(measured.turning),
-                "bound": [measured.law.bound_violations, measured.law.bound_states, measured.law.void],
-            },
-        },
-    )
+    write_json(folder / f"{measured.name}.json", content)
 
 
 def load_measured(name: str, folder: Path = LADDER) -> tuple[Measured, dict[str, Any]]:
@@ -323,22 +348,28 @@ def load_measured(name: str, folder: Path = LADDER) -> tuple[Measured, dict[str,
 
 def _arrays(measured: Measured) -> dict[str, NDArray[Any]]:
     """Everything per head, prompt and window, in the narrowest type that holds it."""
-    removal, recall, law = measured.removal, measured.recall, measured.law
+    removal, recall = measured.removal, measured.recall
     found: dict[str, NDArray[Any]] = {"heads": np.array(removal.heads, dtype=np.int16)}
     for variant, groups in measured.groups.items():
         for domain, table in groups.rank.items():
             found[f"groups/{variant}/rank/{domain}"] = table.astype(np.int16)
-            if domain == "prose" or variant == "end":
+            if domain == "prose" or (variant == "end" and domain in NATURAL_DOMAINS):
                 precision = np.float32 if domain == "prose" else np.float16
                 found[f"groups/{variant}/log_decay/{domain}"] = groups.log_decay[domain].astype(precision)
-    end = measured.groups["end"]
-    found["end/early_rank"] = end.early_rank.astype(np.int16)
-    found |= {"end/early_norm": end.early_norm.astype(np.float32), "end/norm": end.norm.astype(np.float32)}
+        found[f"groups/{variant}/early/rank"] = groups.early_rank.astype(np.int16)
+        for key in ("early_norm", "norm"):
+            found[f"groups/{variant}/early/{key}"] = getattr(groups, key).astype(
+                np.float32 if variant == "end" else np.float16
+            )
     path = measured.trajectory
     found |= {"steps/at": np.array(path.steps), "steps/rank": path.rank.astype(np.float32)}
     found["steps/log_decay"] = path.log_decay.astype(np.float32)
-    found |= {"law/base_rank": law.base_rank.astype(np.int16), "law/scaled_rank": law.scaled_rank.astype(np.int16)}
-    found["law/base_decay"] = law.base_decay.astype(np.float32)
+    for variant, law in measured.laws.items():
+        found[f"law/{variant}/base_rank"] = law.base_rank.astype(np.int16)
+        found[f"law/{variant}/scaled_rank"] = law.scaled_rank.astype(np.int16)
+        found[f"law/{variant}/base_decay"] = law.base_decay.astype(np.float32)
+    for label, table in removal.secondary.items():
+        found[f"secondary/{label}"] = table.astype(np.float32)
     for order, indices in removal.orders.items():
         found[f"orders/{order}"] = indices.astype(np.int16)
     for key in ("rank", "intact", "nats", "within"):
@@ -366,21 +397,24 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
     sizes, name = data["sizes"], data["name"]
     heads = tuple((int(layer), int(head)) for layer, head in arrays["heads"])
     variants = dict.fromkeys(key.split("/")[1] for key in arrays if key.startswith("groups/"))
-    of_end, of_steps, nothing = under("end/"), under("steps/"), np.empty((0, len(heads)))
-    groups = {
-        variant: Groups(
+    groups = {}
+    for variant in variants:
+        early = under(f"groups/{variant}/early/")
+        groups[variant] = Groups(
             heads, sizes["d"], sizes["n_tokens"], under(f"groups/{variant}/rank/"), under(f"groups/{variant}/log_decay/"),
-            *(of_end[key] if variant == "end" else nothing for key in ("early_rank", "early_norm", "norm")),
-        )
-        for variant in variants
-    }  # fmt: skip
+            early["rank"], early["early_norm"], early["norm"],
+        )  # fmt: skip
+    of_steps = under("steps/")
     trajectory = Trajectory(tuple(map(int, of_steps["at"])), of_steps["rank"], of_steps["log_decay"])
     orders = {key: value.astype(np.int64) for key, value in under("orders/").items()}
-    arms = _arms(heads, orders, sizes, name, data["numbers"]["spare share"])
+    spare = data["numbers"]["spare share"]
+    # Six digits are stored; a share is one of the doses.
+    spare = None if spare is None else min(doses(MODEL), key=lambda dose: abs(dose - spare))
+    arms = _arms(heads, orders, sizes, name, spare)
     of_removal = under("removal/")
     removal = Removal(
         heads, sizes["d"], orders, of_removal["rank"], data["numbers"]["unigram"], of_removal["intact"], arms, of_removal["nats"],
-        under("bins/"), of_removal["within"], sizes["within_windows"], under("groups of heads/"),
+        under("bins/"), of_removal["within"], sizes["within_windows"], under("groups of heads/"), under("secondary/"),
     )  # fmt: skip
     recall = Recall(
         tuple(sizes["gaps"]),
@@ -391,19 +425,21 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
         under("task_nats/"),
         sizes["d"],
     )
-    of_law = under("law/")
-    violations, n_states, void = sizes["bound"]
-    law = Law(
-        violations,
-        n_states,
-        void,
-        tuple(sizes["factors"]),
-        of_law["base_rank"],
-        of_law["base_decay"],
-        of_law["scaled_rank"],
-        sizes["d"],
-    )
-    return Measured(name, data["training"], trajectory, groups, Turning(**sizes["turning"]), law, removal, recall)
+    laws = {}
+    for variant, (violations, n_states, void) in sizes["bound"].items():
+        of_law, factors = under(f"law/{variant}/"), tuple(sizes["factors"][variant])
+        laws[variant] = Law(
+            violations,
+            n_states,
+            void,
+            factors,
+            of_law["base_rank"],
+            of_law["base_decay"],
+            of_law["scaled_rank"],
+            sizes["d"],
+        )
+    turning = Turning(**sizes["turning"])
+    return Measured(name, data["training"], trajectory, groups, turning, laws, removal, recall)
 
 
 def _arms(
@@ -447,37 +483,48 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
     }
     rows = [claims.judge_law(differences)]
     for kind in dict.fromkeys(kind for kind, _ in by_kind):
-        outside = {
-            data: [of_shares[model.name]["outside"] for model in by_kind[kind, data].values()]
+        of_data = {
+            data: [of_shares[model.name] for model in by_kind[kind, data].values()]
             for data in ("text", "tasks63")
             if (kind, data) in by_kind
         }
-        if len(outside) == 2:
-            rows.append(claims.judge_tasks(kind, outside["text"], outside["tasks63"]))
+        if len(of_data) == 2:
+            outside, two = (
+                [[each[key] for each in of_data[data]] for data in of_data] for key in ("outside", "two groups")
+            )
+            rows.append(claims.judge_tasks(kind, *outside, two_groups=(two[0], two[1])))
+    share = claims.SECOND["C5b"].numbers["share"]
     for (kind, data), seeds in by_kind.items():
         label = f"{kind}-{data}"
-        rows += [
-            claims.judge_within_layers(label, {seed: model.removal.beyond_random() for seed, model in seeds.items()}),
-            claims.judge_layer_zero(
-                label,
-                {
-                    seed: (model.removal.crossing(MODEL), model.removal.crossing(PROTECTED))
-                    for seed, model in seeds.items()
-                },
-            ),
-            claims.judge_alpha(label, {seed: model.removal.alpha_gap().point for seed, model in seeds.items()}),
-        ]
-    for data in dict.fromkeys(data for _, data in by_kind):
-        pairs = [by_kind.get((kind, data), {}) for kind in ("hybrid", "pure")]
-        if both := sorted(set(pairs[0]) & set(pairs[1])):
-            recalls = {seed: (pairs[0][seed].recall, pairs[1][seed].recall) for seed in both}
-            rows.append(
-                claims.judge_recall(
-                    data,
-                    {seed: (hybrid.taken(), pure.taken()) for seed, (hybrid, pure) in recalls.items()},
-                    {seed: (hybrid.kappa(), pure.kappa()) for seed, (hybrid, pure) in recalls.items()},
-                    {seed: (hybrid.gain().point, pure.gain().point) for seed, (hybrid, pure) in recalls.items()},
-                )
+        beyond = {seed: model.removal.beyond_random() for seed, model in seeds.items()}
+        crossings = {
+            seed: (model.removal.crossing(MODEL), model.removal.crossing(PROTECTED)) for seed, model in seeds.items()
+        }
+        gaps = {
+            seed: model.removal.alpha_gap().point
+            for seed, model in seeds.items()
+            if model.removal.counts(MODEL, share, (JOINT, HIGH))
+        }
+        rows += [claims.judge_within_layers(label, beyond), claims.judge_layer_zero(label, crossings)]
+        ruined = sorted(set(seeds) - set(gaps))
+        if gaps:
+            row = claims.judge_alpha(label, gaps)
+            rows.append(row | {"note": row["note"] + (f"; seed {', '.join(ruined)} does not count" if ruined else "")})
+        else:
+            rows.append(claims.not_testable("C5b", label, why="the joint score is worse than a unigram model"))
+    testable = False
+    for data in sorted({data for _, data in by_kind}, key=lambda data: (data != "text", data)):
+        hybrid, pure = (by_kind.get((kind, data), {}) for kind in ("hybrid", "pure"))
+        if both := sorted(set(hybrid) & set(pure)):
+            recalls = {seed: (hybrid[seed].recall, pure[seed].recall) for seed in both}
+            row = claims.judge_recall(
+                data,
+                {seed: (h.taken(), p.taken()) for seed, (h, p) in recalls.items()},
+                {seed: (h.kappa(), p.kappa()) for seed, (h, p) in recalls.items()},
+                {seed: (h.gain().point, p.gain().point) for seed, (h, p) in recalls.items()},
+                note="; exploratory" if testable else "",
             )
+            testable = testable or (data == "text" and row["verdict"] != claims.NOT_TESTABLE)
+            rows.append(row)
     order = list(claims.SECOND)
     return sorted(rows, key=lambda row: order.index(row["claim"]))

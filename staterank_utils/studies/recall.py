@@ -16,8 +16,8 @@ from staterank_utils.evaluation import TASKS, answer_nats, evaluate, token_nats
 from staterank_utils.memory import cap_half_life
 from staterank_utils.strata import Estimate, bootstrap, cohen_kappa, is_high
 from staterank_utils.studies.groups import Groups, trace_heads
-from staterank_utils.studies.removal import HIGH, LOW, MODEL, POSITION_DOSES, RANDOM, Removal
-from staterank_utils.studies.texts import Texts
+from staterank_utils.studies.removal import HIGH, LOW, POSITION_DOSES, RANDOM, Removal
+from staterank_utils.studies.texts import LOSS_TEXTS, Texts
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tasks import domain_prompts
 
@@ -41,7 +41,7 @@ class Recall:
 
     Example:
         >>> recall = Recall((512,), {"intact": np.full((1, 2), 2.0), "cap 16": np.full((1, 2), 0.5)}, {}, {}, {}, {}, 64)
-        >>> recall.taken(16)
+        >>> recall.taken(16).point
         0.75
     """
 
@@ -54,16 +54,29 @@ class Recall:
     d: int
 
     def gain(self, label: str = INTACT, gap: int = claims.SECOND["C6"].numbers["copy"]) -> Estimate:
-        """Mean gain at a gap with its interval over windows.
+        """Mean gain at a gap with its interval over windows, drawn within each text.
 
         Raises:
             ValueError: the gap was not measured.
         """
-        return bootstrap(lambda x: float(x.mean()), self.gains[label][self.gaps.index(gap)])
+        return bootstrap(
+            lambda *parts: float(np.mean([part.mean() for part in parts])),
+            *np.split(self._at(label, gap), len(LOSS_TEXTS)),
+        )
 
-    def taken(self, cap: int = claims.SECOND["C6"].numbers["cap"]) -> float:
-        """Share of the intact gain that a cap takes (C6)."""
-        return 1 - self.gain(f"cap {cap}").point / self.gain().point
+    def taken(
+        self, cap: int = claims.SECOND["C6"].numbers["cap"], gap: int = claims.SECOND["C6"].numbers["copy"]
+    ) -> Estimate:
+        """Share of the intact gain that a cap takes, with its interval over windows (C6)."""
+        pair = np.stack([self._at(f"cap {cap}", gap), self._at(INTACT, gap)], 1)
+        return bootstrap(
+            lambda *parts: float(1 - np.divide(*np.mean([part.mean(0) for part in parts], 0))),
+            *np.split(pair, len(LOSS_TEXTS)),
+        )
+
+    def _at(self, label: str, gap: int) -> NDArray[np.float64]:
+        """Gains at a gap, (window,)."""
+        return self.gains[label][self.gaps.index(gap)]
 
     def kappa(self, cap: int = claims.SECOND["C6"].numbers["cap"]) -> float:
         """Agreement of the low and high labels before and under a cap (C6)."""
@@ -133,7 +146,7 @@ def measure_recall(
     arms = {
         arm.label: [removal.heads[index] for index in arm.heads]
         for arm in removal.arms
-        if arm.scheme == MODEL and arm.share in map(float, POSITION_DOSES) and (arm.order != RANDOM or arm.draw < 4)
+        if arm.share in map(float, POSITION_DOSES) and (arm.order != RANDOM or arm.draw < 4)
     }
     short = {label: heads for label, heads in arms.items() if label.startswith((LOW, HIGH, RANDOM))}
     blocks: dict[str, Callable[[], AbstractContextManager[None]]] = {INTACT: nullcontext}
@@ -152,6 +165,8 @@ def measure_recall(
                 cap_rank[label] = trace_heads(model, prompts, positions=[groups.n_tokens // 2, groups.n_tokens]).rank[
                     -1
                 ]
+            if label.startswith(RANDOM):
+                continue
             task_nats[label] = np.stack(
                 [
                     answer_nats(task, model, tokenizer, n_instances=n_graded, seed=seed + 1, batch_size=32)

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from staterank_utils import claims
 from staterank_utils.evaluation import token_nats
 from staterank_utils.selection import SHARES, saturation_scores
-from staterank_utils.strata import Estimate, bootstrap
+from staterank_utils.strata import Estimate, bootstrap, exactly
 from staterank_utils.studies.groups import HeadTrace, Row, state_size, trace_heads
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts
 from staterank_utils.surgery import Head, ablate_heads, all_heads
+from staterank_utils.tasks import NATURAL_DOMAINS
 
 SIXTEENTHS = tuple(Fraction(k, 16) for k in (1, 2, 4, 5, 6, 7, 8))  # the doses of every scheme
 AREA = SIXTEENTHS[:4]  # over which D is taken
@@ -263,6 +264,7 @@ class Removal:
         bins: label of an arm -> (text, bin of positions), means.
         within: (random order within layers, first or last k, dose of `AREA`, window): on the first windows of each text.
         groups: of C7: "high" and "random" -> (share kept: none, then the registered ones; draw), means over windows.
+        secondary: label of an arm, or "intact" -> losses on the four domains of the first registration, (domain, window).
 
     Example:
         >>> Removal.__dataclass_fields__["nats"].name
@@ -281,6 +283,7 @@ class Removal:
     within: NDArray[np.float64]
     within_windows: int
     groups: Mapping[str, NDArray[np.float64]]
+    secondary: Mapping[str, NDArray[np.float64]]
 
     @property
     def n_windows(self) -> int:
@@ -307,27 +310,40 @@ class Removal:
         ]
         return np.stack(found)
 
-    def counts(self, scheme: str, share: float) -> bool:
-        """Whether a dose counts: without the lowest and without the highest ranks, the mean loss is below that of unigram models."""
+    def loss(self, scheme: str, order: str, share: float) -> float:
+        """Mean loss without an arm's heads, nats per token; of random draws their mean."""
+        added = self.draws(scheme, share) if order == RANDOM else self.added(scheme, order, share)
+        return float(self.intact.mean() + added.mean())
+
+    def counts(self, scheme: str, share: float, arms: tuple[str, str] = (LOW, HIGH)) -> bool:
+        """Whether a dose counts: the mean loss of both arms is below that of unigram models."""
         ruin = float(np.mean(list(self.unigram.values())))
-        arms = (self.added(scheme, order, share) for order in (LOW, HIGH))
-        return all(float((self.intact + added).mean()) < ruin for added in arms)
+        return all(self.loss(scheme, order, share) < ruin for order in arms)
+
+    def counted(self, scheme: str) -> list[float]:
+        """The shares of `AREA` that count, over which D is taken."""
+        return [share for share in map(float, AREA) if self.counts(scheme, share)]
 
     def area(self, scheme: str, windows: NDArray[np.int64] | None = None) -> float:
         """D: area over shares from 1/16 to 5/16 of added nats without the highest ranks minus without the lowest."""
         where = np.arange(len(self.intact)) if windows is None else windows
-        gaps = [
-            float((self.added(scheme, HIGH, float(dose)) - self.added(scheme, LOW, float(dose)))[where].mean())
-            for dose in AREA
-        ]
-        return trapezoid(gaps)
+        counted = self.counted(scheme)
+        return area_under([float(self.gaps(scheme, share)[where].mean()) for share in counted], counted)
 
     def area_interval(self, scheme: str) -> Estimate:
         """D with its interval over windows, drawn within each text."""
-        gaps = np.stack([self.added(scheme, HIGH, float(x)) - self.added(scheme, LOW, float(x)) for x in AREA], 1)
+        counted = self.counted(scheme)
+        if len(counted) < 2:
+            return exactly(float("nan"))
+        gaps = np.stack([self.gaps(scheme, share) for share in counted], 1)
         return bootstrap(
-            lambda *parts: trapezoid(np.mean([part.mean(0) for part in parts], 0)), *np.split(gaps, len(LOSS_TEXTS))
+            lambda *parts: area_under(np.mean([part.mean(0) for part in parts], 0), counted),
+            *np.split(gaps, len(LOSS_TEXTS)),
         )
+
+    def gaps(self, scheme: str, share: float) -> NDArray[np.float64]:
+        """Added nats without the highest ranks minus without the lowest, (window,)."""
+        return self.added(scheme, HIGH, share) - self.added(scheme, LOW, share)
 
     def few_windows(self) -> NDArray[np.int64]:
         """The windows on which the random orders within layers were measured."""
@@ -335,8 +351,10 @@ class Removal:
 
     def random_areas(self) -> NDArray[np.float64]:
         """D of every random order within layers, both signs (C4b)."""
-        gaps = (self.within[:, 0] - self.within[:, 1]).mean(-1)
-        areas = np.array([trapezoid(row) for row in gaps])
+        counted = self.counted(LAYERS)
+        columns = [i for i, share in enumerate(map(float, AREA)) if share in counted]
+        gaps = (self.within[:, 0] - self.within[:, 1]).mean(-1)[:, columns]
+        areas = np.array([area_under(row, counted) for row in gaps])
         return np.concatenate([areas, -areas])
 
     def beyond_random(self) -> float:
@@ -345,27 +363,34 @@ class Removal:
         return float((np.abs(self.random_areas()) < own).mean())
 
     def crossing(self, scheme: str) -> float | None:
-        """Share of heads at which the arm without the highest ranks first costs more than the one without the lowest (C4c)."""
+        """Share of heads from which on the highest ranks cost more than the lowest (C4c); None where they never do."""
         shares = doses(scheme)
-        gaps = [float((self.added(scheme, HIGH, x) - self.added(scheme, LOW, x)).mean()) for x in shares]
+        actual = [len(self.heads_of(scheme, HIGH, share)) / len(self.heads) for share in shares]
+        gaps = [float(self.gaps(scheme, share).mean()) for share in shares]
+        if gaps[0] > 0:
+            return actual[0]
         for i in range(1, len(shares)):
-            if gaps[i - 1] <= 0 < gaps[i]:
-                return shares[i - 1] + (shares[i] - shares[i - 1]) * -gaps[i - 1] / (gaps[i] - gaps[i - 1])
+            if gaps[i] > 0:
+                return actual[i - 1] + (actual[i] - actual[i - 1]) * -gaps[i - 1] / (gaps[i] - gaps[i - 1])
         return None
 
+    def heads_of(self, scheme: str, order: str, share: float) -> tuple[int, ...]:
+        """The heads that an arm removes."""
+        return chosen(self.orders[order], self.heads, scheme, share)
+
     def spare_share(self) -> float | None:
-        """The largest dose over the model at which rank alone adds at most 0.1 nats (C5a)."""
+        """The largest dose over the model that counts and at which rank alone adds at most 0.1 nats (C5a)."""
         most = claims.SECOND["C5a"].numbers["spare"]
-        spare = [x for x in doses(MODEL) if float(self.added(MODEL, HIGH, x).mean()) <= most]
+        spare = [x for x in doses(MODEL) if self.counts(MODEL, x) and float(self.added(MODEL, HIGH, x).mean()) <= most]
         return max(spare, default=None)
 
-    def below_chance(self) -> dict[str, bool]:
-        """For both doses of C5a, whether the joint score adds less than every random draw."""
-        shares = (claims.SECOND["C5a"].numbers["share"], self.spare_share())
+    def leads_over_chance(self) -> dict[str, float]:
+        """For the doses of C5a that count, added nats with the joint score minus those of the best random draw."""
+        shares = {"": claims.SECOND["C5a"].numbers["share"], ", where rank alone is spare": self.spare_share()}
         return {
-            f"{share:.1%}": bool((self.added(MODEL, JOINT, share).mean() < self.draws(MODEL, share).mean(1)).all())
-            for share in shares
-            if share is not None
+            f"{share:.1%}{role}": float(self.added(MODEL, JOINT, share).mean() - self.draws(MODEL, share).mean(1).min())
+            for role, share in shares.items()
+            if share is not None and self.counts(MODEL, share, (JOINT, RANDOM))
         }
 
     def alpha_gap(self) -> Estimate:
@@ -385,7 +410,7 @@ class Removal:
 
     def claims(self, name: str) -> list[Row]:
         """The rows of C5a and C7, which one model decides."""
-        rows = [claims.judge_chance(name, self.below_chance())]
+        rows = [claims.judge_chance(name, self.leads_over_chance())]
         if self.groups["high"].size:
             rows.append(claims.judge_redundancy(name, self.restoring_share("high"), self.restoring_share(RANDOM)))
         else:
@@ -393,14 +418,14 @@ class Removal:
         return rows
 
 
-def trapezoid(values: Sequence[float] | NDArray[np.float64]) -> float:
-    """Area under values at the shares of `AREA`.
+def area_under(values: Sequence[float] | NDArray[np.float64], shares: Sequence[float]) -> float:
+    """Area under values at increasing shares, by trapezoids; NaN where there are fewer than two.
 
     Example:
-        >>> trapezoid([1.0, 1.0, 1.0, 1.0])
+        >>> area_under([1.0, 1.0], [0.25, 0.5])
         0.25
     """
-    return float(np.trapezoid(values, list(map(float, AREA))))
+    return float(np.trapezoid(values, shares)) if len(shares) > 1 else float("nan")
 
 
 def measure_removal(model: PreTrainedModel, texts: Texts, *, name: str, sizes: Sizes = Sizes()) -> Removal:
@@ -442,8 +467,7 @@ def measure_removal(model: PreTrainedModel, texts: Texts, *, name: str, sizes: S
     binned = {
         arm.label
         for arm in arms
-        if arm.scheme == MODEL
-        and arm.share in map(float, POSITION_DOSES)
+        if arm.share in map(float, POSITION_DOSES)
         and (arm.order in (LOW, HIGH) or (arm.order == RANDOM and arm.draw < 4))
     }
     whole = token_nats(model, texts.windows)
@@ -456,7 +480,7 @@ def measure_removal(model: PreTrainedModel, texts: Texts, *, name: str, sizes: S
             bins[arm.label] = _binned(losses)
     partial = Removal(
         tuple(heads), d, by_name, rank, dict(texts.unigram), whole.mean(1), arms, np.stack(nats), bins,
-        np.empty(0), sizes.within_windows, {},
+        np.empty(0), sizes.within_windows, {}, _secondary(model, heads, arms, texts),
     )  # fmt: skip
     more = chance_arms(heads, name=name, spare=partial.spare_share(), first=sizes.n_draws, n_draws=sizes.n_chance)
     more_nats = [
@@ -470,6 +494,17 @@ def measure_removal(model: PreTrainedModel, texts: Texts, *, name: str, sizes: S
             "groups": _groups(model, texts, partial, name, sizes),
         }
     )  # fmt: skip
+
+
+def _secondary(
+    model: PreTrainedModel, heads: Sequence[Head], arms: Sequence[Arm], texts: Texts
+) -> dict[str, NDArray[np.float64]]:
+    """Losses on the four domains of the first registration, intact and without the named arms, (domain, window)."""
+    named = [arm for arm in arms if arm.order in (LOW, HIGH, JOINT)]
+    found = {"intact": token_nats(model, texts.secondary).mean(1)}
+    for arm in tqdm(named, desc="secondary domains", leave=False):
+        found[arm.label] = _without(model, heads, arm.heads, texts.secondary).mean(1)
+    return {label: losses.reshape(len(NATURAL_DOMAINS), -1) for label, losses in found.items()}
 
 
 def _without(

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from staterank_utils.tasks import text_tokens
+from staterank_utils.tasks import NATURAL_DOMAINS, domain_prompts, text_tokens
 
 LOSS_TEXTS = ("books", "code")  # on which losses are taken
 CALIBRATION_TEXTS = ("prose", "code")  # on which heads are ordered
@@ -24,6 +24,7 @@ class Texts:
         windows: (window, token), those of books first, then those of code.
         calibration: (prompt, token), on which heads are ordered.
         copies: (window, token), which are read twice in a row.
+        secondary: (window, token), as many of each of the four natural domains, one domain after the other.
         unigram: text -> nats per token of its windows, by a unigram model.
 
     Example:
@@ -36,6 +37,7 @@ class Texts:
     windows: Int[Tensor, "window token"]
     calibration: Int[Tensor, "prompt token"]
     copies: Int[Tensor, "pair copy"]
+    secondary: Int[Tensor, "window_of_domain token"]
     unigram: Mapping[str, float]
 
 
@@ -82,9 +84,14 @@ def draw_texts(
             unigram[name] = unigram_nats(parts["windows"], ids, len(tokenizer))
         if name in CALIBRATION_TEXTS:
             calibration[name] = parts["calibration"]
+    of_domains = [
+        domain_prompts(domain, tokenizer, n_prompts=n_windows, n_tokens=window, seed=seed + 2)
+        for domain in NATURAL_DOMAINS
+    ]
     return Texts(
-        torch.cat(windows), torch.cat([calibration[name] for name in CALIBRATION_TEXTS]), torch.cat(copies), unigram
-    )
+        torch.cat(windows), torch.cat([calibration[name] for name in CALIBRATION_TEXTS]), torch.cat(copies),
+        torch.cat(of_domains), unigram,
+    )  # fmt: skip
 
 
 def _cut(
