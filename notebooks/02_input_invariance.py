@@ -462,10 +462,13 @@ def memory(name):
     )
 
 
+# %%
 on_prose = {name: memory(name) for name in MODELS}
 # DeltaNet's layers have no decay.
 FORGETFUL = [name for name in MODELS if on_prose[name].log_decay["prose"].max() < 0]
 law = {name: law_fit(on_prose[name]) for name in FORGETFUL}
+
+# %%
 bounds = {
     name: check_memory_bound(
         network(name), prompts(name, "prose", min(2, N_PROMPTS)), positions=[EARLY, n_tokens]
@@ -507,6 +510,7 @@ def write_strength(name):
     return traces[name, "prose"].write_strength.transpose(0, 1).flatten(1).numpy()
 
 
+# %% tags=["hide-input"]
 lines = {
     "r2_strength": {name: line(name, write_strength(name)) for name in MODELS},
     "r2_decay": {
@@ -545,16 +549,18 @@ for name in MODELS:
         claims.judge("C2b", name, {"violations": strata.exactly(broken[name])}),
         claims.judge("C3", name, smallest[name], medians=medians),
         claims.judge("C3a", name, adversarial[name]),
-        claims.judge(
-            "C0",
-            name,
-            {"violations": strata.exactly(float(bounds[name].n_violations))},
-            note=f" of {bounds[name].rank.numel():,} states",
-        ),
-        claims.judge("C0a", name, law[name])
-        if name in law
-        else claims.not_testable("C0a", name, why="its layers have no decay"),
     ]
+
+# %%
+for name in MODELS:
+    count, of = bounds[name].n_violations, f" of {bounds[name].rank.numel():,} states"
+    verdicts.append(
+        claims.judge("C0", name, {"violations": strata.exactly(float(count))}, note=of)
+    )
+    if name in law:
+        verdicts.append(claims.judge("C0a", name, law[name]))
+    else:
+        verdicts.append(claims.not_testable("C0a", name, why="its layers have no decay"))
 Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]

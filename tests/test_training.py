@@ -258,6 +258,28 @@ def test_a_full_disk_leaves_the_last_progress_whole(
     assert json.loads((tmp_path / "training.json").read_text())["steps"] == TINY.steps
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_full_disk_leaves_no_half_of_a_model(
+    corpus: Path, tmp_path: Path, tiny_recurrence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, full = safetensors.torch.save_file, [True]
+
+    def save_file(tensors: dict, path: str, **options: object) -> None:
+        if full:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path, **options)
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save_file)
+    run = run_of(corpus, tmp_path)
+    with pytest.raises(OSError, match="could not write .*step-2 .*No space left.*give the same command"):
+        train(run, tiny_recurrence, device="cpu", compiled=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["progress.pt"]
+    full.clear()
+    train(run, tiny_recurrence, device="cpu", compiled=False)
+    assert weights_of(tmp_path / "step-2")
+
+
 def test_a_corpus_of_another_tokenizer_is_refused(corpus: Path, tmp_path: Path, tiny_recurrence) -> None:
     made = json.loads((corpus / "corpus.json").read_text())
     (tmp_path / "corpus.json").write_text(json.dumps(made | {"tokenizer": "0" * 64}))

@@ -14,6 +14,8 @@ import math
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,25 +105,32 @@ def rate(step: int, spent: float) -> float:
     return min(1.0, (step + 1) / WARM_UP, max(0.0, (1 - spent) / DECAY))
 
 
-def save(path: Path, state: dict[str, object]) -> None:
-    """Write a state whole or not at all.
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """As `whole_or_not`, with what to do where there is no room.
 
     Raises:
         OSError: it could not be written; what was there before still is.
     """
     try:
         with whole_or_not(path) as partial:
-            torch.save(state, partial)
-    except (OSError, RuntimeError) as error:  # torch says a full disk either way
+            yield partial
+    except (OSError, RuntimeError) as error:  # torch and safetensors say a full disk either way
         raise OSError(
             f"could not write {path} ({error}): free some space and give the same command, which resumes from the last "
             "progress that was written"
         ) from error
 
 
+def save(path: Path, state: dict[str, object]) -> None:
+    """Write a state whole or not at all."""
+    with written(path) as partial:
+        torch.save(state, partial)
+
+
 def keep_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write a copy of the model in bfloat16, whole or not at all."""
-    with whole_or_not(folder) as partial:
+    with written(folder) as partial:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial, max_shard_size="14MB")
         tokenizer.save_pretrained(partial)
 
