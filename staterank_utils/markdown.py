@@ -76,7 +76,7 @@ def _printed(key: str) -> tuple[str, str, str, str]:
 
 
 def overview_table(folders: Mapping[str, Path], models: Sequence[str] | Mapping[str, str]) -> str:
-    """The book's claims table: one row a claim, one column a model, from the stored results of every notebook.
+    """The book's claims table: one row per claim, one column per model, from the stored results of every notebook.
 
     Args:
         folders: where results lie, `NOTEBOOK.json`, by what they are called, the most telling first. The first that has a
@@ -126,7 +126,7 @@ def by_model(rows: Iterable[Mapping[str, Any]], key: str) -> str:
     """The verdicts on one claim in a sentence's words; empty where no row is about it.
 
     Args:
-        rows: as `judge` gives them, one a claim and model.
+        rows: as `judge` gives them, one per claim and model.
         key: of the claim.
 
     Example:

@@ -136,7 +136,7 @@ class Layout:
             channel has an axis of channels behind.
         log_norm: (layer, log_decay, outputs of those submodules) -> (batch, token, head), the logarithm of the spectral norm of the transition A_t
             in S(t) = A_t S(t-1) + writes, where it is not the largest decay of a channel.
-        changed_decay: (layer, change) -> a block for one forward pass, in which the layer's log-decay is what `change` makes of it,
+        changed_decay: (layer, change) -> a block for one forward pass, in which `change` is applied to the layer's log-decay,
             writes stay as they are, and `read_gates` tells the changed one; None where a layer has no decay.
         write_module: name of the submodule whose output `without_writes` changes; None where writes cannot be stopped exactly.
         without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.

@@ -73,7 +73,7 @@ def _changed_decay(layer: nn.Module, change: Change) -> Iterator[None]:
 
     def changed(*, fgate: Float[Tensor, "batch head token"], **given: Any) -> Any:
         log_decay = change(F.logsigmoid(fgate.float()).transpose(1, 2)).transpose(1, 2)
-        # What the sigmoid makes that decay of.
+        # The input at which the sigmoid gives that decay.
         return recurrence(fgate=log_decay - (-torch.expm1(log_decay)).log(), **given)
 
     with replaced(backend, {"forward": changed}), noted_change(layer, change):
