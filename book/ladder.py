@@ -5,6 +5,7 @@ from typing import Any
 
 from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND
 from staterank_utils.markdown import markdown_table, verdict_table
+from staterank_utils.strata import Estimate
 from staterank_utils.studies.ladder import LADDER, Measured, ladder_claims, load_measured
 from staterank_utils.studies.removal import HIGH, LOW, RANDOM, SCHEMES
 from staterank_utils.tasks import NATURAL_DOMAINS
@@ -48,9 +49,8 @@ def _by_model(data: Mapping[str, Mapping[str, Any]], registered: Iterable[str]) 
     return markdown_table(("model", *keys), rows)
 
 
-def _interval(numbers: list[float]) -> str:
-    point, low, high = numbers
-    return f"{point:.2f} [{low:.2f}, {high:.2f}]"
+def _interval(numbers: list[Any]) -> str:
+    return "–" if None in numbers else f"{Estimate(*numbers):.2f}"
 
 
 def _numbers(data: Mapping[str, Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from staterank_utils.budget import in_words, weight_bytes
 from staterank_utils.evaluation import Task, answer_nats, draw_instances, evaluate, needle_task, text_nats
-from staterank_utils.layouts import linear_layers
+from staterank_utils.layouts import state_size
 from staterank_utils.pruning import prune_heads
 from staterank_utils.selection import (
     PAPER_SHARE,
@@ -95,8 +95,7 @@ class Ablation:
         self.calibration = calibration
         self.heads = all_heads(model)
         self.counts = head_counts(len(self.heads))
-        _, layer, layout = linear_layers(model)[0]
-        self.d = min(layout.d_k(layer), layout.d_v(layer))
+        self.d = state_size(model)
         self._scores: dict[tuple[str, tuple[Head, ...], str], NDArray[np.float64]] = {}
         self._intact_losses: dict[int, list[NDArray[np.float64]]] = {}
         self._last_pruned: tuple[tuple[Head, ...], PreTrainedModel] | None = None

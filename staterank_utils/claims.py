@@ -112,7 +112,6 @@ class SecondClaim:
         measure: what is computed.
         holds, partly, otherwise: the rule, from the best verdict to the worst.
         numbers: every size and threshold that the text names, by the name that stands in it.
-        per_seed: whether each training seed is one observation.
 
     Example:
         >>> SECOND["C0a"].text("holds"), SECOND["C0a"].numbers["middle"]
@@ -125,7 +124,6 @@ class SecondClaim:
     partly: str
     otherwise: str
     numbers: Mapping[str, Any]
-    per_seed: bool = False
 
     def text(self, field: str) -> str:
         """One of the fields as it is printed."""
@@ -171,25 +169,25 @@ SECOND = {
         "two-group share, class-broad gates minus narrow ones (all half-lives {half_life} tokens: predicted r = d/2 at d = 64), {seeds} "
         'seeds, held-out losses within {bits:.2f} bits per byte (else "not testable")',
         ">= {holds:.2f} in both", "> {partly} in both", f"{FAILS} (acquired)",
-        {"half_life": 2.4, "seeds": 2, "bits": 0.02, "holds": 0.10, "partly": 0}, per_seed=True,
+        {"half_life": 2.4, "seeds": 2, "bits": 0.02, "holds": 0.10, "partly": 0},
     ),
     "C1e": SecondClaim(
         "training on tasks unmakes the groups",
         "share outside, and two-group share, on prose: text minus 63 % tasks, at equal steps",
         "first >= {holds:.2f}, ranges over seeds disjoint", "first > {partly} in every pair of seeds", FAILS,
-        {"holds": 0.10, "partly": 0}, per_seed=True,
+        {"holds": 0.10, "partly": 0},
     ),
     "C4b": SecondClaim(
         "rank matters beyond the choice of layers",
         "D layer-matched; against it, {orders} random orders within every layer, arms = first k and last k of the same order, nested over "
         "doses, both signs = {values} values of D, {windows} windows per text, the same windows for low and high; hybrid and pure judged apart",
         "abs(D) beyond {beyond:.1%} of theirs in every seed", "in most seeds", "explained by layers",
-        {"orders": 60, "values": 120, "windows": 4, "beyond": 0.975}, per_seed=True,
+        {"orders": 60, "values": 120, "windows": 4, "beyond": 0.975},
     ),
     "C4c": SecondClaim(
         "the asymmetry is a matter of layer 0",
         "share at which the two arms cross, over the model, and with layer 0 protected or softmax in its place",
-        "moves by >= {holds:.2f}, or vanishes", "by >= {partly:.2f}", FAILS, {"holds": 0.10, "partly": 0.05}, per_seed=True,
+        "moves by >= {holds:.2f}, or vanishes", "by >= {partly:.2f}", FAILS, {"holds": 0.10, "partly": 0.05},
     ),
     "C6": SecondClaim(
         "long memory is spare where attention recalls",
@@ -198,7 +196,7 @@ SECOND = {
         "with tasks)",
         "cap takes < {hybrid:.0%} of the hybrid's gain and > {pure:.0%} of the pure's, both kappa >= {kappa:.1f}",
         "the pure's share > {times} x the hybrid's", FAILS,
-        {"copy": 512, "cap": 16, "gain": 0.3, "hybrid": 0.10, "pure": 0.50, "kappa": 0.9, "times": 5}, per_seed=True,
+        {"copy": 512, "cap": 16, "gain": 0.3, "hybrid": 0.10, "pure": 0.50, "kappa": 0.9, "times": 5},
     ),
     "C7": SecondClaim(
         "high-rank heads are redundant with each other",
@@ -217,12 +215,12 @@ SECOND = {
     "C5b": SecondClaim(
         "rank alone is the better half of the score",
         "added nats at {share:.0%}: joint (alpha {alpha}) minus rank alone (alpha 1)",
-        "> {more}, every seed", "> {more}, most seeds", FAILS, {"share": 0.25, "alpha": 0.5, "more": 0}, per_seed=True,
+        "> {more}, every seed", "> {more}, most seeds", FAILS, {"share": 0.25, "alpha": 0.5, "more": 0},
     ),
     "C10": SecondClaim(
         "the groups need decay",
         "two-group share: DeltaNet (no decay) against the rules with decay, trained alike",
-        "DeltaNet < {without:.2f}, all others >= {decay:.2f}", "DeltaNet lowest", FAILS, {"without": 0.05, "decay": 0.10}, per_seed=True,
+        "DeltaNet < {without:.2f}, all others >= {decay:.2f}", "DeltaNet lowest", FAILS, {"without": 0.05, "decay": 0.10},
     ),
 }  # fmt: skip
 

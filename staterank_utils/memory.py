@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import head_names, linear_layers
+from staterank_utils.layouts import head_names, linear_layers, state_size
 from staterank_utils.layouts.core import Change, forward_within
 from staterank_utils.spectra import REL_TOL, singular_values
 from staterank_utils.surgery import Head, all_heads, heads_by_layer, noted
@@ -201,8 +201,7 @@ def check_memory_bound(
         >>> bool((check.rank <= check.bound).all())
         True
     """
-    _, layer, layout = linear_layers(model)[0]
-    d = min(layout.d_k(layer), layout.d_v(layer))
+    d = state_size(model)
     looked_at = sorted({t for end in positions for t in range(max(1, end - d), end + 1)})
 
     def norm_and_rank(states: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import linear_layers
+from staterank_utils.layouts import state_size
 from staterank_utils.pruning import removed_heads
 from staterank_utils.spectra import rank_and_norm
 from staterank_utils.surgery import Head, all_heads
@@ -135,9 +135,9 @@ def measure_saturation(
         (48, True)
     """
     measures = measure_heads(model, prompts)
-    _, layer, layout = linear_layers(model)[0]
-    d = min(layout.d_k(layer), layout.d_v(layer))
-    return saturation_scores(measures["effective rank"], measures["nuclear norm"], d=d, alpha=alpha, maximum=maximum)
+    return saturation_scores(
+        measures["effective rank"], measures["nuclear norm"], d=state_size(model), alpha=alpha, maximum=maximum
+    )
 
 
 def select_heads(

@@ -20,7 +20,7 @@ from staterank_utils import recurrence
 from staterank_utils.budget import budget, in_words, machine_memory, out_of_memory
 from staterank_utils.kernels import serves_kernel
 from staterank_utils.layouts import Layout, linear_layers, modeling_module, scans_through
-from staterank_utils.layouts.core import largest_decay, read_gates
+from staterank_utils.layouts.core import log_norm, read_gates
 from staterank_utils.models import make_cache, output_logits, read_tokens
 from staterank_utils.spectra import finite_at_the_end
 
@@ -268,7 +268,7 @@ class _StateTap:
         rest = {name: value for name, value in kwargs.items() if name not in names}
         state, outputs = rest.pop("initial_state", None), []
         n_batch, n_tokens = tokens["query"].shape[:2]
-        self.gates.add((tokens["g"], tokens["beta"]), largest_decay(tokens["g"]))
+        self.gates.add(tokens["g"], tokens["beta"])
         self._n_left = len(self.positions)
         with_states = getattr(kernel, "staterank_states", None)
         if with_states and n_batch == 1 and serves_kernel(kernel.__name__, tokens | rest):
@@ -460,13 +460,12 @@ class _GateReading:
         for handle in self._handles:
             handle.remove()
 
-    def add(self, gates: tuple[Tensor, Tensor], log_norm: Float[Tensor, "batch token head"]) -> None:
-        """Log-decay, with or without channels, and write strength of some tokens, and the logarithm of the norm of their transitions."""
-        log_decay, write_strength = gates
+    def add(self, log_decay: Tensor, write_strength: Float[Tensor, "batch token head"], *outputs: Tensor) -> None:
+        """Log-decay, with or without channels, and write strength of some tokens, and what the layer's projections put out for them."""
         over_channels = log_decay.mean(-1) if log_decay.ndim == 4 else log_decay
         self._sums.append(torch.stack([gate.sum(1, dtype=torch.float64) for gate in (over_channels, write_strength)]))
         if self.keep_norms:
-            self._norms.append(log_norm.double().cpu())
+            self._norms.append(log_norm(self.layer, self.layout, log_decay, *outputs).double().cpu())
 
     def total(self) -> Float[Tensor, "gate batch head"]:
         """Both sums, on the layer's device."""
@@ -479,7 +478,8 @@ class _GateReading:
     def _look(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._seen[name] = output
         if len(self._seen) == len(self.layout.gate_modules):
-            self.add(*read_gates(self.layer, self.layout, *(self._seen[name] for name in self.layout.gate_modules)))
+            outputs = [self._seen[name] for name in self.layout.gate_modules]
+            self.add(*read_gates(self.layer, self.layout, *outputs), *outputs)
             self._seen = {}
 
 

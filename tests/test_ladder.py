@@ -237,7 +237,7 @@ def test_claims_of_several_models_are_told_by_kind_data_and_seed(stored) -> None
 
 
 def test_a_spare_share_is_one_of_the_doses_again_when_it_is_read(stored, tmp_path: Path) -> None:
-    """1/48 has no six digits."""
+    """1/48 is no decimal of six digits."""
     _, measured = stored
     heads, by_name = measured.removal.heads, measured.removal.orders
     arms = study.all_arms(heads, by_name, name=measured.name, n_draws=2)

@@ -15,6 +15,7 @@ from staterank_utils.layouts.lookup import (
     key_names,
     layer_index,
     linear_layers,
+    state_size,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "modeling_module",
     "recurrent_state",
     "scans_through",
+    "state_size",
 ]

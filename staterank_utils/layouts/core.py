@@ -368,39 +368,47 @@ def noted_change(layer: nn.Module, change: Change) -> Iterator[None]:
         noted.remove(change)
 
 
-def read_gates(layer: nn.Module, layout: Layout, *outputs: Tensor) -> tuple[Gates, Float[Tensor, "batch token head"]]:
-    """A layer's gates, under the changes that hold for it, and the logarithm of the spectral norm of A_t.
+def read_gates(layer: nn.Module, layout: Layout, *outputs: Tensor) -> Gates:
+    """A layer's gates as `Layout.gates` gives them, under the changes that hold for it.
 
     Args:
         layer, layout: from `linear_layers`.
         outputs: of the layer's `gate_modules`.
 
-    Returns:
-        (log_decay, write_strength) as `Layout.gates` gives them, and log ||A_t||_2.
-
     Example:
         >>> from staterank_utils import load_model
         >>> from staterank_utils.layouts import linear_layers
         >>> _, layer, layout = linear_layers(load_model("hybrid", device="cpu"))[0]
-        >>> (log_decay, _), log_norm = read_gates(layer, layout, torch.zeros(1, 3, 16))
-        >>> torch.equal(log_decay, log_norm)  # one decay for each head
+        >>> with noted_change(layer, lambda log_decay: 2 * log_decay):
+        ...     twice, _ = read_gates(layer, layout, torch.zeros(1, 3, 16))
+        >>> torch.equal(twice, 2 * read_gates(layer, layout, torch.zeros(1, 3, 16))[0])
         True
     """
     log_decay, write_strength = layout.gates(layer, *outputs)
     for change in reversed(_changes.get(layer, [])):
         log_decay = change(log_decay)
-    own = layout.log_norm(layer, log_decay, *outputs) if layout.log_norm else largest_decay(log_decay)
-    return (log_decay, write_strength), own
+    return log_decay, write_strength
 
 
-def largest_decay(log_decay: Tensor) -> Float[Tensor, "batch token head"]:
-    """Of a log-decay for each channel, the largest, which is log ||A_t||_2 where A_t is diagonal, or that times a reflection.
+def log_norm(
+    layer: nn.Module, layout: Layout, log_decay: Tensor, *outputs: Tensor
+) -> Float[Tensor, "batch token head"]:
+    """The logarithm of the spectral norm of A_t: the largest decay of a channel, or what the layout says.
+
+    The largest decay is the norm where A_t is a diagonal matrix, or that times a reflection.
 
     Args:
+        layer, layout: from `linear_layers`.
         log_decay: (batch, token, head), or (batch, token, head, channel).
+        outputs: of the layer's `gate_modules`; only a layout with a norm of its own looks at them.
 
     Example:
-        >>> largest_decay(torch.tensor([[[[-1.0, -2.0]]]]))
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.layouts import linear_layers
+        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
+        >>> log_norm(layer, layout, torch.tensor([[[[-1.0, -2.0]]]]))
         tensor([[[-1.]]])
     """
+    if layout.log_norm:
+        return layout.log_norm(layer, log_decay, *outputs)
     return log_decay.amax(-1) if log_decay.ndim == 4 else log_decay

@@ -114,6 +114,21 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
     return found
 
 
+def state_size(model: nn.Module) -> int:
+    """Largest rank that a state of a model can have, min(d_k, d_v).
+
+    Args:
+        model: any that `linear_layers` accepts.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> state_size(load_model("hybrid"))
+        64
+    """
+    _, layer, layout = linear_layers(model)[0]
+    return min(layout.d_k(layer), layout.d_v(layer))
+
+
 def head_names(layer: nn.Module, layout: Layout) -> list[int]:
     """The heads of a layer by the indices they had before any was removed, in order.
 

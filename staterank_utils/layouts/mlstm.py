@@ -57,11 +57,8 @@ def _forward(run: Callable[..., Any]) -> Callable[..., Any]:
             out, state = recurrence(**given)
             return out.to(x.dtype), state
 
-        backend.forward = wide
-        try:
+        with replaced(backend, {"forward": wide}):
             return run(self, x, *args, **kwargs)
-        finally:
-            del backend.forward
 
     return forward
 

@@ -27,6 +27,7 @@ from staterank_utils.layouts.core import (
     calls_through,
     modeling_module,
     noted_change,
+    replaced,
 )
 from staterank_utils.layouts.delta import ONE, V, idle
 
@@ -212,11 +213,12 @@ def _tokenwise_norm(layer: nn.Module) -> Iterator[None]:
         yield
         return
     stock = norm.forward
-    norm.forward = lambda *inputs: stock(*(x.transpose(0, 1) for x in inputs)).reshape(inputs[0].shape)
-    try:
+
+    def tokenwise(*inputs: Tensor) -> Any:
+        return stock(*(x.transpose(0, 1) for x in inputs)).reshape(inputs[0].shape)
+
+    with replaced(norm, {"forward": tokenwise}):
         yield
-    finally:
-        del norm.forward
 
 
 @contextmanager

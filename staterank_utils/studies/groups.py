@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import claims, strata
-from staterank_utils.layouts import linear_layers
+from staterank_utils.layouts import linear_layers, state_size
 from staterank_utils.memory import check_memory_bound, predicted_rank, scale_decay
 from staterank_utils.spectra import Spectrum, rank_and_norm, singular_values, stable_rank
 from staterank_utils.strata import Estimate, bootstrap, cosine, is_high, mean_kappa, mean_spearman, spearman
@@ -23,18 +23,6 @@ from staterank_utils.tracing import trace_states
 EARLY = 128  # the registered early position
 STEPS = 33  # tokens of each window in which neighbouring norm vectors are compared
 Row = dict[str, Any]
-
-
-def state_size(model: PreTrainedModel) -> int:
-    """Largest rank that a state of a model can have, min(d_k, d_v).
-
-    Example:
-        >>> from staterank_utils import load_model
-        >>> state_size(load_model("hybrid"))
-        64
-    """
-    _, layer, layout = linear_layers(model)[0]
-    return min(layout.d_k(layer), layout.d_v(layer))
 
 
 def rank_norm_stable(states: Tensor) -> Tensor:
@@ -177,21 +165,6 @@ def measure_groups(
         prose.norm[0],
         prose.norm[-1],
     )
-
-
-def over_heads(statistic: Any, values: NDArray[np.float64], *, n_resamples: int = 1000, seed: int = 0) -> Estimate:
-    """A statistic of heads, with its 95 % bootstrap interval over heads, where `bootstrap` draws prompts.
-
-    Args:
-        statistic: (values,) -> number.
-        values: one per head.
-        n_resamples, seed: as in `bootstrap`.
-
-    Example:
-        >>> over_heads(strata.share_outside, np.array([0.0, 0.5, 1.0, 1.0])).point
-        0.75
-    """
-    return bootstrap(statistic, values, n_resamples=n_resamples, seed=seed)
 
 
 def first_claims(name: str, groups: Groups, *, initial: Groups | None) -> list[Row]:
@@ -358,8 +331,8 @@ class Law:
         """(factor, head): change of rank by the law, from the mean log-decay of the unscaled head."""
         decay = torch.from_numpy(self.base_decay.mean(0))
         before = predicted_rank(decay, d=self.d)
-        changes = [predicted_rank(decay * factor, d=self.d) - before for factor in self.factors]
-        return torch.stack([*changes, torch.zeros_like(before)])[:-1].numpy()
+        factors = torch.tensor(self.factors, dtype=torch.float64)[:, None]
+        return (predicted_rank(factors * decay, d=self.d) - before).numpy()
 
     def agreement(self) -> Estimate:
         """Spearman of predicted and measured change over heads and factors whose predicted change is not 0 (C0c)."""

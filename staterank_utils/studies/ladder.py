@@ -5,7 +5,7 @@ were computed from, per head, prompt and window; `load_measured` makes the same 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from staterank_utils import claims, strata
 from staterank_utils.evaluation import TASKS
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.results import STORED, whole_or_not, write_json
-from staterank_utils.strata import Estimate
+from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.studies.groups import (
     Groups,
     Law,
@@ -29,7 +29,6 @@ from staterank_utils.studies.groups import (
     measure_groups,
     measure_law,
     measure_turning,
-    over_heads,
     shares,
 )
 from staterank_utils.studies.recall import GAPS, Recall, measure_recall
@@ -39,21 +38,18 @@ from staterank_utils.studies.removal import (
     MODEL,
     PROTECTED,
     SCHEMES,
-    Arm,
     Removal,
     Sizes,
     all_arms,
     chance_arms,
-    doses,
     measure_removal,
     summary,
 )
-from staterank_utils.studies.texts import draw_texts
+from staterank_utils.studies.texts import LOSS_TEXTS, draw_texts
 from staterank_utils.tasks import NATURAL_DOMAINS
 
 LADDER = STORED / "ladder"
 VARIANTS = ("initial", "shuffled", "step-500", "step-2000")  # beside the end
-RANKED = ("C1", "C1b", "C1c", "C2", "C2n", "C2b", "C3", "C3a")
 NOT_MEASURED = "tasks are measured in full on the embedded models"
 
 
@@ -172,15 +168,15 @@ class Measured:
         """What the table and the text of the ladder quote, beside the claims."""
         end = self.groups["end"].relative("prose").mean(0)
         by_heads = {
-            "Sarle": over_heads(strata.sarle_coefficient, end),
-            "share outside": over_heads(strata.share_outside, end),
-            "two-group share": over_heads(strata.two_group_share, end),
+            "Sarle": bootstrap(strata.sarle_coefficient, end),
+            "share outside": bootstrap(strata.share_outside, end),
+            "two-group share": bootstrap(strata.two_group_share, end),
         }
         return {
             "over heads": {label: _listed(estimate) for label, estimate in by_heads.items()},
             "shares": {variant: shares(groups) for variant, groups in self.groups.items()},
             "unigram": dict(self.removal.unigram),
-            "intact": {"books": float(self.removal.intact[: self.removal.n_windows].mean()), "code": float(self.removal.intact[self.removal.n_windows :].mean())},
+            "intact": {text: float(part.mean()) for text, part in zip(LOSS_TEXTS, np.split(self.removal.intact, len(LOSS_TEXTS)), strict=True)},
             "D": {scheme: _listed(self.removal.area_interval(scheme)) for scheme in SCHEMES},
             "D over": {scheme: self.removal.counted(scheme) for scheme in SCHEMES},
             "D beyond random orders within layers": self.removal.beyond_random(),
@@ -189,7 +185,6 @@ class Measured:
             "secondary": {label: losses.mean(1).tolist() for label, losses in self.removal.secondary.items()},
             "crossing": {scheme: self.removal.crossing(scheme) for scheme in SCHEMES},
             "joint - rank alone": _listed(self.removal.alpha_gap()),
-            "spare share": self.removal.spare_share(),
             "gain": {label: {str(gap): float(row.mean()) for gap, row in zip(self.recall.gaps, table, strict=True)} for label, table in self.recall.gains.items()},
             "added under cap": {label: float((nats - self.removal.intact).mean()) for label, nats in self.recall.cap_nats.items()},
             "mean r/d under cap": {label: float(rank.mean() / self.recall.d) for label, rank in self.recall.cap_rank.items()},
@@ -288,8 +283,9 @@ def store_measured(measured: Measured, folder: Path, *, made: Mapping[str, Any])
         OSError: the file system's own error.
 
     Example:
-        >>> store_measured.__name__
-        'store_measured'
+        >>> _, content = load_measured("hybrid-text-0")
+        >>> list(content)[:4]
+        ['provenance', 'name', 'training', 'rows']
     """
     arms = measured.removal.arms
     content = {
@@ -303,6 +299,7 @@ def store_measured(measured: Measured, folder: Path, *, made: Mapping[str, Any])
         "sizes": {
             "n_draws": 1 + max(arm.draw for arm in arms if arm.scheme == PROTECTED),
             "n_chance": 1 + max(arm.draw for arm in arms),
+            "spare": measured.removal.spare_share(),
             "within_windows": measured.removal.within_windows,
             "d": measured.removal.d,
             "n_tokens": measured.groups["end"].n_tokens,
@@ -407,10 +404,9 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
     of_steps = under("steps/")
     trajectory = Trajectory(tuple(map(int, of_steps["at"])), of_steps["rank"], of_steps["log_decay"])
     orders = {key: value.astype(np.int64) for key, value in under("orders/").items()}
-    spare = data["numbers"]["spare share"]
-    # Six digits are stored; a share is one of the doses.
-    spare = None if spare is None else min(doses(MODEL), key=lambda dose: abs(dose - spare))
-    arms = _arms(heads, orders, sizes, name, spare)
+    # They follow from the orders of heads, the name and the sizes.
+    arms = all_arms(heads, orders, name=name, n_draws=sizes["n_draws"])
+    arms += chance_arms(heads, name=name, spare=sizes["spare"], first=sizes["n_draws"], n_draws=sizes["n_chance"])
     of_removal = under("removal/")
     removal = Removal(
         heads, sizes["d"], orders, of_removal["rank"], data["numbers"]["unigram"], of_removal["intact"], arms, of_removal["nats"],
@@ -440,18 +436,6 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
         )
     turning = Turning(**sizes["turning"])
     return Measured(name, data["training"], trajectory, groups, turning, laws, removal, recall)
-
-
-def _arms(
-    heads: Sequence[tuple[int, int]],
-    orders: Mapping[str, NDArray[np.int64]],
-    sizes: Mapping[str, Any],
-    name: str,
-    spare: float | None,
-) -> tuple[Arm, ...]:
-    """The arms in the order in which they were measured; they follow from the orders of heads, the name and the sizes."""
-    made = all_arms(heads, orders, name=name, n_draws=sizes["n_draws"])
-    return (*made, *chance_arms(heads, name=name, spare=spare, first=sizes["n_draws"], n_draws=sizes["n_chance"]))
 
 
 # ---------------------------------------------------------------- over models

@@ -17,7 +17,7 @@ from staterank_utils.memory import cap_half_life
 from staterank_utils.strata import Estimate, bootstrap, cohen_kappa, is_high
 from staterank_utils.studies.groups import Groups, trace_heads
 from staterank_utils.studies.removal import HIGH, LOW, POSITION_DOSES, RANDOM, Removal
-from staterank_utils.studies.texts import LOSS_TEXTS, Texts
+from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tasks import domain_prompts
 
@@ -59,10 +59,7 @@ class Recall:
         Raises:
             ValueError: the gap was not measured.
         """
-        return bootstrap(
-            lambda *parts: float(np.mean([part.mean() for part in parts])),
-            *np.split(self._at(label, gap), len(LOSS_TEXTS)),
-        )
+        return over_texts(self._at(label, gap))
 
     def taken(
         self, cap: int = claims.SECOND["C6"].numbers["cap"], gap: int = claims.SECOND["C6"].numbers["copy"]
@@ -140,8 +137,9 @@ def measure_recall(
         tasks: name -> task.
 
     Example:
-        >>> measure_recall.__name__
-        'measure_recall'
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> load_measured("hybrid-text-0")[0].recall.gains["intact"].shape  # of 5 gaps and 8 windows of each text
+        (5, 16)
     """
     arms = {
         arm.label: [removal.heads[index] for index in arm.heads]
@@ -156,15 +154,14 @@ def measure_recall(
 
     gains, cap_nats, cap_rank, task_nats = {}, {}, {}, {}
     prompts = domain_prompts("prose", tokenizer, n_prompts=n_prompts, n_tokens=groups.n_tokens, seed=seed)
+    positions = [groups.n_tokens // 2, groups.n_tokens]
     for label, block in tqdm(blocks.items(), desc="recall", leave=False):
         with block():
             if label in capped or label in short:
                 gains[label] = induction_gains(model, texts, gaps)
             if label in capped:
                 cap_nats[label] = token_nats(model, texts.windows).mean(1)
-                cap_rank[label] = trace_heads(model, prompts, positions=[groups.n_tokens // 2, groups.n_tokens]).rank[
-                    -1
-                ]
+                cap_rank[label] = trace_heads(model, prompts, positions=positions).rank[-1]
             if label.startswith(RANDOM):
                 continue
             task_nats[label] = np.stack(

@@ -1,8 +1,9 @@
 """What a model loses without some of its heads: added nats on held-out text, for every order, scheme and dose."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 
 from staterank_utils import claims
 from staterank_utils.evaluation import token_nats
+from staterank_utils.layouts import state_size
 from staterank_utils.selection import SHARES, saturation_scores
-from staterank_utils.strata import Estimate, bootstrap, exactly
-from staterank_utils.studies.groups import HeadTrace, Row, state_size, trace_heads
-from staterank_utils.studies.texts import LOSS_TEXTS, Texts
+from staterank_utils.strata import Estimate, bootstrap, exactly, spread
+from staterank_utils.studies.groups import HeadTrace, Row, trace_heads
+from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
 from staterank_utils.surgery import Head, ablate_heads, all_heads
 from staterank_utils.tasks import NATURAL_DOMAINS
 
@@ -267,8 +269,10 @@ class Removal:
         secondary: label of an arm, or "intact" -> losses on the four domains of the first registration, (domain, window).
 
     Example:
-        >>> Removal.__dataclass_fields__["nats"].name
-        'nats'
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> removal = load_measured("hybrid-text-0")[0].removal
+        >>> removal.n_windows, removal.draws("over the model", 0.25).shape  # 16 draws, 16 windows of each text
+        (16, (16, 32))
     """
 
     heads: tuple[Head, ...]
@@ -294,21 +298,21 @@ class Removal:
         """Added nats of an arm, (window,).
 
         Raises:
-            KeyError: it was not measured.
+            KeyError, IndexError: it was not measured; the latter where draws of this order were, but not so many.
         """
-        for arm, nats in zip(self.arms, self.nats, strict=True):
-            if (arm.scheme, arm.order, arm.draw) == (scheme, order, draw) and abs(arm.share - share) < 1e-9:
-                return np.asarray(nats - self.intact)
-        raise KeyError(f"no arm {order!r} {draw} at {share} {scheme}")
+        return np.asarray(self.nats[self._rows[scheme, order, share][draw]] - self.intact)
 
     def draws(self, scheme: str, share: float) -> NDArray[np.float64]:
         """Added nats of all random arms at a dose, (draw, window)."""
-        found = [
-            nats - self.intact
-            for arm, nats in zip(self.arms, self.nats, strict=True)
-            if (arm.scheme, arm.order) == (scheme, RANDOM) and abs(arm.share - share) < 1e-9
-        ]
-        return np.stack(found)
+        return np.asarray(self.nats[self._rows[scheme, RANDOM, share]] - self.intact)
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str, float], list[int]]:
+        """(scheme, order, share) -> rows of `nats`, one per draw."""
+        rows: dict[tuple[str, str, float], list[int]] = {}
+        for row, arm in enumerate(self.arms):
+            rows.setdefault((arm.scheme, arm.order, arm.share), []).append(row)
+        return rows
 
     def loss(self, scheme: str, order: str, share: float) -> float:
         """Mean loss without an arm's heads, nats per token; of random draws their mean."""
@@ -365,7 +369,7 @@ class Removal:
     def crossing(self, scheme: str) -> float | None:
         """Share of heads from which on the highest ranks cost more than the lowest (C4c); None where they never do."""
         shares = doses(scheme)
-        actual = [len(self.heads_of(scheme, HIGH, share)) / len(self.heads) for share in shares]
+        actual = [len(self.arms[self._rows[scheme, HIGH, share][0]].heads) / len(self.heads) for share in shares]
         gaps = [float(self.gaps(scheme, share).mean()) for share in shares]
         if gaps[0] > 0:
             return actual[0]
@@ -373,10 +377,6 @@ class Removal:
             if gaps[i] > 0:
                 return actual[i - 1] + (actual[i] - actual[i - 1]) * -gaps[i - 1] / (gaps[i] - gaps[i - 1])
         return None
-
-    def heads_of(self, scheme: str, order: str, share: float) -> tuple[int, ...]:
-        """The heads that an arm removes."""
-        return chosen(self.orders[order], self.heads, scheme, share)
 
     def spare_share(self) -> float | None:
         """The largest dose over the model that counts and at which rank alone adds at most 0.1 nats (C5a)."""
@@ -397,9 +397,7 @@ class Removal:
         """Added nats at 25 % with the joint score minus with rank alone, with its interval over windows (C5b)."""
         share = claims.SECOND["C5b"].numbers["share"]
         gap = self.added(MODEL, JOINT, share) - self.added(MODEL, HIGH, share)
-        return bootstrap(
-            lambda *parts: float(np.mean([part.mean() for part in parts])), *np.split(gap, len(LOSS_TEXTS))
-        )
+        return over_texts(gap)
 
     def restoring_share(self, group: str) -> Fraction:
         """The smallest share of a group that undoes 80 % of the damage of removing all of it; 1 where none does (C7)."""
@@ -486,14 +484,13 @@ def measure_removal(model: PreTrainedModel, texts: Texts, *, name: str, sizes: S
     more_nats = [
         _without(model, heads, arm.heads, texts.windows).mean(1) for arm in tqdm(more, desc="random draws", leave=False)
     ]
-    return Removal(
-        **vars(partial) | {
-            "arms": (*partial.arms, *more),
-            "nats": np.concatenate([partial.nats, np.reshape(more_nats, (len(more), -1))]),
-            "within": _within_layers(model, texts, partial, name, sizes),
-            "groups": _groups(model, texts, partial, name, sizes),
-        }
-    )  # fmt: skip
+    return replace(
+        partial,
+        arms=(*partial.arms, *more),
+        nats=np.concatenate([partial.nats, np.reshape(more_nats, (len(more), -1))]),
+        within=_within_layers(model, texts, partial, name, sizes),
+        groups=_groups(model, texts, partial, name, sizes),
+    )
 
 
 def _secondary(
@@ -572,8 +569,10 @@ def summary(removal: Removal) -> list[dict[str, Any]]:
         its 95 % interval over windows; of random draws the mean with the range of draws), "books", "code", "counts".
 
     Example:
-        >>> summary.__name__
-        'summary'
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> rows = summary(load_measured("hybrid-text-0")[0].removal)
+        >>> len(rows), rows[0]["order"], rows[0]["heads"]  # 31 doses of 8 orders and of random draws
+        (279, 'low rank', 3)
     """
     rows = []
     for arm, nats in zip(removal.arms, removal.nats, strict=True):
@@ -581,13 +580,10 @@ def summary(removal: Removal) -> list[dict[str, Any]]:
             continue
         if arm.order == RANDOM:
             drawn = removal.draws(arm.scheme, arm.share)
-            means = drawn.mean(1)
-            added, by_text = Estimate(float(means.mean()), float(means.min()), float(means.max())), drawn.mean(0)
+            added, by_text = spread(drawn.mean(1)), drawn.mean(0)
         else:
             by_text = nats - removal.intact
-            added = bootstrap(
-                lambda *parts: float(np.mean([part.mean() for part in parts])), *np.split(by_text, len(LOSS_TEXTS))
-            )
+            added = over_texts(by_text)
         books, code = (float(part.mean()) for part in np.split(by_text, len(LOSS_TEXTS)))
         rows.append(
             {

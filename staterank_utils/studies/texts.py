@@ -10,6 +10,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.tasks import NATURAL_DOMAINS, domain_prompts, text_tokens
 
 LOSS_TEXTS = ("books", "code")  # on which losses are taken
@@ -111,6 +112,19 @@ def _cut(
         else ids.new_empty(0, length)
         for kind, (count, length) in sizes.items()
     }
+
+
+def over_texts(values: NDArray[np.float64]) -> Estimate:
+    """Mean over both texts with its 95 % interval; windows are drawn anew within each text.
+
+    Args:
+        values: (window,), those of books first, then as many of code.
+
+    Example:
+        >>> over_texts(np.array([1.0, 1.0, 3.0, 3.0]))
+        Estimate(point=2.0, low=2.0, high=2.0)
+    """
+    return bootstrap(lambda *parts: float(np.mean([part.mean() for part in parts])), *np.split(values, len(LOSS_TEXTS)))
 
 
 def unigram_nats(windows: Int[Tensor, "window token"], ids: Int[Tensor, " all"], vocabulary: int) -> float:
