@@ -94,7 +94,7 @@ def test_a_small_model_goes_the_whole_road(stored) -> None:
     assert list(data["controls"]) == ["initial", "shuffled", "step-500"]
     assert measured.removal.secondary["intact"].shape == (4, 1)
     assert data["provenance"]["checkpoints"].keys() == {"model"}
-    assert all((folder / "out" / f"{SMALL.name}.{end}").stat().st_size < 300_000 for end in ("json", "npz"))
+    assert all((folder / "out" / f"{SMALL.name}.{end}").stat().st_size < 300_000 for end in ("json", "npz.xz"))
 
 
 def test_what_is_stored_gives_the_same_claims_and_numbers_again(stored) -> None:
@@ -258,8 +258,8 @@ def test_a_spare_share_is_one_of_the_doses_again_when_it_is_read(stored, tmp_pat
 
 def arguments(tmp_path: Path):
     return ladder.argparse.Namespace(
-        corpus=tmp_path / "corpus", tokenizer="tokenizer", runs=tmp_path / "runs", out=tmp_path / "out", workers=0
-    )
+        corpus=tmp_path / "corpus", tokenizer="tokenizer", runs=tmp_path / "runs", out=tmp_path / "out", workers=0, per_gpu=1,
+    )  # fmt: skip
 
 
 def test_a_job_that_fails_leaves_the_others_alone_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +306,8 @@ def test_jobs_take_different_gpus_and_wait_where_none_is_free(tmp_path: Path, mo
     with ladder.free_gpu(tmp_path, 2) as again:
         assert again == 0
     assert waits == [ladder.POLL]
+    with ladder.free_gpu(tmp_path, 2, 2) as first, ladder.free_gpu(tmp_path, 2, 2) as second, ladder.free_gpu(tmp_path, 2, 2) as third:
+        assert (first, second, third) == (0, 1, 0)
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, "0"), ("4,5", "4")])
@@ -333,6 +335,9 @@ def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sys.argv", given)
     with pytest.raises(SystemExit, match="asked for 4 GPUs, and torch sees 1 on this host: lower --gpus"):
         ladder.main()
+    monkeypatch.setattr("sys.argv", [*given[:-2], "--per-gpu", "0"])
+    with pytest.raises(SystemExit, match="--per-gpu is 0: expected at least 1 job per GPU"):
+        ladder.main()
 
 
 # ---------------------------------------------------------------- what is stored
@@ -357,17 +362,18 @@ def test_a_stored_model_s_numbers_follow_from_its_data(name: str) -> None:
     assert added == pytest.approx(row["added"][0], abs=2e-4)
     assert [row["verdict"] for row in measured.claims()] == [row["verdict"] for row in data["rows"]]
     assert (LADDER / f"{name}.json").stat().st_size < 300_000
-    assert (LADDER / f"{name}.npz").stat().st_size < 400_000
+    assert (LADDER / f"{name}.npz.xz").stat().st_size < 400_000
 
 
 def test_only_recipes_of_the_ladder_are_stored() -> None:
     assert set(STORED) <= set(RECIPES)
 
 
-def test_the_weights_that_are_kept_are_those_that_were_measured() -> None:
+@pytest.mark.parametrize("name", ["hybrid-text-0", "pure-text-0"])
+def test_the_weights_that_are_kept_are_those_that_were_measured(name: str) -> None:
     """And a CPU measures on them what a GPU did."""
-    folder = CHECKPOINTS / "hybrid-text-0"
-    measured, data = load_measured("hybrid-text-0")
+    folder = CHECKPOINTS / name
+    measured, data = load_measured(name)
     assert data["provenance"]["checkpoints"]["model"] == weights_hash(folder)
     model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
     books = draw_texts(tokenizer).windows[:2]

@@ -1,14 +1,16 @@
-"""Train and measure the recipes of a wave, one process per GPU of this host.
+"""Train and measure the recipes of a wave, one process per GPU of this host, or a few.
 
     python -m training.ladder --wave 1 --corpus PREPARED --tokenizer checkpoints/hybrid --runs RUNS --out results/ladder
 
-Each recipe is a job of its own: it waits for a free GPU, trains into RUNS/NAME, measures, and writes OUT/NAME.json and OUT/NAME.npz. A job
+Each recipe is a job of its own: it waits for a free GPU, trains into RUNS/NAME, measures, and writes OUT/NAME.json and OUT/NAME.npz.xz. A job
 that fails leaves the others alone and is named at the end. The same command resumes: what is done is not done again. `--recipes NAME ...`
-takes recipes of any wave, and `--job NAME` runs one job, which is what a workflow engine calls.
+takes recipes of any wave, and `--job NAME` runs one job, which is what a workflow engine calls. With `--per-gpu 2` two jobs share a GPU: a
+training uses 23 GB, and each fills the other's gaps.
 """
 
 import argparse
 import fcntl
+import itertools
 import os
 import socket
 import subprocess
@@ -28,17 +30,18 @@ POLL = 2.0  # seconds between two looks for a free GPU
 
 
 @contextmanager
-def free_gpu(folder: Path, n_gpus: int) -> Iterator[int]:
-    """Wait for a GPU that no other job of this folder uses, and hold it until the end of the block.
+def free_gpu(folder: Path, n_gpus: int, per_gpu: int = 1) -> Iterator[int]:
+    """Wait for a place on a GPU that no other job of this folder has, and hold it until the end of the block.
 
     Args:
         folder: of the runs, in which the locks are files.
         n_gpus: of this host.
+        per_gpu: places on each; every GPU gets its first job before one gets its second.
     """
     folder.mkdir(parents=True, exist_ok=True)
     while True:
-        for index in range(n_gpus):
-            with (folder / f".gpu-{socket.gethostname()}-{index}.lock").open("w") as lock:
+        for place, index in itertools.product(range(per_gpu), range(n_gpus)):
+            with (folder / f".gpu-{socket.gethostname()}-{index}-{place}.lock").open("w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -68,7 +71,7 @@ def run_job(name: str, arguments: argparse.Namespace, n_gpus: int) -> None:
     """
     find_recipe(name)
     log = arguments.runs / f"{name}.log"
-    with free_gpu(arguments.runs, n_gpus) as index:
+    with free_gpu(arguments.runs, n_gpus, arguments.per_gpu) as index:
         # Of those that this process may use, by their own names.
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
@@ -81,7 +84,7 @@ def run_job(name: str, arguments: argparse.Namespace, n_gpus: int) -> None:
 
 def run_wave(names: Sequence[str], arguments: argparse.Namespace, n_gpus: int) -> list[str]:
     """Start every job, wait for all, and return the names of those that failed."""
-    options = ["--corpus", arguments.corpus, "--tokenizer", arguments.tokenizer, "--runs", arguments.runs, "--out", arguments.out, "--workers", arguments.workers, "--gpus", n_gpus]  # fmt: skip
+    options = ["--corpus", arguments.corpus, "--tokenizer", arguments.tokenizer, "--runs", arguments.runs, "--out", arguments.out, "--workers", arguments.workers, "--gpus", n_gpus, "--per-gpu", arguments.per_gpu]  # fmt: skip
     jobs = {
         name: subprocess.Popen([sys.executable, "-m", "training.ladder", "--job", name, *map(str, options)])
         for name in names
@@ -104,6 +107,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs, with room for 1 GB each")
     parser.add_argument("--out", type=Path, default=LADDER, help="folder of the results")
     parser.add_argument("--gpus", type=int, help="GPUs to use; all of this host by default")
+    parser.add_argument("--per-gpu", type=int, default=1, help="jobs that share a GPU")
     parser.add_argument("--workers", type=int, default=7, help="processes that make batches, per training")
     arguments = parser.parse_args()
     there = torch.cuda.device_count()
@@ -112,6 +116,8 @@ def main() -> None:
     n_gpus = there if arguments.gpus is None else arguments.gpus
     if not 1 <= n_gpus <= there:
         raise SystemExit(f"asked for {n_gpus} GPUs, and torch sees {there} on this host: lower --gpus")
+    if arguments.per_gpu < 1:
+        raise SystemExit(f"--per-gpu is {arguments.per_gpu}: expected at least 1 job per GPU")
     if arguments.job:
         run_job(arguments.job, arguments, n_gpus)
     elif failed := run_wave(arguments.recipes or WAVES[arguments.wave], arguments, n_gpus):

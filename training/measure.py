@@ -2,7 +2,7 @@
 
     python -m training.measure RUN --out results/ladder
 
-reads RUN/model, RUN/step-500, RUN/step-2000 and RUN/training.json, and writes NAME.json and NAME.npz.
+reads RUN/model, RUN/step-500, RUN/step-2000 and RUN/training.json, and writes NAME.json and NAME.npz.xz.
 """
 
 import argparse

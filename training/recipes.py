@@ -113,6 +113,8 @@ def _recipes() -> dict[str, Recipe]:
             for seed in range({"text": 3, "tasks63": 2, "tasks10": 1}[name]):
                 recipe = Recipe(f"{kind}-{name}-{seed}", types, seed, **options)
                 made[recipe.name] = recipe
+        wide = Recipe(f"{kind}-wide-0", types, 0, hidden=320)
+        made[wide.name] = wide
     return made
 
 
@@ -121,7 +123,7 @@ WAVES = {
     1: ("hybrid-text-0", "hybrid-text-1", "hybrid-text-2", "pure-text-0"),
     2: ("pure-text-1", "pure-text-2", "hybrid-tasks63-0", "hybrid-tasks63-1"),
     3: ("pure-tasks63-0", "pure-tasks63-1", "hybrid-tasks10-0", "pure-tasks10-0"),
-}
+}  # the wide pair is of no wave: it is a candidate for embedding, and `--recipes` trains it
 
 
 def find_recipe(name: str) -> Recipe:

@@ -1,10 +1,11 @@
 """Everything that is measured on one model of the ladder, how it is stored, and the claims judged over all of them.
 
-NAME.json holds what a reader of the file looks for: provenance, recipe, claims, one row per arm. NAME.npz holds the numbers that they
+NAME.json holds what a reader of the file looks for: provenance, recipe, claims, one row per arm. NAME.npz.xz holds the numbers that they
 were computed from, per head, prompt and window; `load_measured` makes the same objects of them again.
 """
 
 import json
+import lzma
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,7 +273,7 @@ def measure_model(
 
 
 def store_measured(measured: Measured, folder: Path, *, made: Mapping[str, Any]) -> None:
-    """Write NAME.npz and NAME.json, each whole or not at all.
+    """Write NAME.npz.xz and NAME.json, each whole or not at all.
 
     Args:
         measured: of one model.
@@ -313,8 +314,9 @@ def store_measured(measured: Measured, folder: Path, *, made: Mapping[str, Any])
     }
     # Judged before anything is written.
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_or_not(folder / f"{measured.name}.npz") as partial, partial.open("wb") as stream:
-        np.savez_compressed(stream, **_arrays(measured))  # type: ignore[arg-type]
+    # Compressed as a whole: hundreds of small arrays have much in common.
+    with whole_or_not(folder / f"{measured.name}.npz.xz") as partial, lzma.open(partial, "wb") as stream:
+        np.savez(stream, **_arrays(measured))  # type: ignore[arg-type]
     write_json(folder / f"{measured.name}.json", content)
 
 
@@ -323,7 +325,7 @@ def load_measured(name: str, folder: Path = LADDER) -> tuple[Measured, dict[str,
 
     Args:
         name: of the recipe.
-        folder: that holds NAME.json and NAME.npz.
+        folder: that holds NAME.json and NAME.npz.xz.
 
     Returns:
         What was measured, and the content of the JSON.
@@ -338,7 +340,7 @@ def load_measured(name: str, folder: Path = LADDER) -> tuple[Measured, dict[str,
         FileNotFoundError: ...
     """
     data = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    with np.load(folder / f"{name}.npz") as file:
+    with lzma.open(folder / f"{name}.npz.xz") as stream, np.load(stream) as file:
         arrays = {key: file[key] for key in file.files}
     return _measured(data, arrays), data
 
