@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND
-from staterank_utils.markdown import markdown_table, verdict_table
+from staterank_utils.markdown import brief_table, markdown_table
 from staterank_utils.strata import Estimate
 from staterank_utils.studies.ladder import LADDER, Measured, ladder_claims, load_measured
 from staterank_utils.studies.removal import HIGH, LOW, RANDOM, SCHEMES
 from staterank_utils.tasks import NATURAL_DOMAINS
 from training.recipes import RECIPES
 
+CANDIDATES = ("tasks10", "text", "wide")  # in this order; the first pair that holds C1 and C3 is embedded
 SHORT = {HOLDS: "holds", PARTLY: "in part", FAILS: "no"}
 DOSE = 0.25
 
@@ -30,12 +31,13 @@ def ladder_tables() -> dict[str, str]:
         + (f" Not yet: {', '.join(f'`{name}`' for name in missing)}." if missing else ""),
         "ladder_first": _by_model(data, CLAIMS),
         "ladder_second": _by_model(data, SECOND),
-        "ladder_over": verdict_table(ladder_claims({name: measured for name, (measured, _) in models.items()})),
+        "ladder_over": brief_table(ladder_claims({name: measured for name, (measured, _) in models.items()})),
         "ladder_numbers": _numbers(data),
         "ladder_causal": _causal(data),
         "ladder_removal": _removal(data),
         "ladder_secondary": _secondary(data),
         "ladder_recall": _recall(data),
+        "ladder_pair": _pair(data),
     }
 
 
@@ -47,6 +49,26 @@ def _by_model(data: Mapping[str, Mapping[str, Any]], registered: Iterable[str]) 
         (f"`{name}`", *(SHORT.get(of_model.get(key, "–"), "–") for key in keys)) for name, of_model in verdicts.items()
     ]
     return markdown_table(("model", *keys), rows)
+
+
+def _pair(data: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which pair is embedded, by the rule that was fixed before any was trained."""
+    rows, chosen = [], ""
+    for candidate in CANDIDATES:
+        names = [f"{kind}-{candidate}-0" for kind in ("hybrid", "pure")]
+        if not set(names) <= set(data):
+            return f"{markdown_table(('candidate', 'C1', 'C3'), rows)}\n\nThe pair `{candidate}` decides; it is not measured yet."
+        held = True
+        for name in names:
+            verdicts = {row["claim"]: row["verdict"] for row in data[name]["rows"]}
+            rows.append((f"`{name}`", *(SHORT[verdicts[key]] for key in ("C1", "C3"))))
+            held = held and verdicts["C1"] == verdicts["C3"] == HOLDS
+        if held:
+            chosen = f"The pair `{candidate}` is the first that holds both, so it is embedded."
+            break
+    else:
+        chosen = "No pair holds both, so the text pair is embedded as it is."
+    return f"{markdown_table(('candidate', 'C1', 'C3'), rows)}\n\n{chosen}"
 
 
 def _interval(numbers: list[Any]) -> str:

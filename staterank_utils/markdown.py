@@ -51,19 +51,38 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> str:
     cells = []
     for row in rows:
         statement, measure, holds, paper = _printed(row["claim"])
-        measured = "; ".join(f"{number['label']} {_interval(number)}" for number in row["criteria"])
-        cells.append(
-            (
-                f"**{row['claim']}** {statement}",
-                measure,
-                holds,
-                paper,
-                row["model"],
-                measured,
-                f"**{row['verdict']}**{row['note']}",
-            )
-        )
+        cells.append((f"**{row['claim']}** {statement}", measure, holds, paper, *_outcome(row)))
     return markdown_table(("claim", "measure", "holds if", "paper", "model", "measured", "verdict"), cells)
+
+
+def brief_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Stored rows as a Markdown table of what came out; each claim's statement stands in its first row alone.
+
+    Args:
+        rows: as `judge` gives them, those of one claim together.
+
+    Raises:
+        KeyError: a row about a claim that is not registered.
+
+    Example:
+        >>> from staterank_utils.claims import judge
+        >>> from staterank_utils.strata import Estimate
+        >>> rows = [judge("C2", model, {"rho": Estimate(0.95, 0.92, 0.97)}) for model in ("hybrid", "pure")]
+        >>> print(brief_table(rows).splitlines()[-1])
+        |  | pure | rho 0.950 [0.920, 0.970] | **holds** |
+    """
+    cells, last = [], None
+    for row in rows:
+        statement, *_ = _printed(row["claim"])
+        cells.append(("" if row["claim"] == last else f"**{row['claim']}** {statement}", *_outcome(row)))
+        last = row["claim"]
+    return markdown_table(("claim", "model", "measured", "verdict"), cells)
+
+
+def _outcome(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Model, numbers and verdict of a row."""
+    measured = "; ".join(f"{number['label']} {_interval(number)}" for number in row["criteria"])
+    return row["model"], measured, f"**{row['verdict']}**{row['note']}"
 
 
 def _printed(key: str) -> tuple[str, str, str, str]:
