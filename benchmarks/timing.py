@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from staterank_utils.models import choose_kernels
+from staterank_utils.dispatch import choose_kernels
 from staterank_utils.results import STORED, provenance, write_json
 from training.fast_forward import limit_autotuning
 

@@ -53,7 +53,8 @@ def _by_model(data: Mapping[str, Mapping[str, Any]], registered: Iterable[str]) 
 
 def _pair(data: Mapping[str, Mapping[str, Any]]) -> str:
     """Which pair is embedded, by the rule that was fixed before any was trained."""
-    rows, chosen = [], ""
+    rows: list[tuple[str, ...]] = []
+    chosen = ""
     for candidate in CANDIDATES:
         names = [f"{kind}-{candidate}-0" for kind in ("hybrid", "pure")]
         if not set(names) <= set(data):

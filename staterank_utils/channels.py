@@ -19,8 +19,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.dispatch import choose_kernels
 from staterank_utils.layouts import key_names, linear_layers, scans_through
-from staterank_utils.models import choose_kernels, read_tokens
+from staterank_utils.models import read_tokens
 from staterank_utils.surgery import check_no_intervention
 
 Channels = dict[int, dict[int, list[int]]]  # decoder layer -> key head -> channels

@@ -1,6 +1,7 @@
 """Greedy continuation of prompts, side by side: through the cache, and faster where the answer is expected."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,10 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.kernels import ordered_weights
 from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache, output_logits, read_tokens
 
 Tokens = list[int]
+ORDER_FROM = 16  # tokens that may be left to decode, from which on other strides of the weights pay
 STEPS_AT_ONCE = 16  # on a GPU, between two looks at what was made
 MASKS_BY_KIND = ("qwen3_next",)  # models whose forward takes a mask for each kind of layer, made beforehand
 
@@ -196,13 +199,14 @@ def _decode(
     in_place = on_one_gpu and model.config.model_type in MASKS_BY_KIND
     next_tokens = _steps_in_place(model, ids, mask, room) if in_place else _steps(model, ids, mask)
     over = [False] * len(rows)
-    for tokens in next_tokens:
-        for row, token in enumerate(tokens):
-            if not over[row]:
-                made[row].append(token)
-                over[row] = token in stop or len(made[row]) >= limits[row]
-        if all(over):
-            return
+    with ordered_weights(model) if room >= ORDER_FROM else nullcontext():
+        for tokens in next_tokens:
+            for row, token in enumerate(tokens):
+                if not over[row]:
+                    made[row].append(token)
+                    over[row] = token in stop or len(made[row]) >= limits[row]
+            if all(over):
+                return
 
 
 def _steps(model: PreTrainedModel, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"]) -> Iterator[Tokens]:

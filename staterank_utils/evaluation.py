@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from staterank_utils.budget import out_of_memory
 from staterank_utils.decoding import Tokens, generate_greedily
-from staterank_utils.models import output_logits, read_tokens
+from staterank_utils.models import check_ids, check_tokenizer, output_logits, read_tokens
 from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.tasks import Turn, arithmetic, copying, final_answer, needle, recall, technical_prose
 
@@ -282,6 +282,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_tokenizer(model, tokenizer)
     instances = draw_instances(task, tokenizer, n_instances=n_instances, seed=seed)
     task = TASKS[task] if isinstance(task, str) else task
     scores: list[float] = []
@@ -359,6 +360,9 @@ def answer_nats(
         >>> answer_nats("recall", load_model("hybrid"), load_tokenizer("hybrid"), n_instances=1).max().item() < 0.1
         True
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_tokenizer(model, tokenizer)
     instances = draw_instances(task, tokenizer, n_instances=n_instances, seed=seed)
     losses = []
     for batch in (instances[start : start + batch_size] for start in range(0, n_instances, batch_size)):
@@ -413,6 +417,7 @@ def token_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) -
         >>> token_nats(load_model("hybrid"), torch.arange(8).reshape(2, 4)).shape
         (2, 3)
     """
+    check_ids(model, input_ids)
     if input_ids.shape[1] < 2:
         raise ValueError(f"a text needs at least 2 tokens, got {input_ids.shape[1]}")
     losses = [
@@ -450,6 +455,7 @@ def induction(
     """
     if gap < 2 or n_instances < 1:
         raise ValueError(f"need gap >= 2 and n_instances >= 1, got {gap} and {n_instances}")
+    check_tokenizer(model, tokenizer)
     rng = random.Random(f"induction {gap} {seed}")
     ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     shares = []

@@ -1,12 +1,11 @@
 """flash-linear-attention's own models (package `fla`) on a machine without a GPU: slow, exact, each call where its tensors are.
 
-fla computes with Triton kernels, which a CPU cannot run. `choose` puts a dispatcher before each kernel that the models of
-`staterank_utils.layouts.fla_models` call: tensors on a CPU go to fla's own naive operator (`fla.ops.*.naive`), or to a few lines of
-torch where fla has none; all others go to the kernel as ever. Nothing is overwritten for good, and a second call changes
-nothing.
+fla computes with Triton kernels, which a CPU cannot run. A `FlaKernel` stands in the place of each of them in one model: tensors on a
+CPU go to fla's own naive operator (`fla.ops.*.naive`), or to a few lines of torch where fla has none; all others go to the kernel as ever.
+fla itself is not changed: `rebinding` makes copies of the methods of a model's modules that call these instead.
 
 Recurrences run token by token in float32. On a GPU, calls that a kernel refuses for their dtype (`REFUSE_FLOAT32`) go to the
-naive operator as well, and fla's Mamba-2 is changed where it is wrong or refuses; see `mamba2_forward`.
+naive operator as well, and fla's Mamba-2 is corrected where it is wrong or refuses; see `mamba2_forward`.
 """
 
 import functools
@@ -15,40 +14,104 @@ import itertools
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from staterank_utils.rebinding import Rebinding
+
 Recurrence = Callable[[dict[str, Tensor], Tensor | None], tuple[Tensor, Tensor]]
 REFUSE_FLOAT32 = ("chunk_delta_rule",)  # kernels that are there for narrower dtypes alone
 
 
-def choose(*, plain: bool = False) -> None:
-    """Let fla's models run where their tensors are. Imports fla.
+class FlaKernel:
+    """A function of fla that a CPU cannot run, run where its tensors are.
 
     Args:
-        plain: use the naive operators on every device, in float32.
+        stock: fla's.
+        version: the same in plain torch.
+        plain: the version in plain torch on every device, in float32.
+
+    Example:
+        >>> FlaKernel(torch.neg, torch.abs, plain=False)(torch.tensor(-1.0)).item()
+        1.0
+    """
+
+    def __init__(self, stock: Callable[..., Any], version: Callable[..., Any], *, plain: bool):
+        self.stock, self.version, self.plain = stock, version, plain
+        self.__name__ = stock.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        first = next(x for x in itertools.chain(args, kwargs.values()) if isinstance(x, Tensor))
+        refused = self.__name__ in REFUSE_FLOAT32 and first.dtype == torch.float32
+        chosen = self.version if self.plain or refused or first.device.type == "cpu" else self.stock
+        return chosen(*args, **kwargs)
+
+
+def rebinding(*, plain: bool) -> Rebinding:
+    """What makes the methods of fla's modules call a `FlaKernel` in the place of each kernel.
+
+    Args:
+        plain: as in `FlaKernel`.
 
     Raises:
         ModuleNotFoundError: fla is not installed.
 
     Example:
         >>> if find_spec("fla"):
-        ...     choose()
-        >>> find_spec("fla") is None or hasattr(importlib.import_module("fla.layers.gla").chunk_gla, "staterank_bound")
+        ...     len(rebinding(plain=False).wraps) > 20
+        ... else:
+        ...     True
         True
     """
     _import_fla()
-    for path, name, function in _plain_versions():
-        module = importlib.import_module(path)
-        setattr(module, name, _dispatch(getattr(module, name), function, plain=plain))
-    layer = importlib.import_module("fla.layers.mamba2").Mamba2
-    if layer.torch_forward is not mamba2_forward:
-        layer.cuda_kernels_forward = _one_token_or_prompt(layer.cuda_kernels_forward)
-        layer.torch_forward = mamba2_forward
+    known: dict[tuple[str, Any], FlaKernel] = {}
+    for path, name, version in _plain_versions():
+        stock: Callable[..., Any] = getattr(importlib.import_module(path), name)
+        known[name, stock] = FlaKernel(stock, version, plain=plain)
+
+    def kernel(name: str, function: Any) -> Any:
+        return known.get((name, function), function)
+
+    return Rebinding({name: functools.partial(kernel, name) for name, _ in known})
+
+
+def corrections(module: nn.Module, *, plain: bool) -> dict[str, MethodType]:
+    """Methods of a module of fla that are wrong or refuse what they should do, made right: those of Mamba-2's layer.
+
+    Args:
+        module: of a model of fla.
+        plain: `mamba2_forward` on every device.
+
+    Example:
+        >>> corrections(nn.Linear(1, 1), plain=False)
+        {}
+    """
+    if (type(module).__module__, type(module).__name__) != ("fla.layers.mamba2", "Mamba2"):
+        return {}
+    stock = mamba2_forward if plain else _one_token_or_prompt(type(module).cuda_kernels_forward)
+    return {"cuda_kernels_forward": MethodType(stock, module), "torch_forward": MethodType(mamba2_forward, module)}
+
+
+def activations(module: nn.Module, *, plain: bool) -> dict[str, FlaKernel]:
+    """A module's attributes that are activation functions of fla.
+
+    Args:
+        module, plain: as in `corrections`.
+
+    Example:
+        >>> activations(nn.Linear(1, 1), plain=False)
+        {}
+    """
+    ops = importlib.import_module("fla.modules.activations.ops")
+    versions: dict[Any, Callable[..., Any]] = {ops.swish: F.silu, ops.sigmoid: torch.sigmoid}
+    stock: dict[str, Any] = {
+        name: getattr(value, "stock", value) for name, value in vars(module).items() if callable(value)
+    }
+    return {name: FlaKernel(value, versions[value], plain=plain) for name, value in stock.items() if value in versions}
 
 
 def is_fla(model: nn.Module) -> bool:
@@ -58,7 +121,7 @@ def is_fla(model: nn.Module) -> bool:
         >>> is_fla(nn.Linear(1, 1))
         False
     """
-    return type(model).__module__.startswith("fla.")
+    return any(each.__module__.startswith("fla.") for each in type(model).__mro__)
 
 
 def wrote(settings: dict[str, Any]) -> bool:
@@ -95,27 +158,13 @@ def _import_fla() -> None:
         importlib.import_module("fla")
 
 
-# ---------------------------------------------------------------- dispatch
-
-
-def _dispatch(bound: Callable[..., Any], plain_version: Callable[..., Any], *, plain: bool) -> Callable[..., Any]:
-    bound = getattr(bound, "staterank_bound", bound)
-    refuses_float32 = bound.__name__ in REFUSE_FLOAT32
-
-    @functools.wraps(bound)
-    def dispatch(*args: Any, **kwargs: Any) -> Any:
-        first = next(x for x in itertools.chain(args, kwargs.values()) if isinstance(x, Tensor))
-        refused = refuses_float32 and first.dtype == torch.float32
-        return (plain_version if plain or refused or first.device.type == "cpu" else bound)(*args, **kwargs)
-
-    vars(dispatch)["staterank_bound"] = bound
-    return dispatch
+# ---------------------------------------------------------------- which
 
 
 def _plain_versions() -> list[tuple[str, str, Callable[..., Any]]]:
     """(module, name in it, plain version) of everything that the supported models call and a CPU cannot run."""
     mixed = importlib.import_module("fla.ops.rwkv7.fused_addcmul").torch_addcmul_rwkv7
-    norm, activations = "fla.modules.norm", "fla.modules.activations.ops"
+    norm = "fla.modules.norm"
     return [
         ("fla.layers.gated_deltanet", "chunk_gated_delta_rule", _gated_delta_rule),
         ("fla.layers.gated_deltanet", "fused_recurrent_gated_delta_rule", _gated_delta_rule),
@@ -132,7 +181,6 @@ def _plain_versions() -> list[tuple[str, str, Callable[..., Any]]]:
         ("fla.layers.linear_attn", "chunk_linear_attn", _linear_attention),
         ("fla.layers.linear_attn", "fused_chunk_linear_attn", _linear_attention),
         ("fla.layers.linear_attn", "fused_recurrent_linear_attn", _linear_attention),
-        # Also what Mamba-2 reads a prompt by, see `mamba2_forward`.
         ("fla.layers.simple_gla", "chunk_simple_gla", _simple_gla),
         ("fla.layers.simple_gla", "fused_recurrent_simple_gla", _simple_gla),
         ("fla.layers.rwkv7", "chunk_rwkv7", _rwkv7),
@@ -148,8 +196,6 @@ def _plain_versions() -> list[tuple[str, str, Callable[..., Any]]]:
         ("fla.modules.rotary.ops", "rotary_embedding", _rotary_embedding),
         ("fla.modules.mlp", "swiglu", lambda x, y: F.silu(x) * y),
         ("fla.modules.mlp", "swiglu_linear", lambda x, y, weight, bias: F.linear(F.silu(x) * y, weight, bias)),
-        (activations, "swish_fwd", lambda x, *_: F.silu(x)),
-        (activations, "sigmoid_fwd", lambda x, *_: x.sigmoid()),
         (f"{norm}.layernorm", "rms_norm", functools.partial(_norm, is_rms_norm=True)),
         (f"{norm}.layernorm", "layer_norm", _norm),
         (f"{norm}.layernorm", "group_norm", _norm),
@@ -310,6 +356,26 @@ def _simple_gla(
     )
 
 
+def simple_gla(*args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """fla's recurrence of a decay per head, on a GPU; Mamba-2 reads a prompt by it, see `mamba2_forward`.
+
+    Example:
+        >>> if find_spec("fla"):
+        ...     q = torch.ones(1, 2, 1, 4)
+        ...     options = {"g": torch.zeros(1, 2, 1), "initial_state": None, "output_final_state": True}
+        ...     SIMPLE_GLA(q, q, q, **options)[1].shape
+        ... else:
+        ...     torch.Size([1, 1, 4, 4])
+        torch.Size([1, 1, 4, 4])
+    """
+    rule = importlib.import_module("fla.ops.simple_gla").fused_recurrent_simple_gla
+    made: tuple[Tensor, Tensor | None] = rule(*args, **options)
+    return made
+
+
+SIMPLE_GLA = FlaKernel(simple_gla, _simple_gla, plain=False)
+
+
 def retention_decay(n_heads: int) -> Tensor:
     """RetNet's natural logarithm of the decay a token, fixed by the head's index: log(1 - 2^(-5 - head)).
 
@@ -374,10 +440,10 @@ def mamba2_forward(
     out to the heads in another order than when decoding, so that prompt and decoding contradict each other.
 
     Example:
-        >>> if find_spec("fla"):
-        ...     choose()
-        >>> find_spec("fla") is None or importlib.import_module("fla.layers.mamba2").Mamba2.torch_forward is mamba2_forward
-        True
+        >>> mamba2_forward(nn.Linear(1, 1), torch.zeros(1, 1, 1))  # a layer of another kind
+        Traceback (most recent call last):
+            ...
+        AttributeError: 'Linear' object has no attribute 'n_groups'
     """
     n_tokens = input_states.shape[1]
     n_group = self.n_groups * self.ssm_state_size
@@ -399,8 +465,7 @@ def mamba2_forward(
         y.unflatten(-1, (self.n_groups, -1)).repeat_interleave(self.num_heads // self.n_groups, 2) for y in (key, query)
     )
     step = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.dt_limit)
-    rule = importlib.import_module("fla.layers.simple_gla").fused_recurrent_simple_gla
-    out, state = rule(
+    out, state = SIMPLE_GLA(
         q=query.float(),
         k=key.float(),
         v=x.float() * step[..., None],
@@ -426,7 +491,6 @@ def _one_token_or_prompt(bound: Callable[..., Any]) -> Callable[..., Any]:
         chosen = bound if last_state is None or hidden_states.shape[1] == 1 else mamba2_forward
         return chosen(self, hidden_states, last_state, *args, **kwargs)
 
-    vars(forward)["staterank_bound"] = bound
     return forward
 
 

@@ -8,19 +8,22 @@ The same functions as transformers' plain torch versions, to float32 rounding, w
 - the short convolution runs in the order that memory has, channels last;
 - a step of one token reads the state once and writes it once.
 
-They hold for tensors on a CPU, in float32, where no gradient is asked for; `models.choose_kernels` puts them in, and sends
+They hold for tensors on a CPU, in float32, where no gradient is asked for; `dispatch.choose_kernels` puts them in, and sends
 everything else to transformers.
 """
 
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 CHUNK = 32
 BLOCK_TOKENS = 512
@@ -343,10 +346,14 @@ def serves_kernel(name: str, arguments: dict[str, Any]) -> bool:
         >>> [serves_kernel("torch_chunk_gated_delta_rule", dict.fromkeys(names, x)) for x in (torch.ones(1), torch.ones(1).half())]
         [True, False]
     """
+    if torch.compiler.is_compiling():
+        return False
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    if torch.is_autocast_enabled("cpu") or any(_is_transformed(x) for x in tensors):
         return False
     if arguments.get("cu_seqlens") is not None or arguments.get("seq_idx") is not None:
         return False
@@ -356,6 +363,15 @@ def serves_kernel(name: str, arguments: dict[str, Any]) -> bool:
         new, kept, weight = (arguments[key] for key in ("hidden_states", "conv_state", "weight"))
         return new.shape[-1] == 1 and kept.shape[-1] == weight.shape[-1]
     return True
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether a tensor carries a tangent of forward-mode differentiation, or is inside a transformation of torch.func."""
+    return (
+        forward_ad.unpack_dual(x).tangent is not None
+        if forward_ad._current_level >= 0
+        else is_functorch_wrapped_tensor(x)
+    )
 
 
 # ---------------------------------------------------------------- modules
@@ -381,7 +397,6 @@ def _gated_delta_net(
     **kwargs: Any,
 ) -> Float[Tensor, "batch token d_model"]:
     """The layer as in transformers, module by module and kernel by kernel, with fewer copies in between."""
-    kernels = sys.modules[type(self).__module__]
     if attention_mask is not None:
         hidden_states = hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)
     n_batch, n_tokens, _ = hidden_states.shape
@@ -408,17 +423,17 @@ def _gated_delta_net(
 
     weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
     if conv_state is not None and n_tokens == 1 and not recording:
-        mixed = kernels.causal_conv1d_update(mixed, conv_state, weight, bias, self.activation)
+        mixed = causal_conv1d_update(mixed, conv_state, weight, bias, self.activation)
     else:
         if cache_params is not None:
             mixed = cache_params.update_conv_state(mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-        mixed = kernels.causal_conv1d_fn(mixed, weight, bias, activation=self.activation, **kwargs)
+        mixed = causal_conv1d_fn(mixed, weight, bias, activation=self.activation, **kwargs)
         if cache_params is not None:
             mixed = mixed[:, :, -n_tokens:]
     query, key, value = mixed.transpose(1, 2).split_with_sizes(sizes, -1)
 
     one_token = recurrent_state is not None and n_tokens == 1
-    rule = kernels.torch_recurrent_gated_delta_rule if one_token else kernels.torch_chunk_gated_delta_rule
+    rule: Any = torch_recurrent_gated_delta_rule if one_token else torch_chunk_gated_delta_rule
     if one_token:
         # The cache is about to be overwritten with the new state.
         kwargs["in_place"] = True
@@ -448,6 +463,17 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def fast_forward(module: nn.Module) -> Callable[..., Tensor] | None:
+    """A faster forward for a module of just this class of transformers.
+
+    Example:
+        >>> fast_forward(nn.Linear(1, 1)) is None
+        True
+    """
+    of_transformers = type(module).__module__ == "transformers.models.qwen3_next.modeling_qwen3_next"
+    return FORWARDS.get(type(module).__name__) if of_transformers else None
+
+
 def serves_module(module: nn.Module, x: Tensor) -> bool:
     """Whether a forward of `FORWARDS` is made for this module and input: float32 on a CPU, and no gradient asked for.
 
@@ -459,7 +485,9 @@ def serves_module(module: nn.Module, x: Tensor) -> bool:
         >>> serves_module(layer, torch.ones(2))  # its weights want a gradient
         False
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled("cpu") or _is_transformed(x):
         return False
     if getattr(module, "num_v_heads", 1) == 0:
         return False  # all its heads were pruned
@@ -471,34 +499,38 @@ def serves_module(module: nn.Module, x: Tensor) -> bool:
 # ---------------------------------------------------------------- memory
 
 
-def order_weights(model: nn.Module) -> None:
-    """Keep float32 weight matrices column by column in the memory of a CPU, and row by row elsewhere: same values, same shapes, other strides.
+@contextmanager
+def ordered_weights(model: nn.Module) -> Iterator[None]:
+    """A block in which float32 weight matrices lie column by column in the memory of a CPU: same values, same shapes, other strides.
 
-    On a CPU a product with one row, as in decoding, then reads them more than twice as fast; products with many rows do not care.
-    What is saved is row by row, as ever.
+    A product with one row, as in decoding, then reads them more than twice as fast; products with many rows do not care. It costs two
+    copies of the weights, one after the other, so it pays from some 16 tokens on.
+
+    Args:
+        model: its weights on other devices and of other dtypes stay as they are.
 
     Example:
         >>> layer = nn.Linear(3, 2)
-        >>> order_weights(layer)
-        >>> layer.weight.stride(), layer.state_dict()["weight"].stride()
-        ((1, 2), (3, 1))
+        >>> with ordered_weights(layer):
+        ...     layer.weight.stride()
+        (1, 2)
+        >>> layer.weight.stride()
+        (3, 1)
     """
-    if not getattr(model, "staterank_ordered", False):
-        model.staterank_ordered = True
-        model.register_state_dict_post_hook(_row_by_row)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2 and parameter.dtype == torch.float32:
-                on_cpu = parameter.device.type == "cpu"
-                parameter.data = parameter.data.t().contiguous().t() if on_cpu else parameter.data.contiguous()
-
-
-def _row_by_row(model: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Give the tensors of a state dict the usual order in memory; tied ones stay one tensor."""
-    made: dict[int, Tensor] = {}
-    for name, tensor in state.items():
-        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
-            state[name] = made.setdefault(tensor.data_ptr(), tensor.contiguous())
+    chosen = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.ndim == 2 and parameter.dtype == torch.float32 and parameter.device.type == "cpu" and parameter.is_contiguous()
+    ]  # fmt: skip
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in chosen:
+                parameter.data = parameter.data.t().contiguous().t()
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in chosen:
+                parameter.data = parameter.data.contiguous()
 
 
 def keep_freed_memory() -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import head_names, linear_layers, state_size
-from staterank_utils.layouts.core import Change, forward_within
+from staterank_utils.layouts.core import Change
+from staterank_utils.rebinding import forward_within
 from staterank_utils.spectra import REL_TOL, singular_values
 from staterank_utils.surgery import Head, all_heads, heads_by_layer, noted
 from staterank_utils.tracing import StateTrace, trace_states

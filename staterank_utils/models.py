@@ -5,10 +5,9 @@ import hashlib
 import importlib.util
 import inspect
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -19,8 +18,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
     PreTrainedConfig,
@@ -28,11 +25,13 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import CacheLayerMixin
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from staterank_utils import fla_cpu, kernels
+from staterank_utils import fla_cpu
 from staterank_utils.budget import in_words, out_of_memory, weight_bytes
-from staterank_utils.layouts import Layout, find_layers, linear_layers, modeling_module
+from staterank_utils.dispatch import choose_kernels, suited_kernels
+from staterank_utils.layouts import Layout, find_layers, linear_layers
+from staterank_utils.pruned import MODEL_TYPE, RECORD, auto_class, config_class_of
 
 EMBEDDED = ("hybrid", "pure")
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -42,7 +41,6 @@ PARTS_OF_FURTHER = ("eh_proj", "enorm", "hnorm")  # which no other layer has
 MORE_ROOM = (
     "load them with dtype=torch.bfloat16, spread them over more GPUs with device='auto', or take a smaller model"
 )
-PLAIN_KERNELS = "STATERANK_PLAIN_KERNELS"  # the environment variable
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +97,7 @@ def load_model(
     config = _fetched(_config, source, options)
     with torch.device("meta"):
         # What cannot be measured is refused before its weights are read.
-        linear_layers(_auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
+        linear_layers(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
     if weights == "initial":
         model = initial_model(config, seed=seed)
         model = model.to(dtype=None if chosen == "auto" else chosen)
@@ -174,13 +172,6 @@ def _check_device(device: str) -> None:
         )
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
-    """The Auto class of a configuration: some models are known to transformers with their vision part alone."""
-    both = AutoModelForImageTextToText
-    with_vision = type(config) in both._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping
-    return both if with_vision else AutoModelForCausalLM
-
-
 def _source(
     name_or_path: str, revision: str | None, trust_remote_code: bool, *, needs_weights: bool = True
 ) -> tuple[str, dict[str, Any]]:
@@ -246,7 +237,7 @@ def _fetched(load: Callable[..., Any], source: str, options: dict[str, Any], **m
 
 def _with_weights(source: str, options: dict[str, Any], *, config: PreTrainedConfig, **more: Any) -> PreTrainedModel:
     """A model whose weights are all there, and of the configuration's shapes."""
-    model, found = _auto_class(config).from_pretrained(
+    model, found = auto_class(config).from_pretrained(
         source, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **more, **options
     )  # fmt: skip
     text = config.get_text_config()
@@ -274,19 +265,16 @@ def _with_weights(source: str, options: dict[str, Any], *, config: PreTrainedCon
 
 
 def _config(source: str, options: dict[str, Any]) -> PreTrainedConfig:
-    """A model's configuration, of the library that wrote it.
-
-    fla registers types of its own with transformers as soon as it is imported, which transformers does for some models; for
-    mamba2, mamba and bitnet they then stand in the place of transformers' own.
-    """
+    """A model's configuration, of the library that wrote it."""
     settings, _ = PreTrainedConfig.get_config_dict(source, **options)
     model_type = settings.get("model_type")
-    if fla_cpu.wrote(settings):
-        fla_cpu.knows(model_type)
-    elif "auto_map" not in settings and model_type in CONFIG_MAPPING_NAMES:
-        package = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
-        own: type[PreTrainedConfig] = getattr(package, CONFIG_MAPPING_NAMES[model_type])
-        return own.from_pretrained(source, **options)
+    if model_type != MODEL_TYPE and (RECORD in settings or RECORD in (settings.get("text_config") or {})):
+        raise ValueError(
+            f"{source} was pruned by an earlier version of staterank_utils, which kept the model type {model_type!r}: load it with the "
+            "version that pruned it, or prune the whole model again"
+        )
+    if ("auto_map" not in settings and model_type in CONFIG_MAPPING_NAMES) or fla_cpu.wrote(settings):
+        return config_class_of(settings).from_pretrained(source, **options)
     return AutoConfig.from_pretrained(source, **options)
 
 
@@ -363,7 +351,7 @@ def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _auto_class(config).from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     scheme = getattr(config, "initialization", None)
     if scheme is None:
         return model
@@ -430,131 +418,6 @@ def parameters_hash(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-# ---------------------------------------------------------------- kernels
-
-
-def choose_kernels(model: PreTrainedModel, *, plain: bool | None = None) -> str:
-    """Let each call of a linear-attention kernel run where its tensors are, and say what that means.
-
-    transformers binds fla's Triton kernels when fla can be imported, also on a machine without a GPU, where they die.
-    This puts in a dispatcher: the version in `staterank_utils.kernels` for float32 tensors on a CPU that need no gradient,
-    transformers' plain torch version for others on a CPU, whatever transformers bound for the rest.
-
-    Args:
-        model: any model with a supported linear-attention layer. The choice holds for all models of its class.
-        plain: use transformers' plain version on every device: slower, in true float32. By default what the environment variable
-            STATERANK_PLAIN_KERNELS says, 1 or 0. Set to 1 before a model is loaded, it also leaves the weights in the order in memory in which
-            transformers has them, and the C library's setting for freed memory as it is.
-
-    Returns:
-        "torch", "fla" (Triton), "torch, for want of fla", or for a model of fla's own on a CPU "fla's naive operators (slow,
-        exact)", for the log.
-
-    Raises:
-        ValueError: a model that `linear_layers` refuses, or an environment variable that is neither 0 nor 1.
-
-    Example:
-        >>> choose_kernels(load_model("hybrid", device="cpu"))
-        'torch'
-    """
-    if plain is None:
-        asked_for = os.environ.get(PLAIN_KERNELS, "0")
-        if asked_for not in ("0", "1"):
-            raise ValueError(
-                f"{PLAIN_KERNELS} must be 1 (transformers' plain kernels) or 0 (the fast ones), got {asked_for!r}"
-            )
-        plain = asked_for == "1"
-    layers = linear_layers(model)
-    for _, layer, layout in layers:
-        correct_forward(layer, layout)
-    if fla_cpu.is_fla(model):
-        fla_cpu.choose(plain=plain)
-        on_cpu = plain or next(model.parameters()).device.type == "cpu"
-        return "fla's naive operators (slow, exact)" if on_cpu else "fla"
-    backends = {
-        _dispatch_by_device(modeling_module(layer), name, plain=plain)
-        for _, layer, layout in layers
-        for name in layout.kernels
-    }
-    for _, layer, _ in layers[:1]:
-        _dispatch_forwards(modeling_module(layer), plain=plain)
-    if plain:
-        return "torch"
-    kernels.order_weights(model)
-    if next(model.parameters()).device.type == "cpu":
-        kernels.keep_freed_memory()
-        return "torch"
-    if not backends:
-        return "torch"
-    return "fla" if "fla" in backends else "torch, for want of fla"
-
-
-def correct_forward(layer: nn.Module, layout: Layout) -> None:
-    """Put the corrections of a layout around a layer's forward, once.
-
-    Args:
-        layer, layout: from `linear_layers`.
-
-    Example:
-        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
-        >>> correct_forward(layer, layout)
-        >>> "forward" in vars(layer)  # nothing to correct in gated delta layers
-        False
-    """
-    # accelerate, where it spreads layers over devices, keeps the forward that it wraps under another name.
-    slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
-    if layout.forward and not isinstance(vars(layer).get(slot), functools.partial):
-        setattr(layer, slot, functools.partial(layout.forward(type(layer).forward), layer))
-
-
-def _dispatch_by_device(module: ModuleType, name: str, *, plain: bool) -> str:
-    bound = getattr(module, name)
-    bound = getattr(bound, "staterank_bound", bound)
-    reference = getattr(bound, "__wrapped__", bound)
-    accepted = set(inspect.signature(reference).parameters)
-    names = tuple(inspect.signature(reference).parameters)
-    fast = getattr(kernels, name, None)
-    known = set(inspect.signature(fast).parameters) if fast else set()
-
-    @functools.wraps(reference)
-    def dispatch(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not plain and fast and first.device.type == "cpu":
-            arguments = dict(zip(names, (first, *args), strict=False)) | kwargs
-            if kernels.serves_kernel(name, arguments):
-                return fast(**{key: value for key, value in arguments.items() if key in known})
-        if first.device.type == "cpu" or plain:
-            return reference(first, *args, **{key: value for key, value in kwargs.items() if key in accepted})
-        return bound(first, *args, **kwargs)
-
-    chosen = [cell.cell_contents for cell in getattr(bound, "__closure__", None) or () if callable(cell.cell_contents)]
-    of_fla = any((getattr(function, "__module__", None) or "").startswith("fla.") for function in chosen)
-    backend = "fla" if of_fla and not plain else "torch"
-    vars(dispatch)["staterank_bound"] = bound
-    vars(dispatch)["staterank_states"] = None if plain else kernels.STATES.get(name)
-    vars(dispatch)["staterank_backend"] = backend
-    setattr(module, name, dispatch)
-    return backend
-
-
-def _dispatch_forwards(module: ModuleType, *, plain: bool) -> None:
-    """As `_dispatch_by_device`, for the forward methods of the module's classes that have a faster one."""
-    for name, fast in kernels.FORWARDS.items():
-        owner = getattr(module, name, None)
-        if owner is not None:
-            original = getattr(owner.forward, "staterank_bound", owner.forward)
-            owner.forward = original if plain else _dispatched_forward(original, fast)
-
-
-def _dispatched_forward(original: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        chosen = fast if kernels.serves_module(self, hidden_states) else original
-        return chosen(self, hidden_states, *args, **kwargs)
-
-    vars(forward)["staterank_bound"] = original
-    return forward
-
-
 # ---------------------------------------------------------------- cache
 
 
@@ -612,7 +475,8 @@ def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Any:
 
     Returns:
         The stock cache of transformers for a model that has softmax attention too, else a `LinearOnlyCache`, whose states need
-        the same room at any length; or what the layout of the model's layers says (xLSTM's is for `read_tokens` alone).
+        the same room at any length; or what the layout of the model's layers says (xLSTM's is for `read_tokens` alone). To `generate` of a
+        model without softmax attention, whose configuration may say that it uses no cache, give use_cache=True beside it.
 
     Example:
         >>> model = load_model("hybrid")
@@ -621,6 +485,7 @@ def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Any:
         >>> cache.get_seq_length(), type(cache).__name__
         (9, 'DynamicCache')
     """
+    model = unwrapped(model)
     layout = _layout_of(model)
     if layout and layout.cache:
         return layout.cache(model)
@@ -651,7 +516,9 @@ def read_tokens(
         >>> read_tokens(model, ids.to(model.device)).shape
         torch.Size([1, 9, 256])
     """
-    known = _argument_names(type(model.base_model).forward)
+    model = unwrapped(model)
+    base = unwrapped(model.base_model)
+    known = _argument_names(type(base).forward)
     if positions is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     positions = positions.expand(len(input_ids), -1)
@@ -661,8 +528,112 @@ def read_tokens(
     layout = _layout_of(model)
     if layout and layout.arguments:
         options |= layout.arguments(model, input_ids, positions, cache)
-    hidden: Tensor = model.base_model(input_ids=input_ids, **options).last_hidden_state
+    with suited_kernels(model), evaluating(model):
+        made = base(input_ids=input_ids, **options)
+    hidden: Tensor = made[0] if isinstance(made, tuple) else made.last_hidden_state
     return hidden.to(input_ids.device)  # layers may be spread over several
+
+
+def check_ids(model: PreTrainedModel, input_ids: object) -> None:
+    """Refuse what are no prompts for a model.
+
+    Args:
+        model: that is to read them.
+        input_ids: expected to be int64 or int32, (batch, token).
+
+    Raises:
+        TypeError: not a tensor, or not of an integer dtype that a model reads.
+        ValueError: another shape, no tokens, or an id outside the vocabulary.
+
+    Example:
+        >>> check_ids(load_model("hybrid"), [1, 2])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        TypeError: expected token ids as a tensor of shape (batch, token), got list: ...
+    """
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"expected token ids as a tensor of shape (batch, token), got {type(input_ids).__name__}: make one with "
+            "torch.tensor, or take a tokenizer's 'input_ids' with return_tensors='pt'"
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"expected token ids of dtype int64 or int32, got {input_ids.dtype}: convert them with .long()")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"expected prompts of shape (batch, token) with at least one token, got shape {tuple(input_ids.shape)}"
+        )
+    low, high, size = int(input_ids.min()), int(input_ids.max()), model.config.get_text_config().vocab_size
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary 0..{size - 1}: was the prompt made with another tokenizer?"
+        )
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer that makes ids which a model does not know.
+
+    Args:
+        model, tokenizer: that are used together.
+
+    Raises:
+        ValueError: it has more tokens than the model.
+
+    Example:
+        >>> check_tokenizer(load_model("hybrid"), range(10_000))  # as long as a tokenizer of 10,000 tokens
+        Traceback (most recent call last):
+            ...
+        ValueError: the tokenizer has 10,000 tokens and the model knows 8,192: load the tokenizer that belongs to the model
+    """
+    size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model knows {size:,}: load the tokenizer that belongs to the model"
+        )
+
+
+def unwrapped(model: Any) -> Any:
+    """The model that torch.compile or PEFT wrapped something around; adapters that PEFT put into its layers stay.
+
+    Args:
+        model: any.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> unwrapped(torch.compile(model)) is model
+        True
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which a model is in evaluation mode: no dropout, and a cache also where gradients are checkpointed.
+
+    Args:
+        model: any; each of its modules is in the mode that it was in afterwards.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluating(model):
+        ...     model.training, model[0].training
+        (False, False)
+        >>> model.training, model[0].training, model[1].training
+        (True, True, False)
+    """
+    trained = [module for module in model.modules() if module.training] if model.training else []
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocabulary"]:
@@ -675,15 +646,28 @@ def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "*lead d_model"]
         >>> logits.shape[-1] == model.config.vocab_size
         True
     """
+    model = unwrapped(model)
     layout = _layout_of(model)
     own = layout and layout.logits
-    logits: Tensor = own(model, hidden) if own else model.get_output_embeddings()(hidden)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output embedding, so it gives no logits: load it as a language model"
+        )
+    logits: Tensor = own(model, hidden) if own else head(hidden)
     return logits.to(hidden.device)
 
 
 @functools.cache
 def _argument_names(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+    parameters = inspect.signature(forward).parameters
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    named = frozenset(parameters)
+    return (
+        named | {"attention_mask", "position_ids", "use_cache", "past_key_values"}
+        if takes_any and "input_ids" not in named
+        else named
+    )
 
 
 def _layout_of(model: PreTrainedModel) -> Layout | None:

@@ -7,6 +7,7 @@ gives them all from singular values that are already at hand.
 
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,6 +63,10 @@ def _from_gram(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, "n d"]:
 
 
 def _check(state: Tensor) -> None:
+    if not isinstance(state, Tensor):
+        raise TypeError(
+            f"expected states as a tensor of shape (..., d_k, d_v), got {type(state).__name__}: make one with torch.tensor"
+        )
     if state.ndim < 2:
         raise ValueError(f"a state is a matrix: expected (..., d_k, d_v), got shape {tuple(state.shape)}")
     if 0 in state.shape[-2:]:
@@ -140,7 +145,15 @@ def _shares(matrices: Float[Tensor, "*lead n m"]) -> tuple[Tensor, ...]:
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     # Each thread keeps to itself: a matrix of 128 x 128 that LAPACK spreads over threads of its own takes four times longer.
-    return ThreadPoolExecutor(thread_name_prefix="staterank", initializer=torch.set_num_threads, initargs=(1,))
+    n_threads, n_workers = torch.get_num_threads(), os.cpu_count() or 1
+    pool = ThreadPoolExecutor(n_workers, "staterank", initializer=torch.set_num_threads, initargs=(1,))
+    # What a thread sets is what threads that are started later begin with: all workers start now, and then it is set back.
+    started = threading.Barrier(n_workers + 1)
+    for _ in range(n_workers):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(n_threads)
+    return pool
 
 
 # A forked process has none of the threads, and would wait for them.

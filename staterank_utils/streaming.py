@@ -19,7 +19,15 @@ from staterank_utils.budget import budget, in_words
 from staterank_utils.layouts import linear_layers
 from staterank_utils.results import whole_or_not, write_json
 from staterank_utils.surgery import ablations
-from staterank_utils.tracing import Reducer, StateTrace, check_prompts, trace_states
+from staterank_utils.tracing import (
+    Reducer,
+    StateTrace,
+    check_even,
+    check_prompts,
+    check_reduced,
+    trace_states,
+    whole_positions,
+)
 
 FILE_BYTES = 2**26  # of states in one file, and in memory while it fills
 MANIFEST, GATES = "trace.json", "gates.safetensors"
@@ -79,7 +87,7 @@ class StoredTrace:
         values = [
             torch.stack(
                 [
-                    torch.cat([reduce(part[None])[0] for part in self.states(prompt, layer=layer)])
+                    torch.cat([_reduced(reduce, part) for part in self.states(prompt, layer=layer)])
                     for prompt in tqdm(range(self.n_prompts), desc=f"layer {layer}", leave=False)
                 ]
             )
@@ -125,9 +133,10 @@ def stream_states(
         weights 35.9 MB; tokens 2 x 4 = 8; states 0.8 MB a moment, 1.6 MB if kept
         torch.Size([6, 2, 1, 8])
     """
-    folder = Path(folder)
+    folder, positions = Path(folder), whole_positions(positions)
     check_prompts(model, input_ids, positions)
     layers = linear_layers(model)
+    check_even(layers)
     _, layer, layout = layers[0]
     needed = budget(model, input_ids, positions=positions)
     stored = StoredTrace(
@@ -187,6 +196,12 @@ class _ToDisk(Reducer):
         _save({"states": states}, self.folder / f"layer{layer:03d}_{first:08d}.safetensors")
 
 
+def _reduced(reduce: Callable[[Tensor], Tensor], states: Float[Tensor, "position head d_k d_v"]) -> Tensor:
+    made = reduce(states[None])
+    check_reduced(made, states[None], reduce)
+    return made[0]
+
+
 def _of_prompt(folder: Path, prompt: int) -> Path:
     return folder / f"prompt{prompt:06d}"
 
@@ -210,13 +225,15 @@ def _digest(tensors: Sequence[Tensor]) -> str:
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(
-            str(tuple(tensor.shape)).encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            str(tuple(tensor.shape)).encode()
+            + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         )
     return total.hexdigest()
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Of every weight its dtype and shape, its sum and its first numbers: enough to tell two models apart, and quick for a large one."""
-    weights = [parameter.detach() for parameter in model.parameters()]
-    numbers = [torch.cat([w.sum(dtype=torch.float64)[None], w.flatten()[:16].double()]).cpu() for w in weights]
-    return _digest([*numbers, torch.tensor([ord(c) for w in weights for c in f"{w.dtype} {tuple(w.shape)};"])])
+    """Of every parameter and buffer its name, dtype, shape and every number."""
+    total = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        total.update(f"{name} {tensor.dtype};".encode() + _digest([tensor]).encode())
+    return total.hexdigest()

@@ -8,6 +8,7 @@ before any head was pruned.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import check_heads, head_names, layer_index, linear_layers
-from staterank_utils.layouts.core import replaced
-from staterank_utils.models import make_cache, read_tokens
+from staterank_utils.models import check_ids, make_cache, read_tokens
+from staterank_utils.rebinding import replaced
 from staterank_utils.spectra import decompose
 
 Head = tuple[int, int]
@@ -110,11 +111,29 @@ def ablate_heads(
                 handle = gate.register_forward_hook(_without_writes(layer, layout.without_writes, chosen))
             else:
                 projection = layer.get_submodule(layout.output(layer))
+                if means is not None and len(means[index]) != layout.n_heads(layer):
+                    raise ValueError(
+                        f"means of layer {index} are of {len(means[index])} heads, and it has {layout.n_heads(layer)}: make them of this "
+                        "model with mean_outputs"
+                    )
                 put_out = means[index][chosen] if means is not None else torch.zeros(())
                 handle = projection.register_forward_pre_hook(_replaced(layout.n_heads(layer), chosen, put_out))
             stack.callback(handle.remove)
-        stack.enter_context(noted(model, f"{kind}: {by_layer}"))
+        stack.enter_context(noted(model, f"{kind}: {by_layer}{_digest_of(means)}"))
         yield
+
+
+def _digest_of(means: Mapping[int, Tensor] | None) -> str:
+    """What tells two tables of means apart, in a name."""
+    if means is None:
+        return ""
+    total = hashlib.sha256()
+    for layer, of_layer in sorted(means.items()):
+        total.update(
+            f"{layer} {tuple(of_layer.shape)};".encode()
+            + of_layer.detach().float().cpu().contiguous().numpy().tobytes()
+        )
+    return f", means {total.hexdigest()[:12]}"
 
 
 def ablations(model: PreTrainedModel) -> list[str]:
@@ -154,7 +173,11 @@ def noted(model: PreTrainedModel, intervention: str) -> Iterator[None]:
     def refuse(*args: Any, **options: Any) -> None:
         check_no_intervention(model, "save it")
 
-    with replaced(model, {"staterank_ablations": [*ablations(model), intervention], "save_pretrained": refuse}):
+    with ExitStack() as stack:
+        # What torch.compile made of the model would not see the intervention.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        values = {"staterank_ablations": [*ablations(model), intervention], "save_pretrained": refuse}
+        stack.enter_context(replaced(model, values))
         yield
 
 
@@ -220,7 +243,7 @@ def ablate_softmax_heads(model: PreTrainedModel, heads: Iterable[Head]) -> Itera
         yield
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_outputs(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch token"], *, batch_size: int = 1
 ) -> dict[int, Float[Tensor, "head d_v"]]:
@@ -239,6 +262,7 @@ def mean_outputs(
         >>> mean_outputs(load_model("hybrid"), torch.arange(32).reshape(1, 32))[0].shape
         torch.Size([8, 64])
     """
+    check_ids(model, input_ids)
     sums: dict[int, Tensor] = {}
 
     def add(index: int, n_heads: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -290,6 +314,7 @@ def forward_with_edits(
         >>> forward_with_edits(model, ids, heads=[(0, 3)], edit=lambda state: best_rank(state, 1)).shape
         torch.Size([1, 96, 256])
     """
+    check_ids(model, input_ids)
     if every < 1:
         raise ValueError(f"every must be at least 1 token, got {every}")
     by_layer = heads_by_layer(heads, all_heads(model), what="linear-attention")
@@ -377,8 +402,13 @@ def heads_by_layer(heads: Iterable[Head], known: Iterable[Head], *, what: str) -
     grouped: list[dict[int, list[int]]] = []
     for pairs in (heads, known):
         grouped.append({})
-        for layer, head in pairs:
-            grouped[-1].setdefault(layer, []).append(head)
+        try:
+            if isinstance(pairs, Mapping):
+                raise TypeError
+            for layer, head in pairs:
+                grouped[-1].setdefault(layer, []).append(head)
+        except (TypeError, ValueError):
+            raise TypeError(f"expected (layer, head) pairs, such as [(0, 3), (5, 1)], got {pairs!r}") from None
     return check_heads(*grouped, what=what)
 
 

@@ -335,7 +335,13 @@ def _pieces(texts: Iterator[str], tokenizer: Any, n_tokens: int) -> Int[Tensor, 
     """The first `n_tokens` tokens of the texts, one after the other."""
     ids: list[int] = []
     while len(ids) < n_tokens:
-        ids += tokenizer.encode(next(texts), add_special_tokens=False)
+        text = next(texts)
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        if not encoded:
+            raise ValueError(
+                f"the tokenizer makes no token of {text[:20]!r}: it drops these characters, so take another domain"
+            )
+        ids += encoded
     return torch.tensor(ids[:n_tokens])
 
 

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from staterank_utils import recurrence
 from staterank_utils.budget import budget, in_words, machine_memory, out_of_memory
+from staterank_utils.dispatch import Kernel, backend_of, suited_kernels
 from staterank_utils.kernels import serves_kernel
-from staterank_utils.layouts import Layout, linear_layers, modeling_module, scans_through
+from staterank_utils.layouts import Layout, linear_layers, scans_through
 from staterank_utils.layouts.core import log_norm, read_gates
-from staterank_utils.models import make_cache, output_logits, read_tokens
+from staterank_utils.models import check_ids, make_cache, output_logits, read_tokens, unwrapped
 from staterank_utils.spectra import finite_at_the_end
 
 MOST_WAITING = 2**28  # bytes of states that wait on a GPU to be reduced together: a few times what fills it
@@ -110,7 +111,7 @@ def trace_states(
 
     Raises:
         TypeError: ids that are not a tensor, or not of an integer dtype that a model reads; a `reduce` that does not make a tensor.
-        ValueError: no tokens, an id outside the vocabulary, positions that are out of order or beyond the prompt, a batch
+        ValueError: inside torch.autocast, a model that drops its cache, no tokens, an id outside the vocabulary, positions that are out of order or beyond the prompt, a batch
             size under 1, a model that `linear_layers` refuses, or one whose layers were pruned to different numbers of heads.
         MemoryError: states that would be kept take more than the machine has.
         torch.OutOfMemoryError: with what to lower.
@@ -123,15 +124,11 @@ def trace_states(
         >>> trace.values[:, :, 0].max().item()
         1
     """
+    model = unwrapped(model)
     layers = linear_layers(model)
-    positions = [operator.index(position) for position in positions]
+    positions = whole_positions(positions)
     check_prompts(model, input_ids, positions)
-    counts = {index: layout.n_heads(layer) for index, layer, layout in layers}
-    if len(set(counts.values())) > 1:
-        raise ValueError(
-            f"a trace has one axis of heads for all layers, and these have different numbers of them: {counts}. "
-            "Trace the model before it is pruned, with the heads ablated"
-        )
+    check_even(layers)
     if reduce is None:
         _check_memory(model, input_ids, positions)
     if batch_size is None:
@@ -186,6 +183,8 @@ def _trace_batch(
     cache = make_cache(model)
     outputs: list[Tensor] = []
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(suited_kernels(model))
         stack.enter_context(finite_at_the_end())
         readings = [stack.enter_context(_GateReading(layer, layout, log_norms)) for _, layer, layout in layers]
         devices = {parameter.device for _, layer, _ in layers for parameter in layer.parameters()}
@@ -201,6 +200,12 @@ def _trace_batch(
             for tap in taps:
                 if inside and not tap.layout.scans:
                     tap.keep(tap.layout.state(cache, tap.index)[:, None].clone())
+            n_kept = getattr(cache, "get_seq_length", None)
+            if stop < positions[-1] and n_kept is not None and n_kept() != stop:
+                raise ValueError(
+                    f"{type(model).__name__} was given a cache and did not keep {stop} tokens in it, so what comes next would start from "
+                    "empty states: does something in the model set use_cache?"
+                )
             if logits and inside:
                 chosen = hidden[:, [position - 1 for position in inside]]
                 outputs.append(output_logits(model, chosen).float().cpu())
@@ -217,9 +222,10 @@ def _stacked(kept: list[list[Tensor]]) -> Num[Tensor, "layer batch position *mad
     for row, parts in enumerate(kept):
         of_layer = torch.cat(parts, 1).cpu()
         parts.clear()
-        if row == 0:
-            values = of_layer.new_empty(len(kept), *of_layer.shape)
-        values[row] = of_layer
+        with torch.inference_mode(False):  # an ordinary tensor, for whatever comes after
+            if row == 0:
+                values = torch.empty(len(kept), *of_layer.shape, dtype=of_layer.dtype)
+            values[row] = of_layer
     return values
 
 
@@ -228,16 +234,9 @@ def _borders(positions: Sequence[int], layers: list[tuple[int, nn.Module, Layout
     wanted = positions[-1:] if all(layout.scans for _, _, layout in layers) else positions
     size = SEGMENT
     # Kernels that are not fla's take too much: transformers' own 100 kB a token and head and more (Kimi Linear, Mamba-2).
-    if all(_runs_on_fla(layer, layout) for _, layer, layout in layers):
+    if all(backend_of(layer, layout) == "fla" for _, layer, layout in layers):
         size = max(SEGMENT, TOKENS_ON_GPU // n_prompts // WHOLE_CHUNKS * WHOLE_CHUNKS)
     return sorted({*range(0, positions[-1], size), *wanted})
-
-
-def _runs_on_fla(layer: nn.Module, layout: Layout) -> bool:
-    """Whether a layer's scans are fla's, on a GPU."""
-    kernels = [getattr(modeling_module(layer), name) for name in layout.scans]
-    backends = {getattr(kernel, "staterank_backend", None) for kernel in kernels}
-    return next(layer.parameters()).is_cuda and backends == {"fla"}
 
 
 class _StateTap:
@@ -270,7 +269,7 @@ class _StateTap:
         n_batch, n_tokens = tokens["query"].shape[:2]
         self.gates.add(tokens["g"], tokens["beta"])
         self._n_left = len(self.positions)
-        with_states = getattr(kernel, "staterank_states", None)
+        with_states = kernel.states if isinstance(kernel, Kernel) else None
         if with_states and n_batch == 1 and serves_kernel(kernel.__name__, tokens | rest):
             normalize = rest.get("use_qk_l2norm_in_kernel", False)
             out, state = with_states(
@@ -425,11 +424,7 @@ class Reducer:
     def _make(self, states: Float[Tensor, "batch position head d_k d_v"]) -> Tensor:
         assert self.reduce is not None, "states that are kept do not wait"
         made = self.reduce(states)
-        if not isinstance(made, Tensor):
-            raise TypeError(
-                f"reduce must make one tensor of states, got {type(made).__name__} from {self.reduce}: "
-                "put several side by side with torch.stack(..., -1)"
-            )
+        check_reduced(made, states, self.reduce)
         if made.untyped_storage().nbytes() > made.nbytes:
             made = made.clone()  # a view would keep all that it looks at
         # A number a state may stay on the GPU until the end, so that nothing waits for it; more of it would fill its memory.
@@ -493,6 +488,79 @@ def _check_memory(model: PreTrainedModel, input_ids: Tensor, positions: Sequence
         )
 
 
+def check_even(layers: list[tuple[int, nn.Module, Layout]]) -> None:
+    """Refuse a model whose layers have different numbers of heads, since a trace has one axis for all.
+
+    Args:
+        layers: from `linear_layers`.
+
+    Raises:
+        ValueError: they differ.
+
+    Example:
+        >>> from staterank_utils import load_model, prune_heads
+        >>> check_even(linear_layers(prune_heads(load_model("hybrid"), {0: [1]})))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: a trace has one axis of heads for all layers, and these have different numbers of them: {0: 7, 1: 8, ...
+    """
+    counts = {index: layout.n_heads(layer) for index, layer, layout in layers}
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"a trace has one axis of heads for all layers, and these have different numbers of them: {counts}. "
+            "Trace the model before it is pruned, with the heads ablated"
+        )
+
+
+def check_reduced(made: object, states: Tensor, reduce: object) -> None:
+    """Refuse what a measure of states made if it is not a number, or some, for each state.
+
+    Args:
+        made: by the measure.
+        states: that it was given.
+        reduce: the measure.
+
+    Raises:
+        TypeError: not one tensor.
+        ValueError: other axes before what was made.
+
+    Example:
+        >>> check_reduced(torch.ones(6), torch.ones(1, 2, 3, 4, 4), "a measure")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: reduce must keep the axes (batch, position, head) of states, (1, 2, 3), got a tensor of shape (6,) from a measure: ...
+    """
+    if not isinstance(made, Tensor):
+        raise TypeError(
+            f"reduce must make one tensor of states, got {type(made).__name__} from {reduce}: "
+            "put several side by side with torch.stack(..., -1)"
+        )
+    if made.shape[:3] != states.shape[:3]:
+        raise ValueError(
+            f"reduce must keep the axes (batch, position, head) of states, {tuple(states.shape[:3])}, got a tensor of shape "
+            f"{tuple(made.shape)} from {reduce}: let it work on the last two axes alone"
+        )
+
+
+def whole_positions(positions: Iterable[Any]) -> list[int]:
+    """Positions as whole numbers of Python.
+
+    Args:
+        positions: integers of any library.
+
+    Raises:
+        TypeError: one number, or what is not whole.
+
+    Example:
+        >>> whole_positions(torch.tensor([1, 8]))
+        [1, 8]
+    """
+    try:
+        return [operator.index(position) for position in positions]
+    except TypeError:
+        raise TypeError(f"positions are whole numbers of tokens, such as [32, 64], got {positions!r}") from None
+
+
 def check_prompts(model: PreTrainedModel, input_ids: object, positions: Sequence[int]) -> None:
     """Refuse what `trace_states` cannot trace.
 
@@ -509,22 +577,12 @@ def check_prompts(model: PreTrainedModel, input_ids: object, positions: Sequence
             ...
         ValueError: positions must increase and lie in 1..4, the prompt's length; got [5]
     """
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(
-            f"expected token ids as a tensor of shape (batch, token), got {type(input_ids).__name__}: make one with "
-            "torch.tensor, or take a tokenizer's 'input_ids' with return_tensors='pt'"
-        )
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"expected token ids of dtype int64 or int32, got {input_ids.dtype}: convert them with .long()")
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
+    check_ids(model, input_ids)
+    if torch.is_autocast_enabled(model.device.type):
         raise ValueError(
-            f"expected prompts of shape (batch, token) with at least one token, got shape {tuple(input_ids.shape)}"
+            "states are traced in the dtype of the model, and torch.autocast would compute them in another: leave its block"
         )
-    low, high, size = int(input_ids.min()), int(input_ids.max()), model.config.get_text_config().vocab_size
-    if low < 0 or high >= size:
-        raise ValueError(
-            f"token id {low if low < 0 else high} is outside the model's vocabulary 0..{size - 1}: was the prompt made with another tokenizer?"
-        )
+    assert isinstance(input_ids, Tensor)
     n_tokens = input_ids.shape[1]
     increasing = all(a < b for a, b in itertools.pairwise(positions))
     if not positions or not increasing or positions[0] < 1 or positions[-1] > n_tokens:

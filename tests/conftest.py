@@ -12,7 +12,8 @@ import torch
 from architectures import ARCHITECTURES
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-from staterank_utils.models import choose_kernels, load_model, load_tokenizer
+from staterank_utils.dispatch import choose_kernels
+from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.results import STORED, provenance, write_json
 from training.fast_forward import limit_autotuning
 

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.decoding import pad_left
+from staterank_utils.dispatch import choose_kernels
 from staterank_utils.layouts import head_names, linear_layers
 from staterank_utils.memory import cap_half_life, check_memory_bound, scale_decay
-from staterank_utils.models import choose_kernels, load_model, make_cache, output_logits, read_tokens
+from staterank_utils.models import load_model, make_cache, output_logits, read_tokens
 from staterank_utils.pruning import cache_bytes, prune_heads, removed_heads
 from staterank_utils.reference import gated_delta_rule
 from staterank_utils.surgery import ablate_heads, all_heads, forward_with_edits, mean_outputs

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from staterank_utils import decoding, evaluation
 from staterank_utils.decoding import generate_greedily, greedy_choices, pad_left
+from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import (
     TASKS,
     answer_nats,
@@ -27,7 +28,7 @@ from staterank_utils.evaluation import (
     score_interval,
     text_nats,
 )
-from staterank_utils.models import choose_kernels, load_model, make_cache
+from staterank_utils.models import load_model, make_cache
 from staterank_utils.surgery import ablate_heads, all_heads, forward_with_edits
 
 LAYERS = {
@@ -230,7 +231,7 @@ class Parrot(PreTrainedModel):
     device = torch.device("cpu")
 
     def __init__(self, gap: int):
-        super().__init__(PreTrainedConfig())
+        super().__init__(PreTrainedConfig(vocab_size=8192))
         self.gap = gap
 
     @property

@@ -14,10 +14,12 @@ pytest.importorskip("fla")
 from architectures.fla_models import KERNELS, MODELS, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
-from staterank_utils.fla_cpu import _dispatch
-from staterank_utils.layouts import linear_layers, modeling_module
-from staterank_utils.models import _config, choose_kernels, load_model
+from staterank_utils.dispatch import choose_kernels
+from staterank_utils.fla_cpu import FlaKernel
+from staterank_utils.layouts import linear_layers
+from staterank_utils.models import _config, load_model
 from staterank_utils.pruning import prune_heads
+from staterank_utils.rebinding import functions_called
 from staterank_utils.surgery import ablate_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,13 +36,9 @@ def test_mamba2_reads_a_prompt_as_fla_does(ids) -> None:
     model = tiny("Mamba2").to(DEVICE)
     choose_kernels(model)
     ours = model(ids).logits
-    layer_class = type(linear_layers(model)[0][1])
-    patched = layer_class.torch_forward
-    layer_class.torch_forward = patched.__wrapped__
-    try:
-        assert (model(ids).logits - ours).abs().max() < (1e-4 if DEVICE == "cpu" else 5e-2)
-    finally:
-        layer_class.torch_forward = patched
+    for _, layer, _ in linear_layers(model):
+        del layer.torch_forward
+    assert (model(ids).logits - ours).abs().max() < (1e-4 if DEVICE == "cpu" else 5e-2)
 
 
 def test_a_fresh_process_loads_a_pruned_model(ids, tmp_path: Path) -> None:
@@ -83,22 +81,23 @@ def test_what_a_kernel_refuses_for_its_dtype_goes_to_the_naive_operator() -> Non
     def chunk_delta_rule(q: Tensor) -> str:
         return "kernel"
 
-    call = _dispatch(chunk_delta_rule, lambda q: "naive", plain=False)
+    call = FlaKernel(chunk_delta_rule, lambda q: "naive", plain=False)
     # Neither on a CPU nor on a GPU, so that only the dtype decides.
     assert call(torch.empty(1, device="meta")) == "naive"
     assert call(torch.empty(1, device="meta", dtype=torch.bfloat16)) == "kernel"
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODELS if not name.startswith("Mamba2")))
-def test_dispatch_is_put_in_once_and_kernels_are_kept(name: str) -> None:
+def test_a_kernel_is_put_before_fla_s_once(name: str) -> None:
     model = tiny(name)
-    choose_kernels(model)
-    module = modeling_module(linear_layers(model)[0][1])
-    dispatcher = getattr(module, KERNELS[model.config.model_type])
-    choose_kernels(model)
-    again = getattr(module, KERNELS[model.config.model_type])
-    assert again.staterank_bound is dispatcher.staterank_bound
-    assert not hasattr(again.staterank_bound, "staterank_bound")
+    _, layer, _ = linear_layers(model)[0]
+    kernel = KERNELS[model.config.model_type]
+    [stock] = functions_called(layer, [kernel])[kernel]
+    for _ in range(2):
+        choose_kernels(model)
+        [found] = functions_called(layer, [kernel])[kernel]
+        assert isinstance(found, FlaKernel)
+        assert found.stock is stock
 
 
 # ---------------------------------------------------------------- refusals

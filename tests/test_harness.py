@@ -9,9 +9,9 @@ import yaml
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from staterank_utils import load_model, load_tokenizer, prune_heads
+from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import draw_instances
 from staterank_utils.harness import evaluate_in_harness, harness_model
-from staterank_utils.models import choose_kernels
 from staterank_utils.surgery import ablate_heads, all_heads
 
 N_INSTANCES = 6

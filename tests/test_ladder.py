@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from staterank_utils import claims
+from staterank_utils.dispatch import Kernel
 from staterank_utils.evaluation import token_nats
 from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.memory import predicted_rank
-from staterank_utils.models import CHECKPOINTS, choose_kernels, initial_model, load_model, load_tokenizer
+from staterank_utils.models import CHECKPOINTS, initial_model, load_model, load_tokenizer
 from staterank_utils.results import weights_hash
 from staterank_utils.strata import share_outside
 from staterank_utils.studies import recall
@@ -57,8 +58,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> tuple[Path, M
     write_corpus(folder / "corpus", dict.fromkeys(("books", "code", "held_out_books"), ids), tokenizer)
     model = initial_model(SMALL.configuration(tokenizer))
     assert 0.9e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.1e6
-    choose_kernels(model, plain=True)
-    kernel = modeling_module(linear_layers(model)[0][1]).torch_chunk_gated_delta_rule
+    kernel = Kernel(modeling_module(linear_layers(model)[0][1]).torch_chunk_gated_delta_rule, plain=True)
 
     def recurrence(q, k, v, log_decay, beta):
         return kernel(q, k, v, g=log_decay, beta=beta)[0]
@@ -306,7 +306,11 @@ def test_jobs_take_different_gpus_and_wait_where_none_is_free(tmp_path: Path, mo
     with ladder.free_gpu(tmp_path, 2) as again:
         assert again == 0
     assert waits == [ladder.POLL]
-    with ladder.free_gpu(tmp_path, 2, 2) as first, ladder.free_gpu(tmp_path, 2, 2) as second, ladder.free_gpu(tmp_path, 2, 2) as third:
+    with (
+        ladder.free_gpu(tmp_path, 2, 2) as first,
+        ladder.free_gpu(tmp_path, 2, 2) as second,
+        ladder.free_gpu(tmp_path, 2, 2) as third,
+    ):
         assert (first, second, third) == (0, 1, 0)
 
 

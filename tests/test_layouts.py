@@ -7,8 +7,9 @@ import torch
 from architectures import ARCHITECTURES, delta
 from transformers import PreTrainedModel
 
+from staterank_utils.dispatch import choose_kernels
 from staterank_utils.layouts import LAYOUTS, linear_layers
-from staterank_utils.models import choose_kernels, make_cache, read_tokens
+from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.pruning import cache_bytes, prune_heads
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tracing import trace_states

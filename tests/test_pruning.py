@@ -11,7 +11,7 @@ from conftest import tiny_qwen3_next, unchecked
 from transformers import AutoModelForCausalLM
 
 from staterank_utils.layouts import head_names, linear_layers
-from staterank_utils.models import LinearOnlyCache, make_cache
+from staterank_utils.models import LinearOnlyCache, load_model, make_cache
 from staterank_utils.pruning import cache_bytes, duplicated_bytes, prune_heads, removed_heads
 from staterank_utils.selection import saturation_scores, select_heads
 from staterank_utils.surgery import ablate_heads, all_heads
@@ -119,7 +119,8 @@ def test_weights_are_the_same_after_save_and_load(tiny_model, removal, tmp_path:
     pruned = prune_heads(tiny_model, removal)
     pruned.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is type(tiny_model)
+    assert type(loaded) is type(pruned)
+    assert isinstance(loaded, type(tiny_model))
     assert removed_heads(loaded.config) == dict(sorted(removal.items()))
     for (name, a), (other, b) in zip(pruned.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert name == other
@@ -277,11 +278,11 @@ def test_a_head_cannot_be_removed_twice() -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"format": 2, "heads": {"0": [1]}}, "has format 2, this version of staterank_utils reads 1"),
+        ({"format": 1, "heads": {"0": [1]}}, "has format 1, this version of staterank_utils reads 2"),
         ([[0, 1]], "has format None"),
-        ({"format": 1, "heads": {"0": [9]}}, "removes heads [9] of layer 0, which has 0..3"),
-        ({"format": 1}, "has format None"),
-        ({"format": 1, "heads": {"1": [0]}}, "removes heads of layers [1], which have no linear attention: [0] have"),
+        ({"format": 2, "heads": {"0": [9]}}, "removes heads [9] of layer 0, which has 0..3"),
+        ({"format": 2}, "has format None"),
+        ({"format": 2, "heads": {"1": [0]}}, "removes heads of layers [1], which have no linear attention: [0] have"),
     ],
     ids=["another format", "none", "unknown head", "no heads", "unknown layer"],
 )
@@ -292,6 +293,23 @@ def test_a_record_that_cannot_be_read_is_refused(record, words: str, tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(config | {"removed_heads": record}))
     with pytest.raises(ValueError, match=re.escape(words)):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_one_that_an_earlier_version_pruned_is_refused(tmp_path: Path) -> None:
+    pruned = prune_heads(tiny_qwen3_next(["linear_attention", "full_attention"]), {0: [1]})
+    pruned.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": config["pruned_from"]}))
+    with pytest.raises(ValueError, match="was pruned by an earlier version of staterank_utils"):
+        load_model(str(tmp_path))
+
+
+def test_without_the_import_transformers_says_which_type_it_does_not_know(tmp_path: Path) -> None:
+    prune_heads(tiny_qwen3_next(["linear_attention", "full_attention"]), {0: [1]}).save_pretrained(tmp_path)
+    script = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode
+    assert "model type `staterank_pruned`" in done.stderr
 
 
 def test_a_model_without_a_layout_is_refused() -> None:

@@ -4,6 +4,7 @@ import itertools
 import re
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from transformers import (
 )
 
 from staterank_utils import tracing
-from staterank_utils.layouts import WRONG_IN_SEGMENTS, linear_layers, modeling_module
-from staterank_utils.models import choose_kernels, load_model, make_cache
+from staterank_utils.dispatch import backends, choose_kernels
+from staterank_utils.layouts import WRONG_IN_SEGMENTS, linear_layers
+from staterank_utils.models import load_model, make_cache
+from staterank_utils.rebinding import calls_through
 from staterank_utils.reference import gated_delta_rule
 from staterank_utils.spectra import effective_rank, effective_rank_bounds
 from staterank_utils.tracing import Reducer, trace_states
@@ -38,19 +41,15 @@ def recorded_inputs(model, prompts: torch.Tensor) -> dict[int, tuple[torch.Tenso
     """What every linear layer hands to its chunked kernel in one full forward: (query, key, value, log_decay, beta)."""
     calls: list[tuple[torch.Tensor, ...]] = []
     layers = linear_layers(model)
-    module = modeling_module(layers[0][1])
-    kernel = module.torch_chunk_gated_delta_rule
 
-    def spy(query, key, value, g, beta, **kwargs):
+    def spy(kernel, query, key, value, g, beta, **kwargs):
         calls.append((query, key, value, g, beta))
         return kernel(query, key, value, g=g, beta=beta, **kwargs)
 
-    module.torch_chunk_gated_delta_rule = spy
-    try:
-        with torch.no_grad():
-            model(prompts, use_cache=False)
-    finally:
-        module.torch_chunk_gated_delta_rule = kernel
+    with ExitStack() as stack, torch.no_grad():
+        for _, layer, _ in layers:
+            stack.enter_context(calls_through(layer, {"torch_chunk_gated_delta_rule": spy}))
+        model(prompts, use_cache=False)
     return {index: call for (index, _, _), call in zip(layers, calls, strict=True)}
 
 
@@ -105,7 +104,7 @@ def test_segments_are_longer_for_few_prompts_where_fla_serves(
 ) -> None:
     layers = linear_layers(tiny_model)
     assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == [0, 2048, 4096, 6144, 8192, 9000]
-    monkeypatch.setattr(tracing, "_runs_on_fla", lambda layer, layout: bool(layout.scans))
+    monkeypatch.setattr(tracing, "backend_of", lambda layer, layout: "fla" if layout.scans else "torch")
     assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == borders
     without_kernel = [(index, layer, dataclasses.replace(layout, scans=())) for index, layer, layout in layers]
     found = tracing._borders([100, 9000], without_kernel, n_prompts=n_prompts)
@@ -117,10 +116,10 @@ def test_a_kernel_on_a_gpu_says_whose_it_is() -> None:
     pytest.importorskip("fla")
     model = load_model("hybrid", device="cuda")
     layers = linear_layers(model)
-    assert all(tracing._runs_on_fla(layer, layout) for _, layer, layout in layers)
+    assert set(backends(model)) == {index for index, _, _ in layers}
+    assert set(backends(model).values()) == {"fla"}
     choose_kernels(model, plain=True)
-    assert not any(tracing._runs_on_fla(layer, layout) for _, layer, layout in layers)
-    choose_kernels(model)
+    assert set(backends(model).values()) == {"torch"}
 
 
 def test_snapshots_are_copies_not_the_live_buffer(tiny_model, prompts: torch.Tensor) -> None:
@@ -170,16 +169,15 @@ def test_rank_is_at_most_the_number_of_tokens(tiny_model, prompts: torch.Tensor)
 
 
 def test_the_model_is_left_as_it_was(tiny_model, prompts: torch.Tensor) -> None:
-    _, layer, layout = linear_layers(tiny_model)[0]
-    kernels = [getattr(modeling_module(layer), name) for name in layout.kernels]
+    before = [dict(vars(module)) for module in tiny_model.modules()]
 
     def stop(states: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError, match="stop here"):
         trace_states(tiny_model, prompts, positions=[10], reduce=stop)
-    assert not any(module._forward_hooks or "forward" in vars(module) for module in tiny_model.modules())
-    assert [getattr(modeling_module(layer), name) for name in layout.kernels] == kernels
+    assert not any(module._forward_hooks for module in tiny_model.modules())
+    assert [dict(vars(module)) for module in tiny_model.modules()] == before
 
 
 def test_generate_with_our_cache_is_generate_without(tiny_model, prompts: torch.Tensor) -> None:

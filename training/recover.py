@@ -21,8 +21,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils.ablation import MEAN, Ablation
+from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import TASKS, Task
-from staterank_utils.models import CHECKPOINTS, EMBEDDED, choose_kernels, load_model, load_tokenizer
+from staterank_utils.models import CHECKPOINTS, EMBEDDED, load_model, load_tokenizer
 from staterank_utils.results import STORED, provenance, read_result, write_json
 from staterank_utils.selection import PAPER_SHARE, random_heads, saturation_scores, select_heads
 from staterank_utils.surgery import Head

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from staterank_utils.models import choose_kernels, initial_model
+from staterank_utils.dispatch import choose_kernels
+from staterank_utils.models import initial_model
 from staterank_utils.results import whole_or_not, write_json
 from staterank_utils.spectra import Spectrum, singular_values
 from staterank_utils.tasks import domain_prompts

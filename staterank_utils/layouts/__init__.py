@@ -5,7 +5,7 @@ how large a head's state is, and how decay and write strength follow from the la
 holds, the modules beside it hold the entries of one family each, and `lookup` finds them in a model.
 """
 
-from staterank_utils.layouts.core import Blocks, Layout, modeling_module, recurrent_state, scans_through
+from staterank_utils.layouts.core import Blocks, Layout, recurrent_state, scans_through
 from staterank_utils.layouts.lookup import (
     LAYOUTS,
     WRONG_IN_SEGMENTS,
@@ -15,6 +15,7 @@ from staterank_utils.layouts.lookup import (
     key_names,
     layer_index,
     linear_layers,
+    modeling_module,
     state_size,
 )
 

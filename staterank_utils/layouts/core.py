@@ -1,17 +1,16 @@
 """The two forms in which an architecture is described: `Blocks` of a weight, and the `Layout` of a layer class."""
 
-import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from staterank_utils.rebinding import calls_through, forward_within, functions_called
 
 Gates = tuple[Tensor, Float[Tensor, "batch token head"]]  # log-decay may have an axis of channels behind
 Change = Callable[[Tensor], Tensor]  # of a log-decay, (batch, token, head) or (batch, token, head, channel)
@@ -207,80 +206,6 @@ class Layout:
         return {"d_k": self.d_k(layer), "d_v": self.d_v(layer)}
 
 
-def modeling_module(layer: nn.Module) -> ModuleType:
-    """The Python module that defines a layer's class and the kernels that it calls.
-
-    Args:
-        layer: from `linear_layers`.
-
-    Example:
-        >>> from staterank_utils import load_model
-        >>> from staterank_utils.layouts import linear_layers
-        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
-        >>> module = modeling_module(layer)
-        >>> module.__name__.rpartition(".")[-1], all(hasattr(module, name) for name in layout.kernels)
-        ('modeling_qwen3_next', True)
-    """
-    return sys.modules[type(layer).__module__]
-
-
-@contextmanager
-def replaced(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """A block in which attributes of a module (of Python or of torch) have other values; then they are what they were.
-
-    Args:
-        owner: the module.
-        values: attribute -> value inside the block.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> owner = SimpleNamespace(scale=1)
-        >>> with replaced(owner, {"scale": 2}):
-        ...     owner.scale
-        2
-        >>> owner.scale
-        1
-    """
-    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name in values:
-            if name in before:
-                setattr(owner, name, before[name])
-            elif name in vars(owner):
-                delattr(owner, name)
-
-
-@contextmanager
-def forward_within(layer: nn.Module, block: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """While entered, each forward pass of a layer runs inside a block of its own.
-
-    Args:
-        layer: any module.
-        block: makes the context manager of one pass.
-
-    Example:
-        >>> from contextlib import nullcontext
-        >>> layer, passes = nn.Identity(), []
-        >>> with forward_within(layer, lambda: nullcontext(passes.append(1))):
-        ...     _ = layer(torch.zeros(1))
-        >>> passes, "forward" in vars(layer)
-        ([1], False)
-    """
-    forward = layer.forward
-
-    @functools.wraps(forward)
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with block():
-            return forward(*args, **kwargs)
-
-    with replaced(layer, {"forward": inside}):
-        yield
-
-
 def scans_through(layer: nn.Module, layout: Layout, call: Callable[..., Any]) -> AbstractContextManager[None]:
     """While entered, a layer's calls of its `scans` are made by `call(kernel, query, key, value, g=..., beta=..., ...)`.
 
@@ -301,23 +226,13 @@ def scans_through(layer: nn.Module, layout: Layout, call: Callable[..., Any]) ->
         >>> shapes[0][:2], shapes[0][-1]
         ((1, 9), 64)
     """
-    return forward_within(layer, lambda: calls_through(modeling_module(layer), dict.fromkeys(layout.scans, call)))
-
-
-def calls_through(module: ModuleType, calls: Mapping[str, Callable[..., Any]]) -> AbstractContextManager[None]:
-    """A block in which functions of a Python module are called as `call(function, ...)`.
-
-    Args:
-        module: that holds the functions.
-        calls: name of the function -> call.
-
-    Example:
-        >>> import math
-        >>> with calls_through(math, {"sqrt": lambda function, x: -function(x)}):
-        ...     math.sqrt(4)
-        -2.0
-    """
-    return replaced(module, {name: functools.partial(call, getattr(module, name)) for name, call in calls.items()})
+    if not layout.n_heads(layer):
+        return nullcontext()  # it runs no recurrence
+    if not all(functions_called(layer, layout.scans).values()):
+        raise ValueError(
+            f"{type(layer).__name__} does not call {', '.join(layout.scans)} itself: its class overrides a method of {layout.layer_class}"
+        )
+    return forward_within(layer, lambda: calls_through(layer, dict.fromkeys(layout.scans, call)))
 
 
 def decay_argument(name: str, kernels: Sequence[str]) -> Callable[[nn.Module, Change], AbstractContextManager[None]]:
@@ -325,20 +240,25 @@ def decay_argument(name: str, kernels: Sequence[str]) -> Callable[[nn.Module, Ch
 
     Args:
         name: of the argument.
-        kernels: names of the functions in the layer's Python module.
+        kernels: names of the functions, as the layer calls them.
 
     Example:
-        >>> decay_argument("g", ["chunk"])(nn.Identity(), lambda log_decay: 2 * log_decay)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        AttributeError: module 'torch.nn.modules.linear' has no attribute 'chunk'
+        >>> class Layer(nn.Module):
+        ...     def forward(self, log_decay):
+        ...         return rule(g=log_decay)
+        >>> def rule(g):
+        ...     return g
+        >>> layer = Layer()
+        >>> with decay_argument("g", ["rule"])(layer, lambda log_decay: 2 * log_decay):
+        ...     layer(-1.0)
+        -2.0
     """
 
     def changed(layer: nn.Module, change: Change) -> AbstractContextManager[None]:
         def call(kernel: Callable[..., Any], *args: Any, **options: Any) -> Any:
             return kernel(*args, **options | {name: change(options[name])})
 
-        return calls_through(modeling_module(layer), dict.fromkeys(kernels, call))
+        return calls_through(layer, dict.fromkeys(kernels, call))
 
     return changed
 

@@ -14,19 +14,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from staterank_utils.fla_cpu import mamba2_forward, retention_decay
+from staterank_utils.fla_cpu import SIMPLE_GLA, mamba2_forward, retention_decay
 from staterank_utils.layouts.core import (
     Blocks,
     Change,
     Gates,
     Layout,
     Parts,
-    calls_through,
-    modeling_module,
     noted_change,
-    replaced,
 )
 from staterank_utils.layouts.delta import ONE, K, V, log_decay, silenced
+from staterank_utils.rebinding import calls_through, replaced
 
 
 def _state(cache: Any, layer_index: int) -> Tensor:
@@ -72,7 +70,7 @@ def _calls(
     @contextmanager
     def changed(layer: nn.Module, change: Change) -> Iterator[None]:
         call = make(layer, change)
-        with calls_through(modeling_module(layer), dict.fromkeys(kernels, call)), noted_change(layer, change):
+        with calls_through(layer, dict.fromkeys(kernels, call)), noted_change(layer, change):
             yield
 
     return changed
@@ -299,9 +297,8 @@ def _retention_call(layer: nn.Module, change: Change) -> Callable[..., Any]:
     """The kernels make the decay of a head's index; this one is told it."""
 
     def call(kernel: Callable[..., Any], *, q: Tensor, **options: Any) -> Any:
-        rule = importlib.import_module("fla.layers.simple_gla").fused_recurrent_simple_gla
         log_decay = retention_decay(layer.num_heads).to(q.device).expand(*q.shape[:2], -1)
-        return rule(q=q, g=change(log_decay), **options)
+        return SIMPLE_GLA(q=q, g=change(log_decay), **options)
 
     return call
 

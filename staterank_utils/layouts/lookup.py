@@ -1,8 +1,11 @@
 """Which layers of a model keep a state, and what their heads are called."""
 
 import operator
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -31,16 +34,44 @@ def find_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
         []
     """
     found = [
-        (layer_index(name, module), module, LAYOUTS[type(module).__name__])
+        (layer_index(name, module), module, layout)
         for name, module in model.named_modules()
-        if _is_described(module)
+        if (layout := _layout_of(type(module))) is not None
     ]
     return sorted(found, key=lambda entry: entry[0])
 
 
-def _is_described(module: nn.Module) -> bool:
-    layout = LAYOUTS.get(type(module).__name__)
-    return layout is not None and layout.module == type(module).__module__
+def _layout_of(layer_class: type) -> Layout | None:
+    """Of a class, or of the class that it is a subclass of."""
+    if layer_class not in _described:
+        known = ((each, LAYOUTS.get(each.__name__)) for each in layer_class.__mro__)
+        _described[layer_class] = next(
+            (each.__name__ for each, layout in known if layout and layout.module == each.__module__), None
+        )
+    name = _described[layer_class]
+    return None if name is None else LAYOUTS[name]
+
+
+_described: "WeakKeyDictionary[type, str | None]" = WeakKeyDictionary()  # class of a module -> name of its layout
+
+
+def modeling_module(layer: nn.Module) -> ModuleType:
+    """The Python module that defines a layer's class, or the one that it is a subclass of, and the kernels that it calls.
+
+    Args:
+        layer: from `linear_layers`.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
+        >>> module = modeling_module(layer)
+        >>> module.__name__.rpartition(".")[-1], all(hasattr(module, name) for name in layout.kernels)
+        ('modeling_qwen3_next', True)
+    """
+    layout = _layout_of(type(layer))
+    if layout is None:
+        raise ValueError(f"{type(layer).__name__} is no layer that a layout describes")
+    return sys.modules[layout.module]
 
 
 def layer_index(name: str, module: nn.Module) -> int:
@@ -90,7 +121,9 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
             f"{model_type} cannot be traced: {WRONG_IN_SEGMENTS[model_type]} (transformers 5.17 to 5.23), so its states would be wrong"
         )
     strangers = {
-        type(module) for module in model.modules() if type(module).__name__ in LAYOUTS and not _is_described(module)
+        type(module)
+        for module in model.modules()
+        if type(module).__name__ in LAYOUTS and _layout_of(type(module)) is None
     }
     if strangers:
         named = ", ".join(sorted(f"{each.__module__}.{each.__name__}" for each in strangers))
@@ -191,6 +224,8 @@ def check_heads(
         if layer not in known:
             raise ValueError(f"layer {layer} has no {what} heads: layers {list(known)} have")
         names = checked.setdefault(layer, [])
+        if not isinstance(of_layer, Iterable):
+            raise TypeError(f"expected the heads of layer {layer} as a list, such as [3], got {of_layer!r}")
         for named in of_layer:
             head = _whole(named, f"a head of layer {layer}")
             if head in (removed or {}).get(layer, []):

@@ -8,8 +8,10 @@ Source: Beck et al., "xLSTM: Extended Long Short-Term Memory", arXiv:2405.04517,
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,16 +19,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from staterank_utils.layouts.core import Change, Gates, Layout, modeling_module, noted_change, replaced
+from staterank_utils.layouts.core import Change, Gates, Layout, noted_change
+from staterank_utils.rebinding import replaced
 
 
 def _gates(
     layer: nn.Module, write: Float[Tensor, "batch token head"], forget: Float[Tensor, "batch token head"]
 ) -> Gates:
-    write, forget = (
-        modeling_module(layer).soft_cap(x.float(), cap_value=layer.config.gate_soft_cap) for x in (write, forget)
-    )
+    write, forget = (_modeling().soft_cap(x.float(), cap_value=layer.config.gate_soft_cap) for x in (write, forget))
     return F.logsigmoid(forget), write.exp()
+
+
+def _modeling() -> ModuleType:
+    return importlib.import_module(LAYOUT.module)
 
 
 def _without_writes(layer: nn.Module, values: Float[Tensor, "batch token row"], heads: list[int]) -> Tensor:
@@ -138,7 +143,7 @@ def _refusal(layer: nn.Module) -> str | None:
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:
     logits = model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()
-    capped: Tensor = modeling_module(model).soft_cap(logits, model.config.output_logit_soft_cap)
+    capped: Tensor = _modeling().soft_cap(logits, model.config.output_logit_soft_cap)
     return capped
 
 

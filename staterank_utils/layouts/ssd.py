@@ -24,12 +24,10 @@ from staterank_utils.layouts.core import (
     Gates,
     Layout,
     Parts,
-    calls_through,
-    modeling_module,
     noted_change,
-    replaced,
 )
 from staterank_utils.layouts.delta import ONE, V, idle
+from staterank_utils.rebinding import Rebinding, calls_through, replaced
 
 # ---------------------------------------------------------------- norms across heads
 
@@ -121,19 +119,17 @@ def _forward(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            if tuple(self.time_step_limit) != (0.0, float("inf")):
-                stack.enter_context(_bounded_steps(self))
+            bounded = tuple(self.time_step_limit) != (0.0, float("inf"))
             if hasattr(self, "staterank_whole"):
                 stack.enter_context(_pruned(self))
             if hidden_states.shape[1] == 1:
                 stack.enter_context(_tokenwise_norm(self))
-            return run(self, hidden_states, *args, **kwargs)
+            return (_with_bounded_steps(self, run) if bounded else run)(self, hidden_states, *args, **kwargs)
 
     return forward
 
 
-@contextmanager
-def _bounded_steps(layer: nn.Module) -> Iterator[None]:
+def _with_bounded_steps(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
     def bounded(place: int) -> Callable[..., Any]:
         def call(
             kernel: Callable[..., Any],
@@ -149,8 +145,10 @@ def _bounded_steps(layer: nn.Module) -> Iterator[None]:
         return call
 
     calls = {"mamba2_chunk_scan": bounded(1), "mamba2_selective_state_update": bounded(2)}
-    with calls_through(modeling_module(layer), calls):
-        yield
+    made: Callable[..., Any] = Rebinding(
+        {name: functools.partial(functools.partial, call) for name, call in calls.items()}
+    ).of(run)
+    return made
 
 
 @contextmanager
@@ -201,7 +199,7 @@ def _changed_decay(layer: nn.Module, change: Change) -> Iterator[None]:
         return out if z is None else out * F.silu(z)
 
     calls: dict[str, Callable[..., Any]] = {"mamba2_chunk_scan": scan, "mamba2_selective_state_update": update}
-    with calls_through(modeling_module(layer), calls), noted_change(layer, change):
+    with calls_through(layer, calls), noted_change(layer, change):
         yield
 
 
@@ -362,6 +360,10 @@ def _slopes_of_kept(layer: nn.Module) -> Float[Tensor, "head 1 1"]:
     return rate[layer.staterank_heads]
 
 
+def _lightning_idle(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
 @functools.cache
 def _lightning_cache_class() -> type[Any]:
     from transformers.models.minimax.modeling_minimax import MiniMaxCache
@@ -412,7 +414,7 @@ LAYOUTS = (
         ),
         resize=_lightning_resize,
         rescale=_rescale,
-        idle=lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs),
+        idle=_lightning_idle,
         cache=lambda model: _lightning_cache_class()(),
     ),
 )

@@ -1,9 +1,9 @@
 """Tiny models of flash-linear-attention's own classes, with random weights that give every gate something to do."""
 
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from architectures.oracle import Architecture, Expected, from_projections, mixed_by, recurrence, unit
 from staterank_utils.fla_cpu import knows
-from staterank_utils.layouts import Layout, linear_layers, modeling_module
+from staterank_utils.layouts import Layout, linear_layers
+from staterank_utils.rebinding import calls_through
 
 GROUPED = {"head_dim": 8, "num_heads": 2, "num_v_heads": 4, "expand_v": 2.0}
 FOUR = {"num_heads": 4, "expand_k": 1.0, "expand_v": 2.0}
@@ -74,15 +75,15 @@ def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
     layers = [layer for _, layer, _ in linear_layers(model)]
     if model_type == "mamba2":
         return from_projections(model, ids, mamba2)
-    module = modeling_module(layers[0])
-    kernel = getattr(module, KERNELS[model_type])
 
-    def look(**seen):
+    def look(kernel, **seen):
         found.append(of_kernel(model_type, layers[len(found)], seen))
         return kernel(**seen)
 
     with_gradients = model_type == "linear_attn"  # without, it takes another kernel
-    with patch.object(module, KERNELS[model_type], look), torch.set_grad_enabled(with_gradients):
+    with ExitStack() as stack, torch.set_grad_enabled(with_gradients):
+        for layer in layers:
+            stack.enter_context(calls_through(layer, {KERNELS[model_type]: look}))
         model(ids, use_cache=False)
     return found
 

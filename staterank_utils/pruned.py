@@ -1,0 +1,304 @@
+"""What a model without some of its heads is to transformers: a stored type of its own, which `import staterank_utils` registers.
+
+What is stored is the configuration of the whole model, with `removed_heads`, the type "staterank_pruned", and in `pruned_from` the type
+of the whole model. `AutoConfig` makes of it a subclass of the whole model's configuration, and `AutoModelForCausalLM` a subclass of the
+whole model's class, which cuts its layers as soon as it is built. Without the import, transformers says that it does not know the type.
+"""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+from staterank_utils import fla_cpu
+from staterank_utils.dispatch import choose_kernels
+from staterank_utils.layouts import Layout, find_layers, head_names, key_names
+
+MODEL_TYPE = "staterank_pruned"
+FORMAT = 2
+RECORD = "removed_heads"  # in the configuration: {"format": 2, "heads": {"layer": [head, ...]}}
+WHOLE = "pruned_from"  # in what is stored: the model type of the whole model
+
+
+def removed_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
+    """What a configuration says was removed: decoder layer -> heads, by their indices in the whole model.
+
+    Args:
+        config: of a model, pruned or not.
+
+    Raises:
+        ValueError: the record is in a format that this version does not read.
+
+    Example:
+        >>> from staterank_utils import load_model, prune_heads
+        >>> removed_heads(prune_heads(prune_heads(load_model("hybrid"), {0: [3]}), {0: [1], 2: [7]}).config)
+        {0: [1, 3], 2: [7]}
+    """
+    record = getattr(config, RECORD, None)
+    if record is None:
+        return {}
+    found = record.get("format") if isinstance(record, dict) and isinstance(record.get("heads"), dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"the configuration's {RECORD!r} has format {found!r}, this version of staterank_utils reads {FORMAT}: "
+            "load the model with the version that pruned it, or prune the whole model again"
+        )
+    return {int(layer): list(heads) for layer, heads in record["heads"].items()}
+
+
+# ---------------------------------------------------------------- classes
+
+
+def config_class_of(settings: dict[str, Any]) -> type[PreTrainedConfig]:
+    """The class of a configuration, of the library that wrote it.
+
+    fla registers types of its own with transformers as soon as it is imported, which transformers does for some models; for
+    mamba2, mamba and bitnet they then stand in the place of transformers' own.
+
+    Args:
+        settings: a configuration as it is stored.
+
+    Raises:
+        KeyError: a model type that is not known.
+
+    Example:
+        >>> config_class_of({"model_type": "qwen3_next"}).__name__
+        'Qwen3NextConfig'
+    """
+    model_type = settings["model_type"]
+    if fla_cpu.wrote(settings):
+        fla_cpu.knows(model_type)
+    elif model_type in CONFIG_MAPPING_NAMES:
+        package = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
+        own: type[PreTrainedConfig] = getattr(package, CONFIG_MAPPING_NAMES[model_type])
+        return own
+    found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
+    return found
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class of a configuration: some models are known to transformers with their vision part alone.
+
+    Args:
+        config: of a model, whole or pruned.
+
+    Example:
+        >>> from transformers import Qwen3NextConfig
+        >>> auto_class(Qwen3NextConfig()).__name__
+        'AutoModelForCausalLM'
+    """
+    both = AutoModelForImageTextToText
+    with_vision = type(config) in both._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping
+    return both if with_vision else AutoModelForCausalLM
+
+
+class PrunedConfig(PreTrainedConfig):
+    """What `AutoConfig` finds under the model type "staterank_pruned"; it makes the configuration of a pruned model of any family.
+
+    Example:
+        >>> from staterank_utils import load_model, prune_heads
+        >>> stored = prune_heads(load_model("hybrid"), {0: [3]}).config.to_dict()
+        >>> stored["model_type"], stored["pruned_from"], type(PrunedConfig.from_dict(stored)).__name__
+        ('staterank_pruned', 'qwen3_next', 'PrunedQwen3NextConfig')
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a pruned model.
+
+        Args:
+            config_dict: as it is stored.
+
+        Raises:
+            ValueError: it does not say which model was pruned, or is in a format that this version does not read.
+        """
+        if WHOLE not in config_dict:
+            raise ValueError(
+                f"a configuration of type {MODEL_TYPE!r} needs {WHOLE!r}, the model type of the whole model"
+            )
+        settings = {name: value for name, value in config_dict.items() if name != WHOLE}
+        settings["model_type"] = config_dict[WHOLE]
+        whole = config_class_of(settings)
+        config = pruned_config_class(whole).from_dict(settings, **kwargs)
+        made = config[0] if isinstance(config, tuple) else config  # (with what was not used, where that is asked for)
+        removed_heads(made.get_text_config())
+        pruned_model_class(_whole_model_class(whole), type(made))
+        return config
+
+
+class _Pruned:
+    """What a pruned model's class has before that of the whole model."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        _cut_as_recorded(self)  # type: ignore[arg-type]
+        choose_kernels(self)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Its class stands in no module, and is made again of the whole model's.
+        return _reduced(super().__reduce_ex__(2), _model_class_again, *_made_of[type(self)])
+
+
+def pruned_config_class(whole: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The class of a pruned model's configuration.
+
+    Args:
+        whole: the class of the whole model's.
+
+    Example:
+        >>> from transformers import Qwen3NextConfig
+        >>> pruned_config_class(Qwen3NextConfig).__name__
+        'PrunedQwen3NextConfig'
+    """
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        whole.__init__(self, *args, **kwargs)
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        return _reduced(super(_config_classes[whole], self).__reduce_ex__(2), pruned_config_class, whole)
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        return whole.to_dict(self) | {"model_type": MODEL_TYPE, WHOLE: whole.model_type}
+
+    if whole not in _config_classes:
+        words = f"{whole.__name__} of a pruned model."
+        attributes = {
+            "__init__": init,
+            "to_dict": to_dict,
+            "__reduce_ex__": reduce_ex,
+            "__module__": __name__,
+            "__doc__": words,
+        }
+        _config_classes[whole] = type(f"Pruned{whole.__name__}", (whole,), attributes)
+    return _config_classes[whole]
+
+
+def pruned_model_class(whole: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The class of a pruned model, known to transformers' Auto classes from then on.
+
+    Args:
+        whole: the class of the whole model.
+        config: from `pruned_config_class`.
+
+    Example:
+        >>> from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+        >>> pruned_model_class(Qwen3NextForCausalLM, pruned_config_class(Qwen3NextConfig)).__name__
+        'PrunedQwen3NextForCausalLM'
+    """
+    if whole not in _model_classes:
+        words = f"{whole.__name__} without some of its heads."
+        # transformers initializes buffers of classes of its own in another way than others'.
+        attributes = {"config_class": config, "__module__": whole.__module__, "__doc__": words}
+        _model_classes[whole] = type(f"Pruned{whole.__name__}", (_Pruned, whole), attributes)
+        _made_of[_model_classes[whole]] = (whole, config.__mro__[1])
+        of_whole = config.__mro__[1]
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            if of_whole in auto._model_mapping and auto._model_mapping[of_whole] is whole:
+                auto.register(config, _model_classes[whole], exist_ok=True)
+    return _model_classes[whole]
+
+
+_config_classes: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
+_model_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+_made_of: dict[type, tuple[type, type]] = {}  # class of a pruned model -> what it was made of
+
+
+def _model_class_again(whole: type[PreTrainedModel], whole_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    return pruned_model_class(whole, pruned_config_class(whole_config))
+
+
+def _reduced(stock: Any, make: Callable[..., Any], *made_of: Any) -> tuple[Any, ...]:
+    """What pickle is told of an object, with a class that is made again."""
+    _, _, *rest = stock
+    return (_without_init, (make, *made_of), *rest)
+
+
+def _without_init(make: Callable[..., Any], *made_of: Any) -> Any:
+    """An object of a pruned class, as pickle fills it."""
+    made = make(*made_of)
+    return made.__new__(made)
+
+
+def _whole_model_class(config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    mapping = AutoModelForCausalLM._model_mapping
+    found: type[PreTrainedModel] = (mapping if config in mapping else AutoModelForImageTextToText._model_mapping)[
+        config
+    ]
+    return found
+
+
+AutoConfig.register(MODEL_TYPE, PrunedConfig, exist_ok=True)
+
+# ---------------------------------------------------------------- layers
+
+
+def keep_heads(layer: nn.Module, layout: Layout, kept: Sequence[int]) -> None:
+    """Cut a layer down to some of its heads, in place. Its weights may be on any device, also "meta".
+
+    Args:
+        layer, layout: from `linear_layers`.
+        kept: heads that stay, by the indices that they had before any was removed.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.layouts import linear_layers
+        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
+        >>> keep_heads(layer, layout, [0, 1, 2, 3])
+        >>> layer.num_v_heads, layer.out_proj.in_features
+        (4, 256)
+    """
+    names, keys = head_names(layer, layout), key_names(layer, layout)
+    if list(kept) == names:
+        return
+    per_key = len(names) // len(keys)
+    # Duplicates of a key head are one again, so that two removals make the same layer as both at once.
+    of_key: dict[int, list[int]] = {}
+    for position, name in enumerate(names):
+        if name in kept:
+            of_key.setdefault(keys[position // per_key], []).append(position)
+    size = math.gcd(*map(len, of_key.values()))
+    new = [
+        (key, heads[start : start + size]) for key, heads in of_key.items() for start in range(0, len(heads), size or 1)
+    ]
+    groups = [(keys.index(key), heads) for key, heads in new]
+    for blocks in layout.blocks(layer):
+        rows = blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=layout.sizes(layer))
+        blocks.cut(layer, rows)
+    layout.resize(layer, len(new), len(kept), layout.d_k(layer))
+    layer.staterank_heads, layer.staterank_keys = list(kept), [key for key, _ in new]
+    if kept and layout.rescale:
+        layout.rescale(layer, len(names), len(kept))
+    if not kept and layout.idle:
+        layer.forward = functools.partial(layout.idle, layer)
+
+
+def _cut_as_recorded(model: PreTrainedModel) -> None:
+    """Cut the layers of a model that was just built as its configuration's record says."""
+    removed = removed_heads(model.config.get_text_config())
+    layers = find_layers(model) if removed else []
+    if layers and (unknown_layers := sorted(set(removed) - {index for index, _, _ in layers})):
+        raise ValueError(
+            f"the configuration removes heads of layers {unknown_layers}, which have no linear attention: {[index for index, _, _ in layers]} have"
+        )
+    for index, layer, layout in layers:
+        names, gone = head_names(layer, layout), removed.get(index, [])
+        if not gone:
+            continue
+        if unknown := sorted(set(gone) - set(names)):
+            raise ValueError(
+                f"the configuration removes heads {unknown} of layer {index}, which has 0..{len(names) - 1}"
+            )
+        keep_heads(layer, layout, [name for name in names if name not in gone])
