@@ -20,6 +20,7 @@ def image(source: Path) -> str:
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{index:02d}"
     notebook.metadata.setdefault("language_info", {"name": "python"})
+    notebook.metadata["jupytext"].pop("text_representation", None)  # as `jupytext --sync` has it
     return str(nbformat.writes(notebook, version=4)) + "\n"
 
 

@@ -1,6 +1,8 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,mystnb,-all
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -71,7 +73,8 @@ results_folder = ""  # where the result is stored; "": nowhere
 # %%
 results.check_parameters(
     globals(),
-    known="model revision device profile seed n_prompts n_tokens results_folder".split(),
+    texts="model revision device profile results_folder".split(),
+    numbers="seed n_prompts n_tokens".split(),
 )
 MODELS = [name.strip() for name in model.split(",")]
 WHERE = {"revision": revision or None, "device": device or None}
@@ -135,7 +138,7 @@ glue(
 # it is told climbs along it; a head that forgets fast stays near the bottom, however long the text. The paper draws this for one
 # layer of 32 heads; here are all layers.
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Effective rank of every head against the number of tokens read, one panel a layer, mean over prompts of technical prose. Solid blue lines with dots are heads that end at or over d/2, dashed orange lines with squares heads that end under it; the dotted black line is the bound min(t, d). Two bundles that part early are what the claim predicts; lines spread evenly over the height would speak against it.", "name": "fig-ranks-over-time"}, "image": {"alt": "Panels of lines rising from rank 1 at one token, some along the bound min(t, d), others levelling off below it."}}
+# %% mystnb={"figure": {"caption": "Effective rank of every head against the number of tokens read, one panel a layer, mean over prompts of technical prose. Solid blue lines with dots are heads that end at or over d/2, dashed orange lines with squares heads that end under it; the dotted black line is the bound min(t, d). Two bundles that part early are what the claim predicts; lines spread evenly over the height would speak against it.", "name": "fig-ranks-over-time"}, "image": {"alt": "Panels of lines rising from rank 1 at one token, some along the bound min(t, d), others levelling off below it."}} tags=["hide-input"]
 plotting.plot_all_ranks(traces, {name: table.mean(1).numpy() for name, table in ranks.items()})
 
 # %% [markdown]
@@ -211,7 +214,7 @@ control_relative = {
     name: {kind: control(name, *how) for kind, how in CONTROLS.items()} for name in MODELS
 }
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank r/d of all heads at the last token, sorted, mean over prompts of technical prose: trained weights (solid), the same model before training (dashed) and with weights shuffled once (dotted). Two groups look like a step with little in the grey gap (0.2, 0.8); a straight diagonal is no grouping at all.", "name": "fig-rank-distribution"}, "image": {"alt": "Sorted curves of relative rank for trained, initial and shuffled weights, with the gap between 0.2 and 0.8 shaded."}}
+# %% mystnb={"figure": {"caption": "Relative effective rank r/d of all heads at the last token, sorted, mean over prompts of technical prose: trained weights (solid), the same model before training (dashed) and with weights shuffled once (dotted). Two groups look like a step with little in the grey gap (0.2, 0.8); a straight diagonal is no grouping at all.", "name": "fig-rank-distribution"}, "image": {"alt": "Sorted curves of relative rank for trained, initial and shuffled weights, with the gap between 0.2 and 0.8 shaded."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(MODELS).items():
     curves = {"trained": relative[name], **control_relative[name]}
     shown = {label: curves[label].mean(0) for label in ("trained", "initial", "shuffled 1")}
@@ -266,7 +269,7 @@ glue(
     display=False,
 )
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank of each head before training (horizontal) and after it (vertical), at the last token, mean over the same prompts. Dots are heads that end high, squares heads that end low. On the dotted diagonal training changed nothing; a cloud without direction is a grouping that training made.", "name": "fig-init"}, "image": {"alt": "Scatter of relative rank before against after training with a dotted diagonal."}}
+# %% mystnb={"figure": {"caption": "Relative effective rank of each head before training (horizontal) and after it (vertical), at the last token, mean over the same prompts. Dots are heads that end high, squares heads that end low. On the dotted diagonal training changed nothing; a cloud without direction is a grouping that training made.", "name": "fig-init"}, "image": {"alt": "Scatter of relative rank before against after training with a dotted diagonal."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(MODELS, height=4.2).items():
     before, after = before_and_after(name).mean(0)
     ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
@@ -287,7 +290,7 @@ for name, ax in plotting.model_panels(MODELS, height=4.2).items():
 # about $10^{-7}\sigma_1$, so $10^{-6}$ is as low as a threshold can go and still mean the state. Heads that end at or over $d/2$, from
 # the largest threshold to the smallest: {glue:text}`high_by_eps`.
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "The sorted distribution of r/d over heads (trained weights, last token, mean over prompts) for five thresholds. The registered threshold 1e-4 is the thick line. If the two ends stay where they are, the groups do not hang on the threshold; if a whole bundle sinks, its rank was in small singular values.", "name": "fig-eps"}, "image": {"alt": "Five sorted curves of relative rank, one for each threshold from 1e-2 to 1e-6."}}
+# %% mystnb={"figure": {"caption": "The sorted distribution of r/d over heads (trained weights, last token, mean over prompts) for five thresholds. The registered threshold 1e-4 is the thick line. If the two ends stay where they are, the groups do not hang on the threshold; if a whole bundle sinks, its rank was in small singular values.", "name": "fig-eps"}, "image": {"alt": "Five sorted curves of relative rank, one for each threshold from 1e-2 to 1e-6."}} tags=["hide-input"]
 THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 spectra = {name: Spectrum(trace.values) for name, trace in traces.items()}
 high_by_eps = {}

@@ -1,6 +1,8 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,mystnb,-all
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -20,7 +22,7 @@
 #
 # - how early the order of heads settles, and whether the vector of nuclear norms stops turning;
 # - the agreement between every pair of eight kinds of input, natural and adversarial;
-# - what a head's rank can be predicted from without running a single singular value decomposition.
+# - what a head's rank can be predicted from without running a single singular value decomposition: the mean decay of the head, with nothing fitted.
 
 # %% tags=["remove-cell"]
 import importlib.util
@@ -80,7 +82,8 @@ results_folder = ""  # where the result is stored; "": nowhere
 # %%
 results.check_parameters(
     globals(),
-    known="model revision device profile seed n_prompts n_tokens results_folder".split(),
+    texts="model revision device profile results_folder".split(),
+    numbers="seed n_prompts n_tokens".split(),
 )
 MODELS = [name.strip() for name in model.split(",")]
 WHERE = {"revision": revision or None, "device": device or None}
@@ -177,7 +180,7 @@ for name, (label, (table, similarity)) in product(MODELS, SERIES.items()):
     early = [against_end(table[name, "prose"], similarity, t) for t in POSITIONS[:-1]]
     settling[name][label] = early
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Similarity over heads between position t and the last position, mean over prompts of technical prose, bands are 95 % bootstrap intervals over prompts. The vertical line marks the registered early position. A curve that is close to 1 at the left settles early; one that climbs all the way is still turning.", "name": "fig-settling"}, "image": {"alt": "Three curves per model rising towards 1 as the early position approaches the end."}}
+# %% mystnb={"figure": {"caption": "Similarity over heads between position t and the last position, mean over prompts of technical prose, bands are 95 % bootstrap intervals over prompts. The vertical line marks the registered early position. A curve that is close to 1 at the left settles early; one that climbs all the way is still turning.", "name": "fig-settling"}, "image": {"alt": "Three curves per model rising towards 1 as the early position approaches the end."}} tags=["hide-input"]
 STYLES = (
     {"linestyle": "-", "marker": "o"},
     {"linestyle": "--", "marker": "s"},
@@ -265,7 +268,7 @@ for name in MODELS:
     trace = measure(name, "prose", STEPS, count=2)
     turns[name] = strata.turning(by_prompt(Spectrum(trace.values).nuclear_norm()), STEPS)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "One minus the cosine of neighbouring norm vectors, measured (large dots), the most that plane geometry allows (small grey dots) and the most that Theorem 4.4 allows (black dashes), in four windows of 32 tokens of two prompts of prose; logarithmic axes. The distance between the large dots and the dashes is how loose the theorem is.", "name": "fig-turning"}, "image": {"alt": "Measured turning far below two bounds, on logarithmic axes."}}
+# %% mystnb={"figure": {"caption": "One minus the cosine of neighbouring norm vectors, measured (large dots), the most that plane geometry allows (small grey dots) and the most that Theorem 4.4 allows (black dashes), in four windows of 32 tokens of two prompts of prose; logarithmic axes. The distance between the large dots and the dashes is how loose the theorem is.", "name": "fig-turning"}, "image": {"alt": "Measured turning far below two bounds, on logarithmic axes."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(MODELS).items():
     plotting.plot_turning(ax, turns[name])
 
@@ -293,7 +296,7 @@ glue("turning_answer", "; ".join(turning_text(name) for name in MODELS), display
 # every pair we compare the mean ranks of the heads at the last token: Spearman for the order, Cohen's kappa for the two labels
 # (high from $d/2$ on).
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank r/d of every head at the last token for each kind of input, mean over prompts. Colour and shape are fixed by the head's label on prose: dots are high there, squares low. Where dots and squares mix, the input moved heads from one group to the other.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by domain; markers show each head's label on prose."}}
+# %% mystnb={"figure": {"caption": "Relative effective rank r/d of every head at the last token for each kind of input, mean over prompts. Colour and shape are fixed by the head's label on prose: dots are high there, squares low. Where dots and squares mix, the input moved heads from one group to the other.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by domain; markers show each head's label on prose."}} tags=["hide-input"]
 figure, axes = plt.subplots(
     len(MODELS), 1, figsize=(9, 3.1 * len(MODELS)), squeeze=False, layout="constrained"
 )
@@ -319,7 +322,7 @@ def matrices(name, domains):
 
 agreement = {name: matrices(name, DOMAINS) for name in MODELS}
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Agreement between every pair of inputs, over all heads at the last token: Spearman correlation of mean ranks (left) and Cohen's kappa of the labels (right), one row a model. The first four inputs are natural, the last four adversarial. An empty cell is undefined, because all heads are in one group for both inputs.", "name": "fig-agreement"}, "image": {"alt": "Heat maps of Spearman and kappa between eight domains for each model."}}
+# %% mystnb={"figure": {"caption": "Agreement between every pair of inputs, over all heads at the last token: Spearman correlation of mean ranks (left) and Cohen's kappa of the labels (right), one row a model. The first four inputs are natural, the last four adversarial. An empty cell is undefined, because all heads are in one group for both inputs.", "name": "fig-agreement"}, "image": {"alt": "Heat maps of Spearman and kappa between eight domains for each model."}} tags=["hide-input"]
 figure, axes = plt.subplots(
     len(MODELS), 2, figsize=(10, 4.6 * len(MODELS)), squeeze=False, layout="constrained"
 )
@@ -476,7 +479,7 @@ bounds = {
     for name in MODELS
 }
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Relative effective rank of each head on prose against the half-life of its mean log-decay. Dots are high heads, squares low ones. The line is the law, with nothing fitted.", "name": "fig-decay"}, "image": {"alt": "Scatter of relative rank against half-life on a logarithmic axis, along a curve that rises and stays at 1."}}
+# %% mystnb={"figure": {"caption": "Relative effective rank of each head on prose against the half-life of its mean log-decay. Dots are high heads, squares low ones. The line is the law, with nothing fitted.", "name": "fig-decay"}, "image": {"alt": "Scatter of relative rank against half-life on a logarithmic axis, along a curve that rises and stays at 1."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(FORGETFUL).items() if FORGETFUL else ():
     values, d = at_end[name, "prose"].mean(0), d_of[name]
     half_life = np.log(2) / -on_prose[name].log_decay["prose"].mean(0)

@@ -1,6 +1,8 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,mystnb,-all
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -76,7 +78,9 @@ results_folder = ""  # where the result is stored; "": nowhere
 
 # %% tags=["hide-input"]
 results.check_parameters(
-    globals(), known="model revision device profile seed n_prompts n_draws results_folder".split()
+    globals(),
+    texts="model revision device profile results_folder".split(),
+    numbers="seed n_prompts n_draws".split(),
 )
 MODELS = [name.strip() for name in model.split(",")]
 WHERE = {"revision": revision or None, "device": device or None}
@@ -203,7 +207,7 @@ doses = {
 }
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank; dotted grey, in the full profile: random heads, with the range over draws. The numbers are evenly spaced. The lower curve shows which heads the task needs more; where curves cross, the dose decides.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}}
+# %% mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank; dotted grey, in the full profile: random heads, with the range over draws. The numbers are evenly spaced. The lower curve shows which heads the task needs more; where curves cross, the dose decides.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}} tags=["hide-input"]
 def draw_doses(doses):
     figure, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=3)
     for ax, ((name, task), arms) in zip(axes.flat, doses.items(), strict=True):
@@ -247,7 +251,7 @@ for name, study in studies.items():
         arms[name, task] = study.arms(task, n)
         draws[name, task] = study.draws(task, n, N_DRAWS)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score after removing the heads that an arm names, at the judged number of heads (in each title), with 95 % intervals over prompts. Squares: lowest values of a measure removed; dots: highest. Grey lines: random draws of as many heads, one line a draw. Dotted: all heads. If the squares of rank lie left of the grey lines and the dots on the dotted line, the paper's claim holds; an arm by decay that looks like the arm by rank says that decay would do as well.", "name": "fig-arms"}, "image": {"alt": "Rows of arms with intervals against grey lines of random draws, one panel a task."}}
+# %% mystnb={"figure": {"caption": "Score after removing the heads that an arm names, at the judged number of heads (in each title), with 95 % intervals over prompts. Squares: lowest values of a measure removed; dots: highest. Grey lines: random draws of as many heads, one line a draw. Dotted: all heads. If the squares of rank lie left of the grey lines and the dots on the dotted line, the paper's claim holds; an arm by decay that looks like the arm by rank says that decay would do as well.", "name": "fig-arms"}, "image": {"alt": "Rows of arms with intervals against grey lines of random draws, one panel a task."}} tags=["hide-input"]
 _, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=10, row_height=3.6)
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if (name, task) not in judged:
@@ -402,7 +406,7 @@ def points(estimates):
 
 half_lives = {name: np.log(2) / -study.values("log-decay") for name, study in studies.items()}
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when one head is removed, against its relative effective rank (left) and against the half-life of its state (right), one row a model. Dots are high heads, squares low ones, with their intervals in grey; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep"}, "image": {"alt": "Two scatter plots a model of single-head damage, against rank and against half-life."}}
+# %% mystnb={"figure": {"caption": "Added loss on right answers when one head is removed, against its relative effective rank (left) and against the half-life of its state (right), one row a model. Dots are high heads, squares low ones, with their intervals in grey; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep"}, "image": {"alt": "Two scatter plots a model of single-head damage, against rank and against half-life."}} tags=["hide-input"]
 _, axes = plotting.panel_grid(len(MODELS), 2, width=9, row_height=3.4)
 
 
@@ -485,7 +489,7 @@ for name, study in studies.items():
     for label, heads in removed.items():
         again[name, label] = said_again(study, heads)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Share of needles found, by depth in the prompt (0 % is its start, farthest from the question) and length of the prompt in tokens; left all heads, then heads of the lowest and of the highest rank, of the slowest decay and at random removed. A fault of memory shows at the top right, where the distance is longest; a fault everywhere is none of distance.", "name": "fig-depths"}, "image": {"alt": "Five heat maps a model of needle retrieval by depth and length."}}
+# %% mystnb={"figure": {"caption": "Share of needles found, by depth in the prompt (0 % is its start, farthest from the question) and length of the prompt in tokens; left all heads, then heads of the lowest and of the highest rank, of the slowest decay and at random removed. A fault of memory shows at the top right, where the distance is longest; a fault everywhere is none of distance.", "name": "fig-depths"}, "image": {"alt": "Five heat maps a model of needle retrieval by depth and length."}} tags=["hide-input"]
 _, axes = plotting.panel_grid(len(MODELS), 5, width=10, row_height=2.3)
 for ax, ((name, label), table) in zip(axes.flat, depths.items(), strict=True):
     plotting.plot_depths(ax, table.mean(-1), DEPTHS, LENGTHS, title=f"{name}\n{label}")
@@ -524,7 +528,7 @@ Markdown(tables.keep("Induction", HEAD, rows))
 # %%
 parts = {name: study.by_part() for name, study in studies.items()}
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers by layer, a column a task, a row a model: grey bars with their intervals, the whole layer removed (hatched: a softmax layer); marks, single heads removed. The vertical axis is linear up to 0.01 nats and logarithmic beyond. A tall hatched bar says that the task goes through that softmax layer; a tall grey one, through that linear layer.", "name": "fig-parts"}, "image": {"alt": "Bars of added loss per layer with marks for single heads, one panel a task."}}
+# %% mystnb={"figure": {"caption": "Added loss on right answers by layer, a column a task, a row a model: grey bars with their intervals, the whole layer removed (hatched: a softmax layer); marks, single heads removed. The vertical axis is linear up to 0.01 nats and logarithmic beyond. A tall hatched bar says that the task goes through that softmax layer; a tall grey one, through that linear layer.", "name": "fig-parts"}, "image": {"alt": "Bars of added loss per layer with marks for single heads, one panel a task."}} tags=["hide-input"]
 figure, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=2.8)
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if task not in studies[name].mastered:
@@ -576,7 +580,7 @@ used = {
     for (name, study), every in product(studies.items(), EVERY)
 }
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Added loss on right answers when the states of all high heads (dots, solid) or all low heads (squares, dashed) are cut to a rank, and when they are rotated at random, every so many tokens as each title says; bands are intervals. The vertical axis is linear up to 0.01 nats and logarithmic beyond. Where a curve meets zero, the directions beyond that rank are not used. The groups differ in size, so their heights do not compare; a low head has no more than 32 directions to lose, and prompts no longer than the distance between two edits are never edited.", "name": "fig-used"}, "image": {"alt": "Added loss falling with the rank that is kept, one curve for high heads and one for low heads."}}
+# %% mystnb={"figure": {"caption": "Added loss on right answers when the states of all high heads (dots, solid) or all low heads (squares, dashed) are cut to a rank, and when they are rotated at random, every so many tokens as each title says; bands are intervals. The vertical axis is linear up to 0.01 nats and logarithmic beyond. Where a curve meets zero, the directions beyond that rank are not used. The groups differ in size, so their heights do not compare; a low head has no more than 32 directions to lose, and prompts no longer than the distance between two edits are never edited.", "name": "fig-used"}, "image": {"alt": "Added loss falling with the rank that is kept, one curve for high heads and one for low heads."}} tags=["hide-input"]
 glue("every", " or ".join(map(str, EVERY)), display=False)
 medians = []
 for name, study in studies.items():
@@ -656,7 +660,7 @@ if results_folder:
 FULL = {**PARAMETERS, "profile": "full", "n_prompts": 500, "n_draws": 32}
 Markdown(results.stored_beside("03_ablation_asymmetry", parameters=FULL, checkpoints=checkpoints))
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "As the first figure, from the stored run of the full profile: heads of the lowest rank removed (squares, dashed), of the highest (dots, solid), and random ones (dotted grey, mean and range over draws). Where two curves cross, no single dose speaks for the rule; where the grey band holds both, neither arm is special.", "name": "fig-doses-full"}, "image": {"alt": "Scores of the stored run falling with the number of heads removed, two arms and random draws a panel."}}
+# %% mystnb={"figure": {"caption": "As the first figure, from the stored run of the full profile: heads of the lowest rank removed (squares, dashed), of the highest (dots, solid), and random ones (dotted grey, mean and range over draws). Where two curves cross, no single dose speaks for the rule; where the grey band holds both, neither arm is special.", "name": "fig-doses-full"}, "image": {"alt": "Scores of the stored run falling with the number of heads removed, two arms and random draws a panel."}} tags=["hide-input"]
 full = results.stored_run("03_ablation_asymmetry", parameters=FULL, checkpoints=checkpoints)
 stored = {}
 for name, task, label, _, score in markdown.table_rows(full["tables"]["Doses"]):
@@ -685,7 +689,7 @@ HEAD = ("model", "task", "no arm: none of", "heads", "highest - lowest")
 readings = markdown.markdown_table(HEAD, rows)
 Markdown(f'What other readings of "no arm" give in that run:\n\n{readings}') if rows else None
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Single heads in the stored run of the full profile: added loss on right answers, with its interval, against the relative effective rank, one panel a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep-full"}, "image": {"alt": "Scatter of single-head damage against rank in the stored run, one panel a model."}}
+# %% mystnb={"figure": {"caption": "Single heads in the stored run of the full profile: added loss on right answers, with its interval, against the relative effective rank, one panel a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep-full"}, "image": {"alt": "Scatter of single-head damage against rank in the stored run, one panel a model."}} tags=["hide-input"]
 alone = {}
 for name, _, _, rank, _, loss, *_ in markdown.table_rows(full["tables"]["Every head alone"]):
     alone.setdefault(name, []).append((float(rank), Estimate.parse(loss)))

@@ -1,6 +1,8 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,mystnb,-all
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -83,7 +85,9 @@ results_folder = ""  # where the result is stored; "": nowhere
 
 # %% tags=["hide-input"]
 results.check_parameters(
-    globals(), known="model revision device profile seed n_prompts n_draws results_folder".split()
+    globals(),
+    texts="model revision device profile results_folder".split(),
+    numbers="seed n_prompts n_draws".split(),
 )
 MODELS = [name.strip() for name in model.split(",")]
 WHERE = {"revision": revision or None, "device": device or None}
@@ -164,7 +168,7 @@ for name, study in studies.items():
     )
 Markdown(tables.keep("Heads removed", ("model", "heads removed", "by layer"), rows))
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Every head by its relative effective rank and relative nuclear norm on the calibration prompts, one panel a model. Crosses: the 38.9 % of highest saturation, which are removed; circles: those that stay. If rank and norm told the same, the heads would lie on a line and one of the two would do.", "name": "fig-saturation"}, "image": {"alt": "Scatter of rank against norm, one panel a model, removed heads as crosses at the upper right."}}
+# %% mystnb={"figure": {"caption": "Every head by its relative effective rank and relative nuclear norm on the calibration prompts, one panel a model. Crosses: the 38.9 % of highest saturation, which are removed; circles: those that stay. If rank and norm told the same, the heads would lie on a line and one of the two would do.", "name": "fig-saturation"}, "image": {"alt": "Scatter of rank against norm, one panel a model, removed heads as crosses at the upper right."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(MODELS).items():
     study, gone = studies[name], set(heads_at(saturation[name]))
     norm = study.values("nuclear norm")
@@ -358,7 +362,7 @@ rows = [
 ]
 Markdown(tables.keep("Intact models", ("model", *TASKS), rows))
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score over that of the intact model after 38.9 % of the state is gone, mean over the tasks that count, with 95 % intervals over prompts, one row a method and one panel a model. Grey lines: random draws of as many heads, one line a draw. Dotted: nothing lost. The claim holds if the first row lies at 0.95 or more, right of every grey line.", "name": "fig-methods"}, "image": {"alt": "Rows of pruning methods with intervals against grey lines of random draws, one panel a model."}}
+# %% mystnb={"figure": {"caption": "Score over that of the intact model after 38.9 % of the state is gone, mean over the tasks that count, with 95 % intervals over prompts, one row a method and one panel a model. Grey lines: random draws of as many heads, one line a draw. Dotted: nothing lost. The claim holds if the first row lies at 0.95 or more, right of every grey line.", "name": "fig-methods"}, "image": {"alt": "Rows of pruning methods with intervals against grey lines of random draws, one panel a model."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(MODELS, height=4).items():
     study = studies[name]
     ax.set_title(name if study.mastered else f"{name}: no task counts", fontsize="small")
@@ -387,7 +391,7 @@ BY_STATE = [m for m in order[MODELS[0]] if m.startswith(("joint", "rank", "norm"
 BESIDE = ("joint", "fastest decay", "strongest writes", "least damage alone", *OTHERS)
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Score over that of the intact model against the share of the state that is removed, one curve for each way to order heads by their state, one panel a model; the band is the 95 % interval of joint rank-norm pruning over prompts. Thick grey: the mean of random draws. A curve above it knows something of which heads can go; a curve below it chooses worse than chance.", "name": "fig-curve-state"}, "image": {"alt": "Falling curves of relative score against the share removed, one curve for each rule by state and its reverse, beside a thick grey line of random draws."}}
+# %% mystnb={"figure": {"caption": "Score over that of the intact model against the share of the state that is removed, one curve for each way to order heads by their state, one panel a model; the band is the 95 % interval of joint rank-norm pruning over prompts. Thick grey: the mean of random draws. A curve above it knows something of which heads can go; a curve below it chooses worse than chance.", "name": "fig-curve-state"}, "image": {"alt": "Falling curves of relative score against the share removed, one curve for each rule by state and its reverse, beside a thick grey line of random draws."}} tags=["hide-input"]
 def draw_curves(curves, shares, methods):
     for name, ax in plotting.model_panels(list(curves) or MODELS).items():
         ax.axhline(1, color="black", linewidth=1, linestyle=":")
@@ -409,7 +413,7 @@ def draw_curves(curves, shares, methods):
 
 draw_curves(curves, SHARES, BY_STATE)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "As the figure before, for what knows more or shrinks the state from the other side. A curve that stays at 1 is free.", "name": "fig-curve"}, "image": {"alt": "Falling curves of relative score against the share removed: joint pruning, decay, write strength, least damage alone, key channels, both, beside a thick grey line of random draws."}}
+# %% mystnb={"figure": {"caption": "As the figure before, for what knows more or shrinks the state from the other side. A curve that stays at 1 is free.", "name": "fig-curve"}, "image": {"alt": "Falling curves of relative score against the share removed: joint pruning, decay, write strength, least damage alone, key channels, both, beside a thick grey line of random draws."}} tags=["hide-input"]
 draw_curves(curves, SHARES, BESIDE)
 
 # %% tags=["remove-cell"]
@@ -456,7 +460,7 @@ for name, study in studies.items():
 ratios = ", ".join(f"{ablation.perplexity(nats):.1f} ({name})" for name, nats in intact.items())
 glue("intact", ratios, display=False)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Perplexity of held-out text over that of the intact model against the share of the state that is removed, logarithmic, one curve a method, one panel a model; the band is the 95 % interval of joint rank-norm pruning over prompts. Dotted: nothing lost; lower is better.", "name": "fig-perplexity"}, "image": {"alt": "Rising curves of perplexity against the share removed, one curve a method."}}
+# %% mystnb={"figure": {"caption": "Perplexity of held-out text over that of the intact model against the share of the state that is removed, logarithmic, one curve a method, one panel a model; the band is the 95 % interval of joint rank-norm pruning over prompts. Dotted: nothing lost; lower is better.", "name": "fig-perplexity"}, "image": {"alt": "Rising curves of perplexity against the share removed, one curve a method."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(MODELS).items():
     ax.axhline(1, color="black", linewidth=1, linestyle=":")
     of_draws = zip(*(perplexities[name][draw] for draw in DRAWS), strict=True)
@@ -587,7 +591,7 @@ Markdown(
     results.stored_beside("04_joint_rank_norm_pruning", parameters=FULL, checkpoints=checkpoints)
 )
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "As the second curves above, from the stored run of the full profile: score over that of the intact model against the share of the state that is removed; thick grey, the mean of random draws. A curve at 1 is free; one under the thick grey line chooses worse than chance.", "name": "fig-curve-full"}, "image": {"alt": "Falling curves of relative score of the stored run, one a method, beside a thick grey line of random draws."}}
+# %% mystnb={"figure": {"caption": "As the second curves above, from the stored run of the full profile: score over that of the intact model against the share of the state that is removed; thick grey, the mean of random draws. A curve at 1 is free; one under the thick grey line chooses worse than chance.", "name": "fig-curve-full"}, "image": {"alt": "Falling curves of relative score of the stored run, one a method, beside a thick grey line of random draws."}} tags=["hide-input"]
 full = results.stored_run("04_joint_rank_norm_pruning", parameters=FULL, checkpoints=checkpoints)
 stored = {}
 for name, method, *scores in markdown.table_rows(

@@ -399,22 +399,28 @@ def stored_run(notebook: str, *, parameters: Mapping[str, Any], checkpoints: Seq
         return {"rows": [], "tables": defaultdict(str)}
 
 
-def check_parameters(namespace: dict[str, Any], *, known: Sequence[str]) -> None:
-    """Refuse a misspelt notebook parameter, which papermill only warns about, and a profile that there is not.
+def check_parameters(namespace: dict[str, Any], *, texts: Sequence[str] = (), numbers: Sequence[str] = ()) -> None:
+    """Refuse a misspelt notebook parameter, which papermill only warns about, a value of another kind, and a profile that there is not.
 
     Call it in the cell after the parameters: whatever plain value stands in the namespace then came from there. That holds
     the first time; when cells are run again by hand, the names are no longer looked at.
 
     Args:
         namespace: `globals()` of the notebook; a mark that the names were looked at is left in it.
-        known: names of the parameters.
+        texts: names of the parameters that are texts.
+        numbers: names of those that are whole numbers.
 
     Raises:
         ValueError: a name that is not known, with the nearest one that is, or an unknown profile.
+        TypeError: a value of another kind.
 
     Example:
-        >>> check_parameters({"seed": 0}, known=["seed"])
-        >>> check_parameters({"sede": 0}, known=["seed"])
+        >>> check_parameters({"seed": 0}, numbers=["seed"])
+        >>> check_parameters({"seed": "x"}, numbers=["seed"])
+        Traceback (most recent call last):
+            ...
+        TypeError: parameter 'seed' takes a whole number, got 'x'
+        >>> check_parameters({"sede": 0}, numbers=["seed"])
         Traceback (most recent call last):
             ...
         ValueError: this notebook has no parameter 'sede'; did you mean 'seed'? It has seed.
@@ -430,8 +436,14 @@ def check_parameters(namespace: dict[str, Any], *, known: Sequence[str]) -> None
         for name, value in namespace.items()
         if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
     ]
+    known = [*texts, *numbers]
     for name in sorted(set(given) - set(known)):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"this notebook has no parameter {name!r}{hint} It has {', '.join(known)}.")
+    for kind, words, names in ((str, "a text", texts), (int, "a whole number", numbers)):
+        for name in names:
+            value = namespace.get(name, kind())
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"parameter {name!r} takes {words}, got {value!r}")
     namespace["_parameters_checked"] = True

@@ -1,6 +1,7 @@
 """The shape of the notebooks: short cells, prose around them, parameters that are literals, pairs that match."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,11 @@ def test_a_notebook_runs_on_another_model_from_a_folder(tmp_path: Path, tokenize
     }
     execute(notebook, tmp_path / "out.ipynb", parameters)
     assert (tmp_path / "results" / "01_stratification.json").exists()
+
+
+def test_jupytext_changes_nothing_when_it_synchronizes_the_pairs(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "notebooks").iterdir() if file.is_file()}
+    sources = [str(file) for file in sorted((tmp_path / "notebooks").glob("*.py"))]
+    subprocess.run([sys.executable, "-m", "jupytext", "--sync", *sources], check=True, capture_output=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "notebooks").iterdir() if file.is_file()} == before

@@ -157,16 +157,16 @@ def test_a_stored_run_of_other_parameters_is_not_shown(tmp_path: Path, monkeypat
 
 def test_a_misspelt_parameter_is_refused_with_a_hint() -> None:
     with pytest.raises(ValueError, match="no parameter 'n_prompt'; did you mean 'n_prompts'"):
-        check_parameters({"n_prompt": 3, "seed": 0, "In": [], "_x": 1, "module": json}, known=["n_prompts", "seed"])
+        check_parameters({"n_prompt": 3, "seed": 0, "In": [], "_x": 1, "module": json}, numbers=["n_prompts", "seed"])
 
 
 def test_the_cell_of_parameters_can_be_run_again_and_profiles_are_checked() -> None:
     namespace = {"seed": 0, "profile": "quick"}
-    check_parameters(namespace, known=["seed", "profile"])
+    check_parameters(namespace, texts=["profile"], numbers=["seed"])
     namespace["MODELS"] = ["hybrid"]
-    check_parameters(namespace, known=["seed", "profile"])
+    check_parameters(namespace, texts=["profile"], numbers=["seed"])
     with pytest.raises(ValueError, match="there is no profile 'ful': choose from quick, full"):
-        check_parameters({**namespace, "profile": "ful"}, known=["seed", "profile"])
+        check_parameters({**namespace, "profile": "ful"}, texts=["profile"], numbers=["seed"])
 
 
 def part_of(model: str, *, seed: int = 0, head: str = "model") -> dict[str, object]:
