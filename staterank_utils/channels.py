@@ -125,16 +125,19 @@ def keep_channels(
                     f"layer {index}, key head {name}: expected an order of all channels 0..{d_k - 1}, got {found}: "
                     "make one of this model with order_channels"
                 )
-    reduced = copy.deepcopy(model)
-    for index, layer, layout in _with_channels(reduced):
-        names, per_key = key_names(layer, layout), layout.n_heads(layer) // max(1, layout.n_keys(layer))
-        groups = [(place, range(place * per_key, (place + 1) * per_key)) for place in range(len(names))]
-        of_heads = [sorted(order[index][name][:n_channels]) for name in names]
-        for blocks in layout.blocks(layer):
-            rows = blocks.rows(groups, n_keys=len(names), per_key=per_key, sizes=layout.sizes(layer), channels=of_heads)
-            blocks.cut(layer, rows)
-        layout.resize(layer, len(names), layout.n_heads(layer), n_channels)
-        setattr(reduced.config.get_text_config(), layout.d_k_setting, n_channels)
+    with torch.inference_mode(False), torch.no_grad():  # in the other, weights would be no ordinary ones
+        reduced = copy.deepcopy(model)
+        for index, layer, layout in _with_channels(reduced):
+            names, per_key = key_names(layer, layout), layout.n_heads(layer) // max(1, layout.n_keys(layer))
+            groups = [(place, range(place * per_key, (place + 1) * per_key)) for place in range(len(names))]
+            of_heads = [sorted(order[index][name][:n_channels]) for name in names]
+            for blocks in layout.blocks(layer):
+                rows = blocks.rows(
+                    groups, n_keys=len(names), per_key=per_key, sizes=layout.sizes(layer), channels=of_heads
+                )
+                blocks.cut(layer, rows)
+            layout.resize(layer, len(names), layout.n_heads(layer), n_channels)
+            setattr(reduced.config.get_text_config(), layout.d_k_setting, n_channels)
     choose_kernels(reduced)
     return reduced
 

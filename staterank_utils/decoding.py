@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.dispatch import suited_kernels
 from staterank_utils.kernels import ordered_weights
 from staterank_utils.layouts import linear_layers
-from staterank_utils.models import make_cache, output_logits, read_tokens
+from staterank_utils.models import evaluating, make_cache, output_logits, read_tokens, unwrapped
 
 Tokens = list[int]
 ORDER_FROM = 16  # tokens that may be left to decode, from which on other strides of the weights pay
@@ -61,6 +62,7 @@ def generate_greedily(
         >>> tokenizer.decode(tokens)
         ' 120\\n'
     """
+    model = unwrapped(model)
     drafts = [[]] * len(prompts) if drafts is None else drafts
     if not prompts or not all(prompts):
         raise ValueError(f"expected prompts of at least one token, got lengths {[len(prompt) for prompt in prompts]}")
@@ -199,7 +201,7 @@ def _decode(
     in_place = on_one_gpu and model.config.model_type in MASKS_BY_KIND
     next_tokens = _steps_in_place(model, ids, mask, room) if in_place else _steps(model, ids, mask)
     over = [False] * len(rows)
-    with ordered_weights(model) if room >= ORDER_FROM else nullcontext():
+    with suited_kernels(model), evaluating(model), ordered_weights(model) if room >= ORDER_FROM else nullcontext():
         for tokens in next_tokens:
             for row, token in enumerate(tokens):
                 if not over[row]:

@@ -69,12 +69,11 @@ class Kernel:
         self._of_gpu = None if self.on_gpu is stock else _parameters(self.on_gpu)
 
     def __call__(self, first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        on_cpu = first.device.type == "cpu"
-        if on_cpu and self.fast is not None:
+        if first.device.type == "cpu" and self.fast is not None:
             arguments = dict(zip(self._names, (first, *args), strict=False)) | kwargs
             if kernels.serves_kernel(self.__name__, arguments):
                 return self.fast(**{key: value for key, value in arguments.items() if key in self._of_fast})
-        chosen, known = (self.reference, self._names) if on_cpu else (self.on_gpu, self._of_gpu)
+        chosen, known = (self.on_gpu, self._of_gpu) if first.is_cuda else (self.reference, self._names)
         if known is not None:
             kwargs = {key: value for key, value in kwargs.items() if key in known}
         return chosen(first, *args, **kwargs)
@@ -117,7 +116,8 @@ def choose_kernels(model: nn.Module, *, plain: bool | None = None) -> str:
         exact)", for the log.
 
     Raises:
-        ValueError: a model that `linear_layers` refuses, or an environment variable that is neither 0 nor 1.
+        ValueError: a model that `linear_layers` refuses or that runs inside a block such as `memory.cap_half_life`, or an environment
+            variable that is neither 0 nor 1.
 
     Example:
         >>> from staterank_utils import load_model
@@ -126,6 +126,8 @@ def choose_kernels(model: nn.Module, *, plain: bool | None = None) -> str:
     """
     plain = _is_plain() if plain is None else plain
     layers = linear_layers(model)
+    if any(isinstance(vars(layer).get(forward_slot(layer)), FunctionType) for _, layer, _ in layers):
+        raise ValueError("kernels are not chosen inside a block that changes what the model computes: leave it first")
     chosen = _attributes(model, plain=plain)
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if _is_ours(value)]:
@@ -164,7 +166,8 @@ def suited_kernels(model: nn.Module) -> Iterator[None]:
         >>> any("forward" in vars(module) for module in model.modules())
         False
     """
-    if model in _chosen or _has_kernels(model):
+    if model in _chosen or has_kernels(model):
+        _chosen.add(model)
         yield
         return
     with ExitStack() as stack:
@@ -221,10 +224,20 @@ def _is_ours(value: Any) -> bool:
     return isinstance(value, FlaKernel) or (isinstance(value, MethodType) and value.__func__ in _ours)
 
 
-def _has_kernels(model: nn.Module) -> bool:
-    """Whether a model, a copy of another for one, came with them."""
+def has_kernels(model: nn.Module) -> bool:
+    """Whether kernels were chosen for a model, or for the one that it is a copy of.
+
+    Args:
+        model: any.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> has_kernels(load_model("hybrid")), has_kernels(nn.Linear(1, 1))
+        (True, False)
+    """
     layers = find_layers(model)
-    return bool(layers) and any(_is_ours(value) for value in vars(layers[0][1]).values())
+    held = [value for _, layer, _ in layers for value in vars(layer).values()]
+    return any(isinstance(value, MethodType) and value.__func__ in _ours for value in held)
 
 
 def _is_plain() -> bool:
@@ -248,9 +261,8 @@ def _attributes(model: nn.Module, *, plain: bool) -> dict[nn.Module, dict[str, A
     for module in model.modules():
         own = {name: value for name, value in vars(module).items() if not _is_ours(value)}
         given: dict[str, Any] = {}
-        slot = forward_slot(module)
-        if slot not in own or slot != "forward":
-            own_forward = type(module).forward
+        slot, own_forward = forward_slot(module), type(module).forward
+        if (held := own.get(slot)) is None or (isinstance(held, MethodType) and held.__func__ is own_forward):
             if (layout := layers.get(module)) and layout.forward:
                 given[slot] = MethodType(layout.forward(own_forward), module)
             elif not plain and (fast := kernels.fast_forward(module)):

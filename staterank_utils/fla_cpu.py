@@ -92,8 +92,21 @@ def corrections(module: nn.Module, *, plain: bool) -> dict[str, MethodType]:
     """
     if (type(module).__module__, type(module).__name__) != ("fla.layers.mamba2", "Mamba2"):
         return {}
-    stock = mamba2_forward if plain else _one_token_or_prompt(type(module).cuda_kernels_forward)
-    return {"cuda_kernels_forward": MethodType(stock, module), "torch_forward": MethodType(mamba2_forward, module)}
+    versions = {
+        "cuda_kernels_forward": mamba2_forward if plain else _one_token_or_prompt(type(module).cuda_kernels_forward)
+    }
+    versions["torch_forward"] = mamba2_forward
+    # By the attribute's name, since pickle asks the class for that.
+    return {name: MethodType(_named(function, name), module) for name, function in versions.items()}
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    named.__name__ = name
+    return named
 
 
 def activations(module: nn.Module, *, plain: bool) -> dict[str, FlaKernel]:

@@ -503,8 +503,8 @@ def serves_module(module: nn.Module, x: Tensor) -> bool:
 def ordered_weights(model: nn.Module) -> Iterator[None]:
     """A block in which float32 weight matrices lie column by column in the memory of a CPU: same values, same shapes, other strides.
 
-    A product with one row, as in decoding, then reads them more than twice as fast; products with many rows do not care. It costs two
-    copies of the weights, one after the other, so it pays from some 16 tokens on.
+    A product with one row, as in decoding, then reads them more than twice as fast; products with many rows do not care. It costs a
+    copy of these weights, so it pays from some 16 tokens on.
 
     Args:
         model: its weights on other devices and of other dtypes stay as they are.
@@ -521,16 +521,19 @@ def ordered_weights(model: nn.Module) -> Iterator[None]:
         parameter
         for parameter in model.parameters()
         if parameter.ndim == 2 and parameter.dtype == torch.float32 and parameter.device.type == "cpu" and parameter.is_contiguous()
+        and not parameter.is_inference()
     ]  # fmt: skip
+    with torch.inference_mode(False):
+        before = [parameter.data for parameter in chosen]
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for parameter in chosen:
-                parameter.data = parameter.data.t().contiguous().t()
+            for parameter, data in zip(chosen, before, strict=True):
+                parameter.data = data.t().contiguous().t()
         yield
     finally:
         with torch.inference_mode(False), torch.no_grad():
-            for parameter in chosen:
-                parameter.data = parameter.data.contiguous()
+            for parameter, data in zip(chosen, before, strict=True):
+                parameter.data = data
 
 
 def keep_freed_memory() -> bool:

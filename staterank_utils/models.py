@@ -517,6 +517,10 @@ def read_tokens(
         torch.Size([1, 9, 256])
     """
     model = unwrapped(model)
+    if torch.is_autocast_enabled(input_ids.device.type):
+        raise ValueError(
+            "a model is read in the dtype of its weights, and torch.autocast would compute in another: leave its block"
+        )
     base = unwrapped(model.base_model)
     known = _argument_names(type(base).forward)
     if positions is None:
@@ -626,7 +630,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         >>> model.training, model[0].training, model[1].training
         (True, True, False)
     """
-    trained = [module for module in model.modules() if module.training] if model.training else []
+    trained = [module for module in model.modules() if module.training]
     for module in trained:
         module.training = False
     try:

@@ -19,10 +19,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from staterank_utils import fla_cpu
-from staterank_utils.dispatch import choose_kernels
+from staterank_utils.dispatch import choose_kernels, has_kernels
 from staterank_utils.layouts import Layout, find_layers, head_names, key_names
 
 MODEL_TYPE = "staterank_pruned"
@@ -147,6 +148,11 @@ class _Pruned:
         _cut_as_recorded(self)  # type: ignore[arg-type]
         choose_kernels(self)  # type: ignore[arg-type]
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if not has_kernels(self):  # type: ignore[arg-type]
+            choose_kernels(self)  # type: ignore[arg-type]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Its class stands in no module, and is made again of the whole model's.
         return _reduced(super().__reduce_ex__(2), _model_class_again, *_made_of[type(self)])
@@ -205,9 +211,10 @@ def pruned_model_class(whole: type[PreTrainedModel], config: type[PreTrainedConf
         _model_classes[whole] = type(f"Pruned{whole.__name__}", (_Pruned, whole), attributes)
         _made_of[_model_classes[whole]] = (whole, config.__mro__[1])
         of_whole = config.__mro__[1]
-        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            if of_whole in auto._model_mapping and auto._model_mapping[of_whole] is whole:
-                auto.register(config, _model_classes[whole], exist_ok=True)
+        for auto in vars(modeling_auto).values():
+            mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+            if mapping is not None and of_whole in mapping and mapping[of_whole] is whole:
+                auto.register(config, _model_classes[whole], exist_ok=True)  # type: ignore[attr-defined]
     return _model_classes[whole]
 
 

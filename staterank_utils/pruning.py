@@ -11,12 +11,14 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsIndex
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from staterank_utils.budget import in_words, out_of_memory, weight_bytes
-from staterank_utils.dispatch import choose_kernels
+from staterank_utils.dispatch import choose_kernels, has_kernels
 from staterank_utils.layouts import check_heads, head_names, key_names, linear_layers
+from staterank_utils.models import unwrapped
 from staterank_utils.pruned import (
     FORMAT,
     RECORD,
@@ -64,6 +66,7 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
         >>> torch.allclose(smaller(ids.to(model.device)).logits, ablated, atol=1e-4)
         True
     """
+    model = unwrapped(model)
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(
             "this model has adapters of PEFT, whose weights know nothing of heads: merge them first, with merge_and_unload()"
@@ -78,19 +81,20 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
         raise ValueError(
             "these are all heads of all layers: a model without any is not linear attention, keep at least one"
         )
-    with out_of_memory(
-        f"no room for a second copy of the weights, {in_words(weight_bytes(model))}, that heads are removed from",
-        advice="move the model to a device with more, or load it with dtype=torch.bfloat16",
-    ):
-        pruned = copy.deepcopy(model)
-    for index, layer, layout in linear_layers(pruned):
-        if chosen.get(index) and not layout.weights:
-            raise ValueError(
-                f"heads of {layout.layer_class} cannot be removed exactly, since {layout.kept_whole}: ablate them instead"
-            )
-        if chosen.get(index) and not layout.idle and len(chosen[index]) == len(kept[index]):
-            raise ValueError(f"layer {index} must keep a head: {layout.layer_class} cannot run without any")
-        keep_heads(layer, layout, [head for head in kept[index] if head not in chosen.get(index, [])])
+    with torch.inference_mode(False), torch.no_grad():  # in the other, weights would be no ordinary ones
+        with out_of_memory(
+            f"no room for a second copy of the weights, {in_words(weight_bytes(model))}, that heads are removed from",
+            advice="move the model to a device with more, or load it with dtype=torch.bfloat16",
+        ):
+            pruned = copy.deepcopy(model)
+        for index, layer, layout in linear_layers(pruned):
+            if chosen.get(index) and not layout.weights:
+                raise ValueError(
+                    f"heads of {layout.layer_class} cannot be removed exactly, since {layout.kept_whole}: ablate them instead"
+                )
+            if chosen.get(index) and not layout.idle and len(chosen[index]) == len(kept[index]):
+                raise ValueError(f"layer {index} must keep a head: {layout.layer_class} cannot run without any")
+            keep_heads(layer, layout, [head for head in kept[index] if head not in chosen.get(index, [])])
     record = {index: sorted({*before.get(index, []), *chosen.get(index, [])}) for index in kept}
     setattr(
         pruned.config.get_text_config(),
@@ -100,7 +104,8 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
     if not before:
         pruned.config.__class__ = pruned_config_class(type(model.config))
         pruned.__class__ = pruned_model_class(type(model), type(pruned.config))
-    choose_kernels(pruned)
+    if not has_kernels(pruned):
+        choose_kernels(pruned)
     log.info(
         "removed %d of %d heads; %s bytes of query and key weights are duplicates",
         sum(map(len, chosen.values())),

@@ -6,12 +6,14 @@ run side by side with different kernels, in two threads too.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 Wrap = Callable[[Any], Any]  # from a function to what is called in its place; the function itself where it stays
@@ -46,6 +48,37 @@ def replaced(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
                 setattr(owner, name, before[name])
             elif name in vars(owner):
                 delattr(owner, name)
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """A block in which torch runs what it compiled as it was written, since compiled code does not look at hooks and methods again.
+
+    This holds for the process, until the last of several such blocks ends, in whatever thread.
+
+    Example:
+        >>> import torch
+        >>> double = torch.compile(lambda x: 2 * x, backend="eager")
+        >>> with eagerly():
+        ...     double(torch.ones(1)).item()
+        2.0
+    """
+    global _stance, _n_blocks
+    with _eager_lock:
+        if _n_blocks == 0:
+            _stance = torch.compiler.set_stance("force_eager")
+        _n_blocks += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _n_blocks -= 1
+            if _n_blocks == 0:
+                _stance.__exit__(None, None, None)
+
+
+_eager_lock, _n_blocks = threading.Lock(), 0
+_stance: Any = None
 
 
 def calls_through(module: nn.Module, calls: Mapping[str, Callable[..., Any]]) -> AbstractContextManager[None]:

@@ -11,7 +11,9 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from staterank_utils.layouts import check_heads, head_names, layer_index, linear_layers
-from staterank_utils.models import check_ids, make_cache, read_tokens
-from staterank_utils.rebinding import replaced
+from staterank_utils.models import check_ids, make_cache, read_tokens, unwrapped
+from staterank_utils.rebinding import eagerly
 from staterank_utils.spectra import decompose
 
 Head = tuple[int, int]
@@ -146,12 +148,12 @@ def ablations(model: PreTrainedModel) -> list[str]:
         ...     ablations(model)
         ['zero: {0: [3]}']
     """
-    return list(getattr(model, "staterank_ablations", ()))
+    return [note.text for note in _notes.get(linear_layers(model)[0][1], [])]
 
 
 @contextmanager
 def noted(model: PreTrainedModel, intervention: str) -> Iterator[None]:
-    """A block in which `ablations` names an intervention, and the model cannot be saved: its weights are not what it computes.
+    """A block in which `ablations` names an intervention, and the model is neither saved nor copied: its weights are not what it computes.
 
     Args:
         model: from `load_model`.
@@ -170,15 +172,40 @@ def noted(model: PreTrainedModel, intervention: str) -> Iterator[None]:
         ValueError: this model is under an intervention (zero: {0: [3]}) that changes no weight: leave its block before you save it
     """
 
-    def refuse(*args: Any, **options: Any) -> None:
-        check_no_intervention(model, "save it")
+    model = unwrapped(model)
+    layer, note = linear_layers(model)[0][1], _Note(intervention)
+    refused = {
+        "save_pretrained": functools.partial(_refuse, model, "save it"),
+        "__deepcopy__": functools.partial(_refuse, model, "copy it"),
+    }
+    with eagerly():
+        notes = _notes.setdefault(layer, [])
+        notes.append(note)
+        for name, value in refused.items():
+            vars(model).setdefault(name, value)
+        try:
+            yield
+        finally:
+            notes.remove(note)
+            if not notes:
+                for name in refused:
+                    vars(model).pop(name, None)
 
-    with ExitStack() as stack:
-        # What torch.compile made of the model would not see the intervention.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        values = {"staterank_ablations": [*ablations(model), intervention], "save_pretrained": refuse}
-        stack.enter_context(replaced(model, values))
-        yield
+
+@dataclass(eq=False)
+class _Note:
+    """One intervention; blocks may end in any order."""
+
+    text: str
+
+
+_notes: "WeakKeyDictionary[nn.Module, list[_Note]]" = (
+    WeakKeyDictionary()
+)  # first linear layer of a model -> what it is under
+
+
+def _refuse(model: PreTrainedModel, action: str, *args: Any, **options: Any) -> None:
+    check_no_intervention(model, action)
 
 
 def check_no_intervention(model: PreTrainedModel, action: str) -> None:

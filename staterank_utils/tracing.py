@@ -23,6 +23,7 @@ from staterank_utils.kernels import serves_kernel
 from staterank_utils.layouts import Layout, linear_layers, scans_through
 from staterank_utils.layouts.core import log_norm, read_gates
 from staterank_utils.models import check_ids, make_cache, output_logits, read_tokens, unwrapped
+from staterank_utils.rebinding import eagerly
 from staterank_utils.spectra import finite_at_the_end
 
 MOST_WAITING = 2**28  # bytes of states that wait on a GPU to be reduced together: a few times what fills it
@@ -183,7 +184,7 @@ def _trace_batch(
     cache = make_cache(model)
     outputs: list[Tensor] = []
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eagerly())
         stack.enter_context(suited_kernels(model))
         stack.enter_context(finite_at_the_end())
         readings = [stack.enter_context(_GateReading(layer, layout, log_norms)) for _, layer, layout in layers]
@@ -200,8 +201,8 @@ def _trace_batch(
             for tap in taps:
                 if inside and not tap.layout.scans:
                     tap.keep(tap.layout.state(cache, tap.index)[:, None].clone())
-            n_kept = getattr(cache, "get_seq_length", None)
-            if stop < positions[-1] and n_kept is not None and n_kept() != stop:
+            # (a cache of a layout's own may not count)
+            if stop < positions[-1] and layers[0][2].cache is None and cache.get_seq_length() != stop:
                 raise ValueError(
                     f"{type(model).__name__} was given a cache and did not keep {stop} tokens in it, so what comes next would start from "
                     "empty states: does something in the model set use_cache?"
@@ -578,10 +579,6 @@ def check_prompts(model: PreTrainedModel, input_ids: object, positions: Sequence
         ValueError: positions must increase and lie in 1..4, the prompt's length; got [5]
     """
     check_ids(model, input_ids)
-    if torch.is_autocast_enabled(model.device.type):
-        raise ValueError(
-            "states are traced in the dtype of the model, and torch.autocast would compute them in another: leave its block"
-        )
     assert isinstance(input_ids, Tensor)
     n_tokens = input_ids.shape[1]
     increasing = all(a < b for a, b in itertools.pairwise(positions))

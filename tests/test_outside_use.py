@@ -17,9 +17,11 @@ from conftest import tiny_qwen3_next, unchecked
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from staterank_utils.decoding import generate_greedily
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import answer_nats, evaluate, induction, text_nats
-from staterank_utils.models import load_tokenizer, read_tokens
+from staterank_utils.layouts import linear_layers
+from staterank_utils.models import load_tokenizer, make_cache, read_tokens
 from staterank_utils.pruning import prune_heads
 from staterank_utils.streaming import stream_states
 from staterank_utils.surgery import ablate_heads, all_heads, mean_outputs
@@ -118,7 +120,7 @@ def test_autocast_is_refused_for_states_and_right_for_logits(model, ids: Tensor)
     stock = copy.deepcopy(model)
     choose_kernels(stock, plain=True)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        with pytest.raises(ValueError, match=r"torch\.autocast would compute them in another"):
+        with pytest.raises(ValueError, match=r"torch\.autocast would compute in another"):
             states(model, ids)
         assert torch.equal(model(ids).logits, stock(ids).logits)
 
@@ -155,6 +157,60 @@ def test_what_is_returned_is_ordinary(model, ids: Tensor) -> None:
         (tensor.double() * weight).sum().backward()
         tensor += 1
         assert weight.grad is not None
+
+
+def test_a_model_that_is_pruned_in_inference_mode_is_ordinary(model, ids: Tensor) -> None:
+    with torch.inference_mode():
+        pruned = prune_heads(model, {0: [1]})
+        pruned(ids)
+    assert not any(parameter.is_inference() for parameter in pruned.parameters())
+    assert generate_greedily(pruned, [[5, 6]], max_new_tokens=[20])
+    pruned.requires_grad_(True)(ids, labels=ids, use_cache=False).loss.backward()
+
+
+def test_an_intervention_is_seen_from_every_side(model, ids: Tensor) -> None:
+    """Wrapped, by its base, and copied; blocks may end in any order."""
+    before = dict(vars(model))
+    for passed in (model, model.model):
+        with (
+            ablate_heads(passed, [(0, 1)]),
+            pytest.raises(ValueError, match="under an intervention"),
+        ):
+            prune_heads(model, {0: [2]})
+        assert prune_heads(model, {0: [2]}).config.removed_heads
+    first, second = ablate_heads(model, [(0, 0)]), ablate_heads(model, [(0, 1)])
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(ValueError, match=r"zero: \{0: \[0\]\}; zero: .* before you copy it"):
+        copy.deepcopy(model)
+    first.__exit__(None, None, None)
+    with pytest.raises(ValueError, match="before you save it"):
+        model.save_pretrained("nowhere")
+    second.__exit__(None, None, None)
+    assert dict(vars(model)) == before
+
+
+def test_weights_keep_their_storage_while_a_model_decodes(model) -> None:
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    generate_greedily(model, [[5, 6]], max_new_tokens=[20])
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "zamba2", "fla Mamba2", "falcon_h1"])
+def test_a_pickled_model_is_read_as_before(family: str, ids: Tensor) -> None:
+    """Token by token too, where transformers is corrected."""
+    model = ARCHITECTURES[family].build()
+    choose_kernels(model)
+    layer = linear_layers(model)[0][0]
+    for each in (model, prune_heads(model, {layer: [0, 1, 2, 3]})):
+        again = pickle.loads(pickle.dumps(each))
+        caches = [make_cache(each), make_cache(again)]
+        for token in range(4):
+            one, other = (
+                read_tokens(m, ids[:, token : token + 1], positions=torch.tensor([[token]]), cache=cache)
+                for m, cache in zip((each, again), caches, strict=True)
+            )
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("family", ["mamba2", "xlstm", "minimax", "qwen3_next"])
@@ -303,6 +359,9 @@ for call, words in calls:
         assert words in str(error), (words, str(error))
     else:
         raise AssertionError(words)
+with ablate_heads(torch.compile(model, backend="eager"), [(0, 1)]):
+    pass
+assert "save_pretrained" not in vars(model)
 print(len(calls))
 """
     (tmp_path / "script.py").write_text(script)
