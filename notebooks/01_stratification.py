@@ -138,7 +138,7 @@ glue(
 # it is told climbs along it; a head that forgets fast stays near the bottom, however long the text. The paper draws this for one
 # layer of 32 heads; here are all layers.
 
-# %% mystnb={"figure": {"caption": "Effective rank of every head against the number of tokens read, one panel a layer, mean over prompts of technical prose. Solid blue lines with dots are heads that end at or over d/2, dashed orange lines with squares heads that end under it; the dotted black line is the bound min(t, d). Two bundles that part early are what the claim predicts; lines spread evenly over the height would speak against it.", "name": "fig-ranks-over-time"}, "image": {"alt": "Panels of lines rising from rank 1 at one token, some along the bound min(t, d), others levelling off below it."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Effective rank of every head against the number of tokens read, one panel per layer, mean over prompts of technical prose. Solid blue lines with dots are heads that end at or over d/2, dashed orange lines with squares heads that end under it; the dotted black line is the bound min(t, d). Two bundles that part early are what the claim predicts; lines spread evenly over the height would speak against it.", "name": "fig-ranks-over-time"}, "image": {"alt": "Panels of lines rising from rank 1 at one token, some along the bound min(t, d), others levelling off below it."}} tags=["hide-input"]
 plotting.plot_all_ranks(traces, {name: table.mean(1).numpy() for name, table in ranks.items()})
 
 # %% [markdown]

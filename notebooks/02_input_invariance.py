@@ -322,7 +322,7 @@ def matrices(name, domains):
 
 agreement = {name: matrices(name, DOMAINS) for name in MODELS}
 
-# %% mystnb={"figure": {"caption": "Agreement between every pair of inputs, over all heads at the last token: Spearman correlation of mean ranks (left) and Cohen's kappa of the labels (right), one row a model. The first four inputs are natural, the last four adversarial. An empty cell is undefined, because all heads are in one group for both inputs.", "name": "fig-agreement"}, "image": {"alt": "Heat maps of Spearman and kappa between eight domains for each model."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Agreement between every pair of inputs, over all heads at the last token: Spearman correlation of mean ranks (left) and Cohen's kappa of the labels (right), one row per model. The first four inputs are natural, the last four adversarial. An empty cell is undefined, because all heads are in one group for both inputs.", "name": "fig-agreement"}, "image": {"alt": "Heat maps of Spearman and kappa between eight domains for each model."}} tags=["hide-input"]
 figure, axes = plt.subplots(
     len(MODELS), 2, figsize=(10, 4.6 * len(MODELS)), squeeze=False, layout="constrained"
 )

@@ -207,7 +207,7 @@ doses = {
 }
 
 
-# %% mystnb={"figure": {"caption": "Score against the number of heads removed, one panel a task, one row a model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank; dotted grey, in the full profile: random heads, with the range over draws. The numbers are evenly spaced. The lower curve shows which heads the task needs more; where curves cross, the dose decides.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves a panel."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Score against the number of heads removed, one panel per task, one row per model; bands are 95 % intervals over prompts. Squares, dashed: heads of the lowest rank removed; dots, solid: heads of the highest rank; dotted grey, in the full profile: random heads, with the range over draws. The numbers are evenly spaced. The lower curve shows which heads the task needs more; where curves cross, the dose decides.", "name": "fig-doses"}, "image": {"alt": "Scores falling with the number of heads removed, two curves per panel."}} tags=["hide-input"]
 def draw_doses(doses):
     figure, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=3)
     for ax, ((name, task), arms) in zip(axes.flat, doses.items(), strict=True):
@@ -251,7 +251,7 @@ for name, study in studies.items():
         arms[name, task] = study.arms(task, n)
         draws[name, task] = study.draws(task, n, N_DRAWS)
 
-# %% mystnb={"figure": {"caption": "Score after removing the heads that an arm names, at the judged number of heads (in each title), with 95 % intervals over prompts. Squares: lowest values of a measure removed; dots: highest. Grey lines: random draws of as many heads, one line a draw. Dotted: all heads. If the squares of rank lie left of the grey lines and the dots on the dotted line, the paper's claim holds; an arm by decay that looks like the arm by rank says that decay would do as well.", "name": "fig-arms"}, "image": {"alt": "Rows of arms with intervals against grey lines of random draws, one panel a task."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Score after removing the heads that an arm names, at the judged number of heads (in each title), with 95 % intervals over prompts. Squares: lowest values of a measure removed; dots: highest. Grey lines: random draws of as many heads, one line per draw. Dotted: all heads. If the squares of rank lie left of the grey lines and the dots on the dotted line, the paper's claim holds; an arm by decay that looks like the arm by rank says that decay would do as well.", "name": "fig-arms"}, "image": {"alt": "Rows of arms with intervals against grey lines of random draws, one panel per task."}} tags=["hide-input"]
 _, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=10, row_height=3.6)
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if (name, task) not in judged:
@@ -406,7 +406,7 @@ def points(estimates):
 
 half_lives = {name: np.log(2) / -study.values("log-decay") for name, study in studies.items()}
 
-# %% mystnb={"figure": {"caption": "Added loss on right answers when one head is removed, against its relative effective rank (left) and against the half-life of its state (right), one row a model. Dots are high heads, squares low ones, with their intervals in grey; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep"}, "image": {"alt": "Two scatter plots a model of single-head damage, against rank and against half-life."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Added loss on right answers when one head is removed, against its relative effective rank (left) and against the half-life of its state (right), one row per model. Dots are high heads, squares low ones, with their intervals in grey; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep"}, "image": {"alt": "Two scatter plots a model of single-head damage, against rank and against half-life."}} tags=["hide-input"]
 _, axes = plotting.panel_grid(len(MODELS), 2, width=9, row_height=3.4)
 
 
@@ -528,7 +528,7 @@ Markdown(tables.keep("Induction", HEAD, rows))
 # %%
 parts = {name: study.by_part() for name, study in studies.items()}
 
-# %% mystnb={"figure": {"caption": "Added loss on right answers by layer, a column a task, a row a model: grey bars with their intervals, the whole layer removed (hatched: a softmax layer); marks, single heads removed. The vertical axis is linear up to 0.01 nats and logarithmic beyond. A tall hatched bar says that the task goes through that softmax layer; a tall grey one, through that linear layer.", "name": "fig-parts"}, "image": {"alt": "Bars of added loss per layer with marks for single heads, one panel a task."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Added loss on right answers by layer, a column a task, a row per model: grey bars with their intervals, the whole layer removed (hatched: a softmax layer); marks, single heads removed. The vertical axis is linear up to 0.01 nats and logarithmic beyond. A tall hatched bar says that the task goes through that softmax layer; a tall grey one, through that linear layer.", "name": "fig-parts"}, "image": {"alt": "Bars of added loss per layer with marks for single heads, one panel per task."}} tags=["hide-input"]
 figure, axes = plotting.panel_grid(len(MODELS), len(TASKS), width=11, row_height=2.8)
 for ax, (name, task) in zip(axes.flat, product(MODELS, TASKS), strict=True):
     if task not in studies[name].mastered:
@@ -660,7 +660,7 @@ if results_folder:
 FULL = {**PARAMETERS, "profile": "full", "n_prompts": 500, "n_draws": 32}
 Markdown(results.stored_beside("03_ablation_asymmetry", parameters=FULL, checkpoints=checkpoints))
 
-# %% mystnb={"figure": {"caption": "As the first figure, from the stored run of the full profile: heads of the lowest rank removed (squares, dashed), of the highest (dots, solid), and random ones (dotted grey, mean and range over draws). Where two curves cross, no single dose speaks for the rule; where the grey band holds both, neither arm is special.", "name": "fig-doses-full"}, "image": {"alt": "Scores of the stored run falling with the number of heads removed, two arms and random draws a panel."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "As the first figure, from the stored run of the full profile: heads of the lowest rank removed (squares, dashed), of the highest (dots, solid), and random ones (dotted grey, mean and range over draws). Where two curves cross, no single dose speaks for the rule; where the grey band holds both, neither arm is special.", "name": "fig-doses-full"}, "image": {"alt": "Scores of the stored run falling with the number of heads removed, two arms and random draws per panel."}} tags=["hide-input"]
 full = results.stored_run("03_ablation_asymmetry", parameters=FULL, checkpoints=checkpoints)
 stored = {}
 for name, task, label, _, score in markdown.table_rows(full["tables"]["Doses"]):
@@ -689,7 +689,7 @@ HEAD = ("model", "task", "no arm: none of", "heads", "highest - lowest")
 readings = markdown.markdown_table(HEAD, rows)
 Markdown(f'What other readings of "no arm" give in that run:\n\n{readings}') if rows else None
 
-# %% mystnb={"figure": {"caption": "Single heads in the stored run of the full profile: added loss on right answers, with its interval, against the relative effective rank, one panel a model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep-full"}, "image": {"alt": "Scatter of single-head damage against rank in the stored run, one panel a model."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Single heads in the stored run of the full profile: added loss on right answers, with its interval, against the relative effective rank, one panel per model. Dots are high heads, squares low ones; the vertical axis is linear up to 0.01 nats and logarithmic beyond. Spearman's correlation stands in each title.", "name": "fig-sweep-full"}, "image": {"alt": "Scatter of single-head damage against rank in the stored run, one panel per model."}} tags=["hide-input"]
 alone = {}
 for name, _, _, rank, _, loss, *_ in markdown.table_rows(full["tables"]["Every head alone"]):
     alone.setdefault(name, []).append((float(rank), Estimate.parse(loss)))

@@ -168,7 +168,7 @@ for name, study in studies.items():
     )
 Markdown(tables.keep("Heads removed", ("model", "heads removed", "by layer"), rows))
 
-# %% mystnb={"figure": {"caption": "Every head by its relative effective rank and relative nuclear norm on the calibration prompts, one panel a model. Crosses: the 38.9 % of highest saturation, which are removed; circles: those that stay. If rank and norm told the same, the heads would lie on a line and one of the two would do.", "name": "fig-saturation"}, "image": {"alt": "Scatter of rank against norm, one panel a model, removed heads as crosses at the upper right."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Every head by its relative effective rank and relative nuclear norm on the calibration prompts, one panel per model. Crosses: the 38.9 % of highest saturation, which are removed; circles: those that stay. If rank and norm told the same, the heads would lie on a line and one of the two would do.", "name": "fig-saturation"}, "image": {"alt": "Scatter of rank against norm, one panel per model, removed heads as crosses at the upper right."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(MODELS).items():
     study, gone = studies[name], set(heads_at(saturation[name]))
     norm = study.values("nuclear norm")
@@ -362,7 +362,7 @@ rows = [
 ]
 Markdown(tables.keep("Intact models", ("model", *TASKS), rows))
 
-# %% mystnb={"figure": {"caption": "Score over that of the intact model after 38.9 % of the state is gone, mean over the tasks that count, with 95 % intervals over prompts, one row a method and one panel a model. Grey lines: random draws of as many heads, one line a draw. Dotted: nothing lost. The claim holds if the first row lies at 0.95 or more, right of every grey line.", "name": "fig-methods"}, "image": {"alt": "Rows of pruning methods with intervals against grey lines of random draws, one panel a model."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Score over that of the intact model after 38.9 % of the state is gone, mean over the tasks that count, with 95 % intervals over prompts, one row a method and one panel per model. Grey lines: random draws of as many heads, one line per draw. Dotted: nothing lost. The claim holds if the first row lies at 0.95 or more, right of every grey line.", "name": "fig-methods"}, "image": {"alt": "Rows of pruning methods with intervals against grey lines of random draws, one panel per model."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(MODELS, height=4).items():
     study = studies[name]
     ax.set_title(name if study.mastered else f"{name}: no task counts", fontsize="small")
@@ -391,7 +391,7 @@ BY_STATE = [m for m in order[MODELS[0]] if m.startswith(("joint", "rank", "norm"
 BESIDE = ("joint", "fastest decay", "strongest writes", "least damage alone", *OTHERS)
 
 
-# %% mystnb={"figure": {"caption": "Score over that of the intact model against the share of the state that is removed, one curve for each way to order heads by their state, one panel a model; the band is the 95 % interval of joint rank-norm pruning over prompts. Thick grey: the mean of random draws. A curve above it knows something of which heads can go; a curve below it chooses worse than chance.", "name": "fig-curve-state"}, "image": {"alt": "Falling curves of relative score against the share removed, one curve for each rule by state and its reverse, beside a thick grey line of random draws."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Score over that of the intact model against the share of the state that is removed, one curve for each way to order heads by their state, one panel per model; the band is the 95 % interval of joint rank-norm pruning over prompts. Thick grey: the mean of random draws. A curve above it knows something of which heads can go; a curve below it chooses worse than chance.", "name": "fig-curve-state"}, "image": {"alt": "Falling curves of relative score against the share removed, one curve for each rule by state and its reverse, beside a thick grey line of random draws."}} tags=["hide-input"]
 def draw_curves(curves, shares, methods):
     for name, ax in plotting.model_panels(list(curves) or MODELS).items():
         ax.axhline(1, color="black", linewidth=1, linestyle=":")
@@ -460,7 +460,7 @@ for name, study in studies.items():
 ratios = ", ".join(f"{ablation.perplexity(nats):.1f} ({name})" for name, nats in intact.items())
 glue("intact", ratios, display=False)
 
-# %% mystnb={"figure": {"caption": "Perplexity of held-out text over that of the intact model against the share of the state that is removed, logarithmic, one curve a method, one panel a model; the band is the 95 % interval of joint rank-norm pruning over prompts. Dotted: nothing lost; lower is better.", "name": "fig-perplexity"}, "image": {"alt": "Rising curves of perplexity against the share removed, one curve a method."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Perplexity of held-out text over that of the intact model against the share of the state that is removed, logarithmic, one curve a method, one panel per model; the band is the 95 % interval of joint rank-norm pruning over prompts. Dotted: nothing lost; lower is better.", "name": "fig-perplexity"}, "image": {"alt": "Rising curves of perplexity against the share removed, one curve a method."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(MODELS).items():
     ax.axhline(1, color="black", linewidth=1, linestyle=":")
     of_draws = zip(*(perplexities[name][draw] for draw in DRAWS), strict=True)

@@ -152,7 +152,7 @@ def choose_kernels(model: nn.Module, *, plain: bool | None = None) -> str:
 
 @contextmanager
 def suited_kernels(model: nn.Module) -> Iterator[None]:
-    """A block in which a model has kernels that its device can run, whoever made it; one whose kernels are chosen keeps them.
+    """A block in which any model has kernels that its device can run; one whose kernels are chosen keeps them.
 
     Args:
         model: any of transformers or fla.

@@ -40,7 +40,7 @@ def use_style() -> None:
 
 
 def model_panels(models: Sequence[str], *, width: float = 5.0, height: float = 3.6) -> dict[str, Axes]:
-    """One titled panel a model, side by side on a shared vertical axis.
+    """One titled panel per model, side by side on a shared vertical axis.
 
     Args:
         models: their names, the titles; at least one.
@@ -207,7 +207,7 @@ def plot_all_ranks(traces: Mapping[str, StateTrace], ranks: Mapping[str, NDArray
 def plot_ranks_over_time(
     axes: Sequence[Axes], positions: Sequence[int], ranks: NDArray, *, d: int, layers: Sequence[int]
 ) -> None:
-    """Effective rank of every head against t, one panel a layer, with the bound min(t, d).
+    """Effective rank of every head against t, one panel per layer, with the bound min(t, d).
 
     Args:
         axes: one for each layer.

@@ -136,7 +136,7 @@ class PrunedConfig(PreTrainedConfig):
         config = pruned_config_class(whole).from_dict(settings, **kwargs)
         made = config[0] if isinstance(config, tuple) else config  # (with what was not used, where that is asked for)
         removed_heads(made.get_text_config())
-        pruned_model_class(_whole_model_class(whole), type(made))
+        pruned_model_class(_whole_model_class(whole), whole)
         return config
 
 
@@ -155,7 +155,7 @@ class _Pruned:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Its class stands in no module, and is made again of the whole model's.
-        return _reduced(super().__reduce_ex__(2), _model_class_again, *_made_of[type(self)])
+        return _reduced(super().__reduce_ex__(2), pruned_model_class, *_made_of[type(self)])
 
 
 def pruned_config_class(whole: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -192,28 +192,27 @@ def pruned_config_class(whole: type[PreTrainedConfig]) -> type[PreTrainedConfig]
     return _config_classes[whole]
 
 
-def pruned_model_class(whole: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+def pruned_model_class(whole: type[PreTrainedModel], whole_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """The class of a pruned model, known to transformers' Auto classes from then on.
 
     Args:
         whole: the class of the whole model.
-        config: from `pruned_config_class`.
+        whole_config: the class of its configuration.
 
     Example:
         >>> from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-        >>> pruned_model_class(Qwen3NextForCausalLM, pruned_config_class(Qwen3NextConfig)).__name__
+        >>> pruned_model_class(Qwen3NextForCausalLM, Qwen3NextConfig).__name__
         'PrunedQwen3NextForCausalLM'
     """
     if whole not in _model_classes:
-        words = f"{whole.__name__} without some of its heads."
+        config, words = pruned_config_class(whole_config), f"{whole.__name__} without some of its heads."
         # transformers initializes buffers of classes of its own in another way than others'.
         attributes = {"config_class": config, "__module__": whole.__module__, "__doc__": words}
         _model_classes[whole] = type(f"Pruned{whole.__name__}", (_Pruned, whole), attributes)
-        _made_of[_model_classes[whole]] = (whole, config.__mro__[1])
-        of_whole = config.__mro__[1]
+        _made_of[_model_classes[whole]] = (whole, whole_config)
         for auto in vars(modeling_auto).values():
             mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
-            if mapping is not None and of_whole in mapping and mapping[of_whole] is whole:
+            if mapping is not None and whole_config in mapping and mapping[whole_config] is whole:
                 auto.register(config, _model_classes[whole], exist_ok=True)  # type: ignore[attr-defined]
     return _model_classes[whole]
 
@@ -221,10 +220,6 @@ def pruned_model_class(whole: type[PreTrainedModel], config: type[PreTrainedConf
 _config_classes: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
 _model_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 _made_of: dict[type, tuple[type, type]] = {}  # class of a pruned model -> what it was made of
-
-
-def _model_class_again(whole: type[PreTrainedModel], whole_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    return pruned_model_class(whole, pruned_config_class(whole_config))
 
 
 def _reduced(stock: Any, make: Callable[..., Any], *made_of: Any) -> tuple[Any, ...]:

@@ -103,7 +103,7 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
     )
     if not before:
         pruned.config.__class__ = pruned_config_class(type(model.config))
-        pruned.__class__ = pruned_model_class(type(model), type(pruned.config))
+        pruned.__class__ = pruned_model_class(type(model), type(model.config))
     if not has_kernels(pruned):
         choose_kernels(pruned)
     log.info(

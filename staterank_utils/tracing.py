@@ -333,7 +333,7 @@ class _StateTap:
 class Reducer:
     """Makes of states what a trace keeps, of many states together; on a GPU in a thread beside the one that runs the model, once enough wait.
 
-    On a GPU a measure of states makes whoever calls it wait; the model meanwhile goes on. What is left when the model is done is made by whoever calls. On a CPU the threads of a measure and those of
+    On a GPU a measure of states makes its caller wait; the model meanwhile goes on. What is left when the model is done is made by the caller. On a CPU the threads of a measure and those of
     the model's products are in each other's way, so the fewer changes between them the better. Used in a `with` block, at whose end
     nothing runs any more, whatever ended it.
 
@@ -358,7 +358,7 @@ class Reducer:
         self._running: Future[None] | None = None
 
     def __enter__(self) -> "Reducer":
-        # With as many threads of torch as whoever asks, since a thread of spectra's own leaves new ones only one.
+        # With as many threads of torch as the caller has, since a thread of spectra's own leaves new ones only one.
         n_threads = torch.get_num_threads()
         self._thread = ThreadPoolExecutor(1, "staterank-reduce", torch.set_num_threads, (n_threads,))
         return self

@@ -41,7 +41,7 @@ def join(found: Measured) -> None:
 
 
 def table() -> list[dict[str, Any]]:
-    """One row a model, in the order of their names, properties in theirs."""
+    """One row per model, in the order of their names, properties in theirs."""
     return [
         {"model": name}
         | {

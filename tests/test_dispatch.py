@@ -158,7 +158,7 @@ def test_other_models_are_built_as_without_this_package() -> None:
     assert MusicgenConfig().sub_configs
 
 
-def test_a_pruned_model_is_found_by_transformers_own_means(tmp_path) -> None:
+def test_a_pruned_model_is_of_a_subclass_and_the_whole_one_of_its_own() -> None:
     model = ARCHITECTURES["qwen3_next"].build()
     pruned = prune_heads(model, {0: [1]})
     assert isinstance(pruned, Qwen3NextForCausalLM)

@@ -4,7 +4,6 @@ import copy
 import pickle
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +223,7 @@ def test_a_model_is_pickled(family: str, ids: Tensor) -> None:
         assert torch.equal(read_tokens(again, ids), read_tokens(each, ids))
 
 
-def test_threads_that_are_started_later_have_as_many_as_before(model, ids: Tensor) -> None:
+def test_threads_that_are_started_later_have_as_many_as_before() -> None:
     script = (
         "import threading, torch\n"
         "from staterank_utils import singular_values\n"
@@ -237,7 +236,6 @@ def test_threads_that_are_started_later_have_as_many_as_before(model, ids: Tenso
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert threading.active_count() >= 1
 
 
 def test_forward_mode_differentiation_goes_the_plain_way(model, ids: Tensor) -> None:
