@@ -201,12 +201,8 @@ def _trace_batch(
             for tap in taps:
                 if inside and not tap.layout.scans:
                     tap.keep(tap.layout.state(cache, tap.index)[:, None].clone())
-            # (a cache of a layout's own may not count)
-            if stop < positions[-1] and layers[0][2].cache is None and cache.get_seq_length() != stop:
-                raise ValueError(
-                    f"{type(model).__name__} was given a cache and did not keep {stop} tokens in it, so what comes next would start from "
-                    "empty states: does something in the model set use_cache?"
-                )
+            if stop < positions[-1] and layers[0][2].cache is None:  # a layout's own cache is filled by the layout
+                _check_kept(model, cache, stop, [index for index, _, _ in layers])
             if logits and inside:
                 chosen = hidden[:, [position - 1 for position in inside]]
                 outputs.append(output_logits(model, chosen).float().cpu())
@@ -215,6 +211,15 @@ def _trace_batch(
     gates = torch.stack([total.to(totals[0].device) for total in totals]).cpu() / positions[-1]
     norms = torch.stack([reading.log_norms() for reading in readings]) if log_norms else torch.empty(0)
     return _stacked([tap.kept for tap in taps]), gates, torch.cat(outputs, 1) if logits else torch.empty(0), norms
+
+
+def _check_kept(model: PreTrainedModel, cache: Any, n_tokens: int, layer_indices: Sequence[int]) -> None:
+    """Refuse a model that drops the cache it is given; by its states, since a count of tokens misses the one-token steps of Mamba-2."""
+    if any(cache.layers[index].recurrent_states[0] is None for index in layer_indices):
+        raise ValueError(
+            f"{type(model).__name__} was given a cache and did not keep the states after {n_tokens} tokens in it, so what comes next "
+            "would start from empty states: does something in the model set use_cache?"
+        )
 
 
 def _stacked(kept: list[list[Tensor]]) -> Num[Tensor, "layer batch position *made"]:

@@ -100,7 +100,7 @@ def test_a_base_model_that_takes_anything_gets_its_cache(model, ids: Tensor, mon
             return base_class.forward(self, *args, **kwargs | {"use_cache": False})
 
     model.model.__class__ = Drops
-    with pytest.raises(ValueError, match="did not keep 8 tokens in it"):
+    with pytest.raises(ValueError, match="did not keep the states after 8 tokens in it"):
         states(model, ids)
 
 
