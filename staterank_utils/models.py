@@ -424,7 +424,8 @@ def parameters_hash(model: nn.Module) -> str:
 class LinearOnlyCache(DynamicCache):
     """A cache for a model without softmax attention: it counts its tokens itself.
 
-    The stock cache asks an attention layer how many tokens it has seen, and raises where there is none.
+    The stock cache asks an attention layer how many tokens it has seen, and raises where there is none. Steps of one token in Mamba-2,
+    which tell no cache, are not counted.
 
     Args:
         config: of the model.

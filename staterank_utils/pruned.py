@@ -1,7 +1,7 @@
 """What a model without some of its heads is to transformers: a stored type of its own, which `import staterank_utils` registers.
 
 What is stored is the configuration of the whole model, with `removed_heads`, the type "staterank_pruned", and in `pruned_from` the type
-of the whole model. `AutoConfig` makes of it a subclass of the whole model's configuration, and `AutoModelForCausalLM` a subclass of the
+of the whole model. From it, `AutoConfig` builds a subclass of the whole model's configuration, and `AutoModelForCausalLM` a subclass of the
 whole model's class, which cuts its layers as soon as it is built. Without the import, transformers says that it does not know the type.
 """
 
@@ -99,8 +99,12 @@ def auto_class(config: PreTrainedConfig) -> Any:
         >>> auto_class(Qwen3NextConfig()).__name__
         'AutoModelForCausalLM'
     """
+    return _auto_class(type(config))
+
+
+def _auto_class(config: type[PreTrainedConfig]) -> Any:
     both = AutoModelForImageTextToText
-    with_vision = type(config) in both._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping
+    with_vision = config in both._model_mapping and config not in AutoModelForCausalLM._model_mapping
     return both if with_vision else AutoModelForCausalLM
 
 
@@ -136,7 +140,7 @@ class PrunedConfig(PreTrainedConfig):
         config = pruned_config_class(whole).from_dict(settings, **kwargs)
         made = config[0] if isinstance(config, tuple) else config  # (with what was not used, where that is asked for)
         removed_heads(made.get_text_config())
-        pruned_model_class(_whole_model_class(whole), whole)
+        pruned_model_class(_auto_class(whole)._model_mapping[whole], whole)
         return config
 
 
@@ -232,14 +236,6 @@ def _without_init(make: Callable[..., Any], *made_of: Any) -> Any:
     """An object of a pruned class, as pickle fills it."""
     made = make(*made_of)
     return made.__new__(made)
-
-
-def _whole_model_class(config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    mapping = AutoModelForCausalLM._model_mapping
-    found: type[PreTrainedModel] = (mapping if config in mapping else AutoModelForImageTextToText._model_mapping)[
-        config
-    ]
-    return found
 
 
 AutoConfig.register(MODEL_TYPE, PrunedConfig, exist_ok=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from staterank_utils import claims
 from staterank_utils.dispatch import Kernel
 from staterank_utils.evaluation import token_nats
-from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.memory import predicted_rank
 from staterank_utils.models import CHECKPOINTS, initial_model, load_model, load_tokenizer
 from staterank_utils.results import weights_hash
@@ -58,7 +58,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> tuple[Path, M
     write_corpus(folder / "corpus", dict.fromkeys(("books", "code", "held_out_books"), ids), tokenizer)
     model = initial_model(SMALL.configuration(tokenizer))
     assert 0.9e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.1e6
-    kernel = Kernel(modeling_module(linear_layers(model)[0][1]).torch_chunk_gated_delta_rule, plain=True)
+    kernel = Kernel(torch_chunk_gated_delta_rule, plain=True)
 
     def recurrence(q, k, v, log_decay, beta):
         return kernel(q, k, v, g=log_decay, beta=beta)[0]

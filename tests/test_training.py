@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from staterank_utils import Spectrum, domain_prompts, load_model, prune_heads, singular_values, trace_states
 from staterank_utils.ablation import MEAN, Ablation
 from staterank_utils.dispatch import Kernel
 from staterank_utils.evaluation import recall_task
-from staterank_utils.layouts import linear_layers, modeling_module
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, initial_model
 from staterank_utils.strata import exactly
 from training import recover as recovery
@@ -58,7 +58,7 @@ def tiny_recurrence(tokenizer) -> Callable:
 
 def plain_recurrence(model) -> Callable:
     """The chunked gated delta rule of transformers, in plain torch."""
-    kernel = Kernel(modeling_module(linear_layers(model)[0][1]).torch_chunk_gated_delta_rule, plain=True)
+    kernel = Kernel(torch_chunk_gated_delta_rule, plain=True)
     return lambda q, k, v, log_decay, beta: kernel(q, k, v, g=log_decay, beta=beta)[0]
 
 

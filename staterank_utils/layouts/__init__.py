@@ -15,7 +15,6 @@ from staterank_utils.layouts.lookup import (
     key_names,
     layer_index,
     linear_layers,
-    modeling_module,
     state_size,
 )
 
@@ -30,7 +29,6 @@ __all__ = [
     "key_names",
     "layer_index",
     "linear_layers",
-    "modeling_module",
     "recurrent_state",
     "scans_through",
     "state_size",

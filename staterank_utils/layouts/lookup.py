@@ -1,9 +1,7 @@
 """Which layers of a model keep a state, and what their heads are called."""
 
 import operator
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,25 +51,6 @@ def _layout_of(layer_class: type) -> Layout | None:
 
 
 _described: "WeakKeyDictionary[type, str | None]" = WeakKeyDictionary()  # class of a module -> name of its layout
-
-
-def modeling_module(layer: nn.Module) -> ModuleType:
-    """The Python module that defines a layer's class, or the one that it is a subclass of, and the kernels that it calls.
-
-    Args:
-        layer: from `linear_layers`.
-
-    Example:
-        >>> from staterank_utils import load_model
-        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
-        >>> module = modeling_module(layer)
-        >>> module.__name__.rpartition(".")[-1], all(hasattr(module, name) for name in layout.kernels)
-        ('modeling_qwen3_next', True)
-    """
-    layout = _layout_of(type(layer))
-    if layout is None:
-        raise ValueError(f"{type(layer).__name__} is no layer that a layout describes")
-    return sys.modules[layout.module]
 
 
 def layer_index(name: str, module: nn.Module) -> int:
