@@ -1,6 +1,6 @@
 """What a training step reads: windows of books and code, and rows of generated tasks.
 
-A step's batch follows from (seed, step) alone, so a run that was killed goes on with the batches it would have seen.
+A step's batch follows from (seed, step) alone, so a resumed run reads the batches that it would have read.
 """
 
 import random
