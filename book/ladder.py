@@ -1,24 +1,37 @@
 """The page of the ladder: tables made from the stored results of every model that was trained and measured."""
 
+import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
-from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND
+from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND
 from staterank_utils.markdown import brief_table, markdown_table
+from staterank_utils.models import EMBEDDED
+from staterank_utils.results import STORED
 from staterank_utils.strata import Estimate
-from staterank_utils.studies.ladder import LADDER, Measured, ladder_claims, load_measured
+from staterank_utils.studies import ladder
+from staterank_utils.studies.ladder import Measured, ladder_claims
 from staterank_utils.studies.removal import HIGH, LOW, RANDOM, SCHEMES
 from staterank_utils.tasks import NATURAL_DOMAINS
 from training.recipes import RECIPES
 
 CANDIDATES = ("tasks10", "text", "wide")  # in this order; the first pair that holds C1 and C3 is embedded
-SHORT = {HOLDS: "holds", PARTLY: "in part", FAILS: "no"}
+SHORT = {HOLDS: "holds", PARTLY: "in part", FAILS: "no", NOT_TESTABLE: "–", NOT_MEASURED: "–"}
 DOSE = 0.25
 
 
+@cache
 def stored_models() -> dict[str, tuple[Measured, dict[str, Any]]]:
     """Every stored model, in the order of the recipes."""
-    return {name: load_measured(name) for name in RECIPES if (LADDER / f"{name}.json").exists()}
+    stored = ladder.stored_models()
+    return {name: stored[name] for name in RECIPES if name in stored}
+
+
+def first_pair() -> dict[str, dict[str, Any]]:
+    """Verdicts of the pair that was embedded before the ladder, by model."""
+    rows = json.loads((STORED / "first_pair.json").read_text(encoding="utf-8"))["rows"]
+    return {f"{name}-9m": {"rows": [row for row in rows if row["model"] == name]} for name in EMBEDDED}
 
 
 def ladder_tables() -> dict[str, str]:
@@ -29,12 +42,13 @@ def ladder_tables() -> dict[str, str]:
     return {
         "ladder_models": f"{len(models)} of {len(RECIPES)} models are trained and measured."
         + (f" Not yet: {', '.join(f'`{name}`' for name in missing)}." if missing else ""),
-        "ladder_first": _by_model(data, CLAIMS),
+        "ladder_first": _by_model(data | first_pair(), CLAIMS),
         "ladder_second": _by_model(data, SECOND),
         "ladder_over": brief_table(ladder_claims({name: measured for name, (measured, _) in models.items()})),
         "ladder_numbers": _numbers(data),
         "ladder_causal": _causal(data),
         "ladder_removal": _removal(data),
+        "ladder_signs": _signs({name: measured for name, (measured, _) in models.items()}),
         "ladder_secondary": _secondary(data),
         "ladder_recall": _recall(data),
         "ladder_pair": _pair(data),
@@ -45,10 +59,16 @@ def _by_model(data: Mapping[str, Mapping[str, Any]], registered: Iterable[str]) 
     """One row per model, one column per claim that a single model decides."""
     verdicts = {name: {row["claim"]: row["verdict"] for row in content["rows"]} for name, content in data.items()}
     keys = [key for key in registered if any(key in of_model for of_model in verdicts.values())]
-    rows = [
-        (f"`{name}`", *(SHORT.get(of_model.get(key, "–"), "–") for key in keys)) for name, of_model in verdicts.items()
-    ]
+    rows = [(f"`{name}`", *(_short(of_model.get(key)) for key in keys)) for name, of_model in verdicts.items()]
     return markdown_table(("model", *keys), rows)
+
+
+def _short(verdict: str | None) -> str:
+    """The verdict in a word; an inverted one is said so."""
+    if verdict is None:
+        return "–"
+    word, _, how = verdict.partition(": ")
+    return ", ".join(filter(None, (SHORT[word], how)))
 
 
 def _pair(data: Mapping[str, Mapping[str, Any]]) -> str:
@@ -62,7 +82,7 @@ def _pair(data: Mapping[str, Mapping[str, Any]]) -> str:
         held = True
         for name in names:
             verdicts = {row["claim"]: row["verdict"] for row in data[name]["rows"]}
-            rows.append((f"`{name}`", *(SHORT[verdicts[key]] for key in ("C1", "C3"))))
+            rows.append((f"`{name}`", *(_short(verdicts[key]) for key in ("C1", "C3"))))
             held = held and verdicts["C1"] == verdicts["C3"] == HOLDS
         if held:
             chosen = f"The pair `{candidate}` is the first that holds both, so it is embedded."
@@ -113,6 +133,18 @@ def _removal(data: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(head, rows)
 
 
+def _signs(models: Mapping[str, Measured]) -> str:
+    """In how many models low-rank heads cost more, per scheme and kind."""
+    rows = []
+    for scheme in SCHEMES:
+        cells = []
+        for kind in ("hybrid", "pure"):
+            areas = [of.removal.area(scheme) for name, of in models.items() if name.startswith(kind)]
+            cells.append(f"{sum(area < 0 for area in areas)} of {len(areas)}")
+        rows.append((scheme, *cells))
+    return markdown_table(("models in which D is negative", "hybrid", "pure"), rows)
+
+
 def _recall(data: Mapping[str, Mapping[str, Any]]) -> str:
     copy, cap = SECOND["C6"].numbers["copy"], f"cap {SECOND['C6'].numbers['cap']}"
     head = (
@@ -160,7 +192,9 @@ def _secondary(data: Mapping[str, Mapping[str, Any]]) -> str:
                 rows.append((f"`{name}`", scheme, order, *map(_or_dash, added)))
     if not rows:
         return "*These domains were added to the measuring program later; no stored model has them yet.*"
-    return markdown_table(("model", "scheme", "removed", *NATURAL_DOMAINS), rows)
+    without = [f"`{name}`" for name, content in data.items() if not content["numbers"]["secondary"]]
+    said = f"\n\nNot measured on {', '.join(without)}, which came before these rows." if without else ""
+    return markdown_table(("model", "scheme", "removed", *NATURAL_DOMAINS), rows) + said
 
 
 def _or_dash(number: float | None) -> str:

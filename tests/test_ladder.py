@@ -16,8 +16,7 @@ from staterank_utils import claims
 from staterank_utils.dispatch import Kernel
 from staterank_utils.evaluation import token_nats
 from staterank_utils.memory import predicted_rank
-from staterank_utils.models import CHECKPOINTS, initial_model, load_model, load_tokenizer
-from staterank_utils.results import weights_hash
+from staterank_utils.models import CHECKPOINTS, EMBEDDED, initial_model, load_model, load_tokenizer
 from staterank_utils.strata import share_outside
 from staterank_utils.studies import recall
 from staterank_utils.studies import removal as study
@@ -31,6 +30,7 @@ from staterank_utils.studies.ladder import (
     store_measured,
 )
 from staterank_utils.studies.removal import AREA, HIGH, JOINT, LAYERS, LOW, MODEL, PROTECTED, RANDOM, Sizes, chosen
+from staterank_utils.studies.repeated import stored_on
 from staterank_utils.studies.texts import draw_texts
 from staterank_utils.surgery import ablate_heads
 from training import ladder
@@ -201,9 +201,9 @@ def test_schemes_take_what_they_say() -> None:
     order = list(range(48))
     assert chosen(order, heads, MODEL, 0.25) == tuple(range(12))
     assert chosen(order, heads, LAYERS, 0.125) == (0, 1, 16, 17, 32, 33)
+    assert chosen(order, heads, LAYERS, 0.1) == (0, 1, 16, 17, 32, 33), "1.6 heads are 2"
     assert chosen(order, heads, PROTECTED, 0.25) == tuple(range(16, 28))
     for options, words in (
-        ((order, heads, LAYERS, 0.1), "no whole number of heads in every layer"),
         ((order, heads, "none", 0.25), "unknown scheme 'none'"),
         ((order, heads[:20], PROTECTED, 0.5), "10 heads cannot be taken of 4"),
     ):
@@ -369,17 +369,18 @@ def test_a_stored_model_s_numbers_follow_from_its_data(name: str) -> None:
     assert (LADDER / f"{name}.npz.xz").stat().st_size < 400_000
 
 
-def test_only_recipes_of_the_ladder_are_stored() -> None:
-    assert set(STORED) <= set(RECIPES)
+def test_every_recipe_of_the_first_waves_is_stored_and_nothing_else() -> None:
+    assert {recipe for wave in (1, 2, 3) for recipe in WAVES[wave]} <= set(STORED) <= set(RECIPES)
 
 
-@pytest.mark.parametrize("name", ["hybrid-text-0", "pure-text-0"])
-def test_the_weights_that_are_kept_are_those_that_were_measured(name: str) -> None:
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_weights_that_are_embedded_are_those_that_were_measured(name: str) -> None:
     """And a CPU measures on them what a GPU did."""
-    folder = CHECKPOINTS / name
-    measured, data = load_measured(name)
-    assert data["provenance"]["checkpoints"]["model"] == weights_hash(folder)
-    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    found = stored_on(name)
+    assert found is not None
+    measured, _ = found
+    assert measured.name == f"{name}-text-0"
+    model, tokenizer = load_model(name), load_tokenizer(name)
     books = draw_texts(tokenizer).windows[:2]
     assert token_nats(model, books).mean(1) == pytest.approx(measured.removal.intact[:2], abs=1e-4)
     arm = next(arm for arm in measured.removal.arms if (arm.scheme, arm.order, arm.share) == (PROTECTED, HIGH, 0.25))

@@ -6,7 +6,7 @@ were computed from, per head, prompt and window; `load_measured` makes the same 
 
 import json
 import lzma
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from staterank_utils.evaluation import TASKS
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.results import STORED, whole_or_not, write_json
 from staterank_utils.strata import Estimate, bootstrap
+from staterank_utils.studies.by_task import mastered, too_few
 from staterank_utils.studies.groups import (
     Groups,
     Law,
@@ -36,13 +37,18 @@ from staterank_utils.studies.recall import GAPS, Recall, measure_recall
 from staterank_utils.studies.removal import (
     HIGH,
     JOINT,
+    LAYERS,
+    LOW,
     MODEL,
+    POSITION_DOSES,
     PROTECTED,
+    RANDOM,
     SCHEMES,
     Removal,
     Sizes,
     all_arms,
     chance_arms,
+    chosen,
     measure_removal,
     summary,
 )
@@ -51,7 +57,7 @@ from staterank_utils.tasks import NATURAL_DOMAINS
 
 LADDER = STORED / "ladder"
 VARIANTS = ("initial", "shuffled", "step-500", "step-2000")  # beside the end
-NOT_MEASURED = "tasks are measured in full on the embedded models"
+NOT_MEASURED = "the ladder measures losses on text; chapters 3 and 4 score tasks on any model that masters them"
 
 
 @dataclass(frozen=True)
@@ -151,10 +157,17 @@ class Measured:
             *self.turning.claims(self.name),
             *law_claims(self.name, end, self.laws["end"]),
             *self.removal.claims(self.name),
-            *(claims.not_measured(key, self.name, why=NOT_MEASURED) for key in ("C4", "C4a", "C5")),
+            *(self._by_tasks(key) for key in ("C4", "C4a", "C5")),
         ]
         order = [*claims.CLAIMS, *claims.SECOND]
         return sorted(rows, key=lambda row: order.index(row["claim"]))
+
+    def _by_tasks(self, key: str) -> Row:
+        """A claim that is judged by tasks: a model that masters fewer than two cannot be tested, any other was not, here."""
+        n_mastered, n_tasks = len(mastered(self.recall.scores)), len(self.recall.scores)
+        if n_mastered < 2:
+            return too_few(key, self.name, n_mastered=n_mastered, n_tasks=n_tasks)
+        return claims.not_measured(key, self.name, why=NOT_MEASURED)
 
     def controls(self) -> dict[str, list[Row]]:
         """The claims about ranks on the other variants: before training, shuffled, and on the way."""
@@ -443,6 +456,155 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
 # ---------------------------------------------------------------- over models
 
 
+@dataclass(frozen=True)
+class RecallWithout:
+    """What a model still recalls without a part of its heads, layer by layer the same number; nats per token.
+
+    Attributes:
+        name: of the model.
+        shares: of the heads of every layer that were removed, increasing.
+        intact: gain with all heads.
+        gain: "low rank", "high rank" -> gain without them, one per share.
+        random: gains without as many random heads, (share, draw).
+        added: "low rank", "high rank", "random" -> added nats on text that is read once, one per share.
+
+    Example:
+        >>> found = recall_without([load_measured("hybrid-text-0")[0]])[0]
+        >>> found.shares, bool(found.gain["low rank"][0] < found.random[0].min())
+        ((0.125, 0.25, 0.375), True)
+    """
+
+    name: str
+    shares: tuple[float, ...]
+    intact: float
+    gain: Mapping[str, NDArray[np.float64]]
+    random: NDArray[np.float64]
+    added: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def recalls(self) -> bool:
+        """Whether there is recall to lose: the intact gain is at least the registered one of C6."""
+        return bool(self.intact >= claims.SECOND["C6"].numbers["gain"])
+
+
+def recall_without(models: Iterable[Measured]) -> list[RecallWithout]:
+    """Recall of measured models without some heads of every layer; models of which this was not measured are left out.
+
+    Args:
+        models: from `load_measured`.
+
+    Example:
+        >>> recall_without([load_measured("hybrid-text-1")[0]])  # was measured before these arms were added
+        []
+    """
+    found = []
+    for measured in models:
+        recall, removal = measured.recall, measured.removal
+        if not recall.removal_labels():
+            continue
+        shares = tuple(map(float, POSITION_DOSES))
+
+        def gains(order: str, recall: Recall = recall, shares: tuple[float, ...] = shares) -> NDArray[np.float64]:
+            return np.array([recall.gain(f"{order}, {share:.1%}, {LAYERS}").point for share in shares])
+
+        n_draws = sum(label.startswith(RANDOM) for label in recall.removal_labels()) // len(shares)
+        added = {
+            order: np.array([removal.added(LAYERS, order, share).mean() for share in shares]) for order in (LOW, HIGH)
+        }
+        added[RANDOM] = np.array([removal.draws(LAYERS, share)[:n_draws].mean() for share in shares])
+        found.append(
+            RecallWithout(
+                measured.name, shares, recall.gain().point, {order: gains(order) for order in (LOW, HIGH)},
+                np.stack([gains(f"{RANDOM} {draw}") for draw in range(n_draws)], 1), added,
+            )
+        )  # fmt: skip
+    return found
+
+
+def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> str:
+    """The heads that the recall of a model needs, in a sentence.
+
+    Args:
+        name: as the sentence calls it.
+        found: of the model.
+        share: of the heads of every layer.
+
+    Example:
+        >>> print(recall_in_words("pure", recall_without([load_measured("pure-text-0")[0]])[0]))
+        pure hardly recalls: its gain from reading a text twice is -0.01 nats per token.
+    """
+    if not found.recalls:
+        return f"{name} hardly recalls: its gain from reading a text twice is {found.intact:.2f} nats per token."
+    at = found.shares.index(share)
+    low, high, random = found.gain[LOW][at], found.gain[HIGH][at], found.random[at]
+    who = (
+        "heads of low rank"
+        if low < min(high, random.min())
+        else "heads of high rank"
+        if high < min(low, random.min())
+        else "no group alone"
+    )
+    return (
+        f"{name}'s recall needs {who}. Without {share:.0%} of the heads of every layer, its gain from reading a text twice goes from "
+        f"{found.intact:.2f} nats per token to {low:.2f} (lowest ranks), {high:.2f} (highest) or {random.mean():.2f} (random)."
+    )
+
+
+def recall_over_models(found: Iterable[RecallWithout], *, share: float = 0.25) -> str:
+    """Which heads the models that recall do it with, in two sentences.
+
+    Args:
+        found: from `recall_without`.
+        share: of the heads of every layer.
+
+    Example:
+        >>> recall_over_models(recall_without([load_measured("hybrid-text-0")[0]]))[:45]
+        '1 of these models recalls: its kind is hybrid'
+    """
+    models = [of for of in found if of.recalls]
+    kinds = " and ".join(sorted({of.name.split("-")[0] for of in models}))
+    at = [of.shares.index(share) for of in models]
+    below = sum(of.gain[LOW][i] < of.random[i].min() for of, i in zip(models, at, strict=True))
+    above = sum(of.gain[HIGH][i] > of.random[i].mean() for of, i in zip(models, at, strict=True))
+    who = (
+        "1 of these models recalls: its kind is"
+        if len(models) == 1
+        else f"{len(models)} of these models recall: their kind is"
+    )
+    return (
+        f"{who} {kinds}. Of these, {below} recall less without the lowest ranks than without any draw of random heads, and {above} more "
+        "without the highest ranks than without random heads on average."
+    )
+
+
+def memory_of_lowest(name: str, measured: Measured, *, share: float = 0.25) -> str:
+    """How long the heads of lowest rank of every layer remember, in words.
+
+    Args:
+        name: as the words call it.
+        measured: of the model.
+        share: of the heads of every layer.
+
+    Example:
+        >>> memory_of_lowest("hybrid", load_measured("hybrid-text-0")[0])
+        'the lowest quarter of hybrid has half-lives of at most 3.7 tokens, median 0.5'
+    """
+    removal = measured.removal
+    lowest = list(chosen(removal.orders[LOW], removal.heads, LAYERS, share))
+    half_lives = measured.groups["end"].half_life()[lowest]
+    return f"the lowest quarter of {name} has half-lives of at most {half_lives.max():.1f} tokens, median {np.median(half_lives):.1f}"
+
+
+def stored_models() -> dict[str, tuple[Measured, dict[str, Any]]]:
+    """Every model of the ladder that is stored: its name -> as `load_measured`.
+
+    Example:
+        >>> next(iter(stored_models()))
+        'hybrid-tasks10-0'
+    """
+    return {file.stem: load_measured(file.stem) for file in sorted(LADDER.glob("*.json"))}
+
+
 def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
     """The rows that only several models decide: C0b, C1e, C4b, C4c, C5b and C6, hybrid and pure apart where the rule says so.
 
@@ -491,7 +653,12 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
             for seed, model in seeds.items()
             if model.removal.counts(MODEL, share, (JOINT, HIGH))
         }
-        rows += [claims.judge_within_layers(label, beyond), claims.judge_layer_zero(label, crossings)]
+        if undefined := sorted(seed for seed, share in beyond.items() if np.isnan(share)):
+            why = f"fewer than two doses count in seed {', '.join(undefined)}"
+            rows.append(claims.not_testable("C4b", label, why=why))
+        else:
+            rows.append(claims.judge_within_layers(label, beyond))
+        rows.append(claims.judge_layer_zero(label, crossings))
         ruined = sorted(set(seeds) - set(gaps))
         if gaps:
             row = claims.judge_alpha(label, gaps)
