@@ -57,7 +57,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     Example:
         >>> from staterank_utils import load_model
         >>> in_words(weight_bytes(load_model("hybrid")))
-        '35.9 MB'
+        '68.8 MB'
     """
     return sum(parameter.nbytes for parameter in model.parameters())
 
@@ -68,16 +68,14 @@ def moment_bytes(model: PreTrainedModel) -> int:
     Example:
         >>> from staterank_utils import load_model
         >>> moment_bytes(load_model("hybrid"))
-        786432
+        2359296
     """
-    return sum(
-        4 * layout.n_heads(layer) * layout.d_k(layer) * layout.d_v(layer) for _, layer, layout in linear_layers(model)
-    )
+    return sum(4 * layer.n_heads * layer.d_k * layer.d_v for layer in linear_layers(model))
 
 
 @contextmanager
 def out_of_memory(what: str, *, advice: str) -> Iterator[None]:
-    """A block in which a want of memory is said with what it was for and what to do.
+    """A block that re-raises out-of-memory errors with what the memory was for and what to do.
 
     Args:
         what: begins the message, before what torch says.
@@ -110,7 +108,7 @@ def budget(model: PreTrainedModel, input_ids: Int[Tensor, "batch token"], *, pos
     Example:
         >>> from staterank_utils import load_model
         >>> budget(load_model("hybrid"), torch.ones(2, 64, dtype=torch.long), positions=[1, 64]).moment
-        786432
+        2359296
     """
     moment = moment_bytes(model)
     n_prompts = len(input_ids)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.layouts import key_names, linear_layers, scans_through
+from staterank_utils.layouts import LinearLayer, linear_layers
 from staterank_utils.models import read_tokens
 from staterank_utils.surgery import check_no_intervention
 
@@ -50,11 +50,11 @@ def order_channels(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"])
         >>> from staterank_utils import load_model
         >>> order = order_channels(load_model("hybrid"), torch.arange(128).reshape(1, 128))
         >>> len(order), list(order[0]), sorted(order[0][3]) == list(range(64))
-        (6, [0, 1, 2, 3], True)
+        (9, [0, 1, 2, 3, 4, 5, 6, 7], True)
     """
     check_no_intervention(model, "cut channels")
     layers = _with_channels(model)
-    d_k = layers[0][2].d_k(layers[0][1])
+    d_k = layers[0].d_k
     if prompts.numel() < d_k:
         raise ValueError(f"{prompts.numel()} tokens cannot order {d_k} channels: give more or longer prompts")
     seen: dict[int, list[Tensor]] = {}
@@ -64,18 +64,17 @@ def order_channels(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"])
         return kernel(query, key, *rest, **options)
 
     with ExitStack() as stack, torch.inference_mode():
-        for index, layer, layout in layers:
-            stack.enter_context(scans_through(layer, layout, partial(read, index)))
+        for layer in layers:
+            stack.enter_context(layer.scans_through(partial(read, layer.index)))
         for prompt in prompts.to(model.device):
             read_tokens(model, prompt[None])
     order: Channels = {}
-    for index, layer, layout in layers:
-        names = key_names(layer, layout)
-        order[index] = {}
-        for place, name in enumerate(names):
+    for layer in layers:
+        order[layer.index] = {}
+        for place, name in enumerate(layer.keys):
             # Some versions of a layer repeat each key head for its value heads.
-            keys = torch.cat(seen[index]).unflatten(1, (len(names), -1))[:, place, 0]
-            order[index][name] = scipy.linalg.qr(keys, mode="r", pivoting=True)[1].tolist()
+            keys = torch.cat(seen[layer.index]).unflatten(1, (layer.n_keys, -1))[:, place, 0]
+            order[layer.index][name] = scipy.linalg.qr(keys, mode="r", pivoting=True)[1].tolist()
     return order
 
 
@@ -106,38 +105,36 @@ def keep_channels(
         >>> from staterank_utils.pruning import cache_bytes
         >>> model, ids = load_model("hybrid"), torch.arange(128).reshape(1, 128)
         >>> smaller = keep_channels(model, order_channels(model, ids), share=0.5)
-        >>> cache_bytes(smaller(ids.to(model.device), use_cache=True).past_key_values)["recurrent"]  # half of 48 * 64 * 64 * 4
-        393216
+        >>> cache_bytes(smaller(ids.to(model.device), use_cache=True).past_key_values)["recurrent"]  # half of 144 * 64 * 64 * 4
+        1179648
     """
     check_no_intervention(model, "cut channels")
     layers = _with_channels(model)
-    d_k = layers[0][2].d_k(layers[0][1])
+    d_k = layers[0].d_k
     n_channels = round((1 - share) * d_k) if 0 <= share < 1 else 0
     if not n_channels:
         raise ValueError(
             f"the share of channels to remove lies in [0, 1) and leaves at least one of {d_k}; got {share}"
         )
-    for index, layer, layout in layers:
-        for name in key_names(layer, layout):
-            found = list(order.get(index, {}).get(name, []))
+    for layer in layers:
+        for name in layer.keys:
+            found = list(order.get(layer.index, {}).get(name, []))
             if sorted(found) != list(range(d_k)):
                 raise ValueError(
-                    f"layer {index}, key head {name}: expected an order of all channels 0..{d_k - 1}, got {found}: "
+                    f"layer {layer.index}, key head {name}: expected an order of all channels 0..{d_k - 1}, got {found}: "
                     "make one of this model with order_channels"
                 )
     with torch.inference_mode(False), torch.no_grad():  # in the other, weights would be no ordinary ones
         reduced = copy.deepcopy(model)
-        for index, layer, layout in _with_channels(reduced):
-            names, per_key = key_names(layer, layout), layout.n_heads(layer) // max(1, layout.n_keys(layer))
+        for layer in _with_channels(reduced):
+            names, per_key = layer.keys, layer.n_heads // max(1, layer.n_keys)
             groups = [(place, range(place * per_key, (place + 1) * per_key)) for place in range(len(names))]
-            of_heads = [sorted(order[index][name][:n_channels]) for name in names]
-            for blocks in layout.blocks(layer):
-                rows = blocks.rows(
-                    groups, n_keys=len(names), per_key=per_key, sizes=layout.sizes(layer), channels=of_heads
-                )
-                blocks.cut(layer, rows)
-            layout.resize(layer, len(names), layout.n_heads(layer), n_channels)
-            setattr(reduced.config.get_text_config(), layout.d_k_setting, n_channels)
+            of_heads = [sorted(order[layer.index][name][:n_channels]) for name in names]
+            for blocks in layer.blocks:
+                rows = blocks.rows(groups, n_keys=len(names), per_key=per_key, sizes=layer.sizes, channels=of_heads)
+                blocks.cut(layer.module, rows)
+            layer.resize(len(names), layer.n_heads, n_channels)
+            setattr(reduced.config.get_text_config(), str(layer.layout.d_k_setting), n_channels)
     choose_kernels(reduced)
     return reduced
 
@@ -153,13 +150,13 @@ def why_not(model: PreTrainedModel) -> str | None:
         >>> why_not(load_model("hybrid")) is None
         True
     """
-    for _, _, layout in linear_layers(model):
-        if layout.d_k_setting is None or not layout.scans:
-            return f"key channels of {layout.layer_class} cannot be cut: its configuration has no number of them of its own"
+    for layer in linear_layers(model):
+        if layer.layout.d_k_setting is None or not layer.layout.scans:
+            return f"key channels of {layer.name} cannot be cut: its configuration has no number of them of its own"
     return None
 
 
-def _with_channels(model: PreTrainedModel) -> list[tuple[int, Any, Any]]:
+def _with_channels(model: PreTrainedModel) -> list[LinearLayer]:
     """`linear_layers`, of an architecture whose key channels can be cut."""
     if reason := why_not(model):
         raise ValueError(reason)

@@ -57,10 +57,10 @@ def generate_greedily(
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
         >>> model, tokenizer = load_model("hybrid"), load_tokenizer("hybrid")
-        >>> prompt = tokenizer.encode("List: fox 120; owl 377.\\nRecall fox:")
+        >>> prompt = tokenizer.encode("The king said to")
         >>> [tokens] = generate_greedily(model, [prompt], max_new_tokens=[5], stop=tokenizer.encode("\\n"))
         >>> tokenizer.decode(tokens)
-        ' 120\\n'
+        ' him, "I am'
     """
     model = unwrapped(model)
     drafts = [[]] * len(prompts) if drafts is None else drafts
@@ -161,11 +161,9 @@ def check_padding(model: PreTrainedModel) -> None:
 
 def _padding_refusal(model: PreTrainedModel) -> str | None:
     """Which layer does not see that padding is none of the text, and why."""
-    for index, layer, layout in linear_layers(model):
-        if reason := layout.padding_refusal and layout.padding_refusal(layer):
-            return (
-                f"layer {index} ({layout.layer_class}) cannot read prompts of different lengths side by side: {reason}"
-            )
+    for layer in linear_layers(model):
+        if reason := layer.padding_refusal:
+            return f"layer {layer.index} ({layer.name}) cannot read prompts of different lengths side by side: {reason}"
     return None
 
 
@@ -194,7 +192,7 @@ def read_padded(
 def _decode(
     model: PreTrainedModel, rows: list[Tokens], made: list[Tokens], limits: list[int], stop: Collection[int]
 ) -> None:
-    """Append to each of `made` until its stop token or limit, one token a step for all rows."""
+    """Append to each of `made` until its stop token or limit, one token per step for all rows."""
     ids, mask = pad_left(model, rows)
     room = max(limit - len(row) for row, limit in zip(made, limits, strict=True))
     on_one_gpu = model.device.type == "cuda" and len({p.device for p in model.parameters()}) == 1

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from staterank_utils import fla_cpu, kernels
 from staterank_utils.fla_cpu import FlaKernel
-from staterank_utils.layouts import Layout, find_layers, linear_layers
+from staterank_utils.layouts import LinearLayer, find_layers, linear_layers
 from staterank_utils.rebinding import Rebinding, forward_slot, functions_called, replaced
 
 PLAIN_KERNELS = "STATERANK_PLAIN_KERNELS"  # the environment variable
@@ -112,7 +112,7 @@ def choose_kernels(model: nn.Module, *, plain: bool | None = None) -> str:
             memory as it is.
 
     Returns:
-        "torch", "fla" (Triton), "torch, for want of fla", or for a model of fla's own on a CPU "fla's naive operators (slow,
+        "torch", "fla" (Triton), "torch (fla is not installed)", or for a model of fla's own on a CPU "fla's naive operators (slow,
         exact)", for the log.
 
     Raises:
@@ -126,7 +126,7 @@ def choose_kernels(model: nn.Module, *, plain: bool | None = None) -> str:
     """
     plain = _is_plain() if plain is None else plain
     layers = linear_layers(model)
-    if any(isinstance(vars(layer).get(forward_slot(layer)), FunctionType) for _, layer, _ in layers):
+    if any(isinstance(vars(layer.module).get(forward_slot(layer.module)), FunctionType) for layer in layers):
         raise ValueError("kernels are not chosen inside a block that changes what the model computes: leave it first")
     chosen = _attributes(model, plain=plain)
     for module in model.modules():
@@ -146,8 +146,8 @@ def choose_kernels(model: nn.Module, *, plain: bool | None = None) -> str:
     if on_cpu:
         kernels.keep_freed_memory()
         return "torch"
-    named = any(layout.kernels for _, _, layout in layers)
-    return "fla" if "fla" in backends(model).values() else "torch, for want of fla" if named else "torch"
+    named = any(layer.layout.kernels for layer in layers)
+    return "fla" if "fla" in backends(model).values() else "torch (fla is not installed)" if named else "torch"
 
 
 @contextmanager
@@ -192,23 +192,23 @@ def backends(model: nn.Module) -> dict[int, Backend]:
         >>> set(backends(load_model("hybrid", device="cpu")).values())
         {'torch'}
     """
-    return {index: backend_of(layer, layout) for index, layer, layout in find_layers(model)}
+    return {layer.index: backend_of(layer) for layer in find_layers(model)}
 
 
-def backend_of(layer: nn.Module, layout: Layout) -> Backend:
+def backend_of(layer: LinearLayer) -> Backend:
     """As `backends`, of one layer.
 
     Args:
-        layer, layout: from `linear_layers`.
+        layer: from `linear_layers`.
 
     Example:
         >>> from staterank_utils import load_model
-        >>> backend_of(*linear_layers(load_model("hybrid", device="cpu"))[0][1:])
+        >>> backend_of(linear_layers(load_model("hybrid", device="cpu"))[0])
         'torch'
     """
-    if not next(layer.parameters(), torch.empty(0)).is_cuda:
+    if not next(layer.module.parameters(), torch.empty(0)).is_cuda:
         return "torch"
-    called = [kernel for found in functions_called(layer, layout.scans).values() for kernel in found]
+    called = [kernel for found in functions_called(layer.module, layer.layout.scans).values() for kernel in found]
     return (
         "fla"
         if called and all(isinstance(kernel, Kernel) and kernel.backend == "fla" for kernel in called)
@@ -236,7 +236,7 @@ def has_kernels(model: nn.Module) -> bool:
         (True, False)
     """
     layers = find_layers(model)
-    held = [value for _, layer, _ in layers for value in vars(layer).values()]
+    held = [value for layer in layers for value in vars(layer.module).values()]
     return any(isinstance(value, MethodType) and value.__func__ in _ours for value in held)
 
 
@@ -251,7 +251,7 @@ def _is_plain() -> bool:
 
 def _attributes(model: nn.Module, *, plain: bool) -> dict[nn.Module, dict[str, Any]]:
     """What is to be set on each module of a model, so that it calls kernels suited to its tensors."""
-    layers = {layer: layout for _, layer, layout in find_layers(model)}
+    layers = {layer.module: layer.layout for layer in find_layers(model)}
     stock = {name: getattr(sys.modules[layout.module], name) for layout in layers.values() for name in layout.kernels}
     chosen = {name: Kernel(function, plain=plain) for name, function in stock.items()}
     # A fast forward calls what the layer's own calls.

@@ -269,7 +269,7 @@ def evaluate(
         batch_size: prompts answered side by side, padded on the left.
 
     Returns:
-        One score an instance, 0..1.
+        One score per instance, 0..1.
 
     Raises:
         ValueError: an unknown task, or sizes under 1.
@@ -277,8 +277,8 @@ def evaluate(
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
-        >>> evaluate("recall", load_model("hybrid"), load_tokenizer("hybrid"), n_instances=2)
-        array([1., 1.])
+        >>> evaluate("recall", load_model("hybrid"), load_tokenizer("hybrid"), n_instances=2)  # trained on text alone
+        array([0., 0.])
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -350,15 +350,15 @@ def answer_nats(
             `surgery.forward_with_edits` with its arguments bound.
 
     Returns:
-        One mean an instance, nats a token; the logarithm of the vocabulary's size is chance.
+        One mean per instance, nats per token; the logarithm of the vocabulary's size is chance.
 
     Raises:
         ValueError: an unknown task, or no instances.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
-        >>> answer_nats("recall", load_model("hybrid"), load_tokenizer("hybrid"), n_instances=1).max().item() < 0.1
-        True
+        >>> answer_nats("recall", load_model("hybrid"), load_tokenizer("hybrid"), n_instances=2).shape
+        (2,)
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -385,7 +385,7 @@ def text_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) ->
         input_ids: texts of equal length, at least 2 tokens, such as `domain_prompts` gives.
 
     Returns:
-        One mean a text, nats a token.
+        One mean per text, nats per token.
 
     Raises:
         ValueError: texts of fewer than 2 tokens.
@@ -443,7 +443,7 @@ def induction(
         seed: of the tokens.
 
     Returns:
-        One share an instance; the first token of the second copy, which nothing announces, is left out.
+        One share per instance; the first token of the second copy, which nothing announces, is left out.
 
     Raises:
         ValueError: a gap under 2, or no instances.

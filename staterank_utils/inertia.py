@@ -113,7 +113,7 @@ def scaled(states: Float[Tensor, "n d_k d_v"]) -> tuple[Float[Tensor, "n rows d"
 def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n scale"]]:
     """The largest eigenvalue of positive semidefinite matrices, by repeated squaring and two steps of Lanczos.
 
-    The squarings only find a direction, to whose error the eigenvalue answers with its square. The first of them, which tell
+    The squarings only find a direction; the error of the eigenvalue is quadratic in that of the direction. The first of them, which tell
     a crowd at the top apart, are done in float32, the rest in bfloat16. The direction is what the power makes of a few fixed random vectors,
     of which the one that grows most is taken: a single one may stand nearly at right angles to the eigenvector, and then rounding
     is what grows; a column of the power would be blind to what another block of the matrix holds.

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from staterank_utils.claims import CLAIMS, SECOND
+from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND
 
 
 def registered_table() -> str:
@@ -34,7 +35,7 @@ def second_table() -> str:
 
 
 def verdict_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Stored rows as a Markdown table: claim, measure, threshold, paper, model, measured with interval, verdict.
+    """Stored rows as a Markdown table: claim, model, verdict, measured with interval, threshold, paper. The page of claims has the measures.
 
     Args:
         rows: as `judge` gives them.
@@ -45,14 +46,15 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> str:
     Example:
         >>> from staterank_utils.claims import judge
         >>> from staterank_utils.strata import Estimate
-        >>> print(verdict_table([judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)})]).splitlines()[-1][-58:])
-        | > 0.90 | hybrid | rho 0.950 [0.920, 0.970] | **holds** |
+        >>> print(verdict_table([judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)})]).splitlines()[-1][-65:])
+        hybrid | **holds** | rho 0.950 [0.920, 0.970] | > 0.90 | > 0.90 |
     """
     cells = []
     for row in rows:
-        statement, measure, holds, paper = _printed(row["claim"])
-        cells.append((f"**{row['claim']}** {statement}", measure, holds, paper, *_outcome(row)))
-    return markdown_table(("claim", "measure", "holds if", "paper", "model", "measured", "verdict"), cells)
+        statement, _, holds, paper = _printed(row["claim"])
+        model, measured, verdict = _outcome(row)
+        cells.append((f"**{row['claim']}** {statement}", model, verdict, measured, holds, paper))
+    return markdown_table(("claim", "model", "verdict", "measured", "holds if", "paper"), cells)
 
 
 def brief_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -94,37 +96,31 @@ def _printed(key: str) -> tuple[str, str, str, str]:
     return second.text("statement"), second.text("measure"), second.text("holds"), "–"
 
 
-def overview_table(folders: Mapping[str, Path], models: Sequence[str] | Mapping[str, str]) -> str:
-    """The book's claims table: one row per claim, one column per model, from the stored results of every notebook.
+def overview_table(folder: Path, models: Sequence[str] | Mapping[str, str]) -> str:
+    """The book's claims table: one row per claim, one column per model, from the results of every notebook.
 
     Args:
-        folders: where results lie, `NOTEBOOK.json`, by what they are called, the most telling first. The first that has a
-            verdict shows it with its numbers, the others below it with the verdict alone.
+        folder: where results lie, `NOTEBOOK.json`.
         models: column heads, in order; or column head -> model, as results name it. A claim without a result shows as not yet tested.
 
     Example:
-        >>> table = overview_table({}, ["hybrid"])
+        >>> table = overview_table(Path("nowhere"), ["hybrid"])
         >>> table.splitlines()[0], table.count("not yet tested") == len(CLAIMS)
         ('| claim | holds if | paper | hybrid |', True)
     """
     columns = models if isinstance(models, Mapping) else {model: model for model in models}
-    cells: dict[tuple[str, str], list[str]] = {}
-    for label, folder in folders.items():
-        for notebook in sorted({claim.notebook for claim in CLAIMS.values()}):
-            file = folder / f"{notebook}.json"
-            for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else ():
-                lines = cells.setdefault((row["claim"], row["model"]), [])
-                if lines:
-                    lines.append(f"{label}: {row['verdict']}")
-                else:
-                    numbers = (f"{n['label']} {_interval(n)}" for n in row["criteria"])
-                    lines += [f"**{row['verdict']}** ({label})", *numbers]
+    cells: dict[tuple[str, str], str] = {}
+    for notebook in sorted({claim.notebook for claim in CLAIMS.values()}):
+        file = folder / f"{notebook}.json"
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else ():
+            numbers = (f"{number['label']} {_interval(number)}" for number in row["criteria"])
+            cells[row["claim"], row["model"]] = "<br>".join([f"**{row['verdict']}**", *numbers])
     rows = [
         (
             f"**{key}** {claim.statement}",
             claim.holds,
             claim.paper,
-            *("<br>".join(cells.get((key, model), ["not yet tested"])) for model in columns.values()),
+            *(cells.get((key, model), "not yet tested") for model in columns.values()),
         )
         for key, claim in CLAIMS.items()
     ]
@@ -142,7 +138,7 @@ def _interval(number: Mapping[str, Any]) -> str:
 
 
 def by_model(rows: Iterable[Mapping[str, Any]], key: str) -> str:
-    """The verdicts on one claim in a sentence's words; empty where no row is about it.
+    """The verdicts on one claim in a sentence's words, models of one verdict together; empty where no row is about it.
 
     Args:
         rows: as `judge` gives them, one per claim and model.
@@ -151,29 +147,80 @@ def by_model(rows: Iterable[Mapping[str, Any]], key: str) -> str:
     Example:
         >>> from staterank_utils.claims import judge
         >>> from staterank_utils.strata import Estimate
-        >>> rho = {"hybrid": Estimate(0.95, 0.92, 0.97), "pure": Estimate(0.6, 0.5, 0.7)}
+        >>> rho = {"hybrid": Estimate(0.95, 0.92, 0.97), "pure": Estimate(0.6, 0.5, 0.7), "wide": Estimate(0.6, 0.5, 0.7)}
         >>> by_model([judge("C2", model, {"rho": estimate}) for model, estimate in rho.items()], "C2")
-        'holds (hybrid); does not hold (pure)'
+        'holds (hybrid); does not hold (pure, wide)'
     """
-    return "; ".join(f"{row['verdict']} ({row['model']})" for row in rows if row["claim"] == key)
+    models: dict[str, list[str]] = {}
+    for row in rows:
+        if row["claim"] == key:
+            models.setdefault(row["verdict"], []).append(row["model"])
+    return "; ".join(f"{verdict} ({', '.join(names)})" for verdict, names in models.items())
 
 
-def beside_stored(rows: Iterable[Mapping[str, Any]], stored: Iterable[Mapping[str, Any]], key: str) -> str:
-    """`by_model` of a run, and of the stored full-profile run where there is one.
+def yes_or_no(rows: Iterable[Mapping[str, Any]], key: str) -> str:
+    """The verdicts on one claim as answers to a question, models of one answer together.
 
     Args:
-        rows, stored: as in `by_model`.
+        rows: as `judge` gives them, one per claim and model.
         key: of the claim.
 
     Example:
         >>> from staterank_utils.claims import judge
         >>> from staterank_utils.strata import Estimate
-        >>> row = judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)})
-        >>> beside_stored([row], [], "C2"), beside_stored([row], [row], "C2")
-        ('holds (hybrid) in this run', 'holds (hybrid) in this run, and holds (hybrid) in the stored full one')
+        >>> yes_or_no([judge("C2", model, {"rho": Estimate(0.95, 0.92, 0.97)}) for model in ("hybrid", "pure")], "C2")
+        'yes (hybrid, pure)'
     """
-    here, there = f"{by_model(rows, key)} in this run", by_model(stored, key)
-    return f"{here}, and {there} in the stored full one" if there else here
+    words = {
+        HOLDS: "yes",
+        PARTLY: "in part",
+        FAILS: "no",
+        "explained by layers": "not shown, the layers may explain it",
+    }
+    return by_model([{**row, "verdict": words.get(row["verdict"], row["verdict"])} for row in rows], key)
+
+
+MARKS = {"holds": "✓", "partly": "◐", "fails": "✗", "open": "–"}  # so that colour alone says nothing
+
+
+def verdict_class(verdict: str) -> str:
+    """The class of style sheets that a verdict has.
+
+    Args:
+        verdict: in the words of `claims`, also with more behind a colon.
+
+    Example:
+        >>> verdict_class("does not hold: inverted"), verdict_class("explained by layers"), verdict_class("not measured")
+        ('fails', 'fails', 'open')
+    """
+    kinds = {HOLDS: "holds", PARTLY: "partly", NOT_TESTABLE: "open", NOT_MEASURED: "open"}
+    return kinds.get(verdict, "fails")
+
+
+def badges(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], link: str = "#verdicts") -> str:
+    """The verdicts on some claims as coloured marks with words, links in HTML, one per claim and verdict.
+
+    Args:
+        rows: as `judge` gives them, one per claim and model.
+        keys: of the claims, in this order.
+        link: where they lead.
+
+    Example:
+        >>> from staterank_utils.claims import judge
+        >>> from staterank_utils.strata import Estimate
+        >>> badges([judge("C2", model, {"rho": Estimate(0.95, 0.92, 0.97)}) for model in ("hybrid", "pure")], ["C2"])
+        '<a class="verdict holds" href="#verdicts">✓ C2, the order is kept over time: <b>holds</b> (hybrid, pure)</a>'
+    """
+    models: dict[tuple[str, str], list[str]] = {}
+    for key in keys:
+        for row in (row for row in rows if row["claim"] == key):
+            models.setdefault((key, row["verdict"]), []).append(row["model"])
+    parts = []
+    for (key, verdict), names in models.items():
+        kind, statement = verdict_class(verdict), _printed(key)[0]
+        words = f"{MARKS[kind]} {key}, {escape(statement)}: <b>{escape(verdict)}</b> ({escape(', '.join(names))})"
+        parts.append(f'<a class="verdict {kind}" href="{escape(link)}">{words}</a>')
+    return " ".join(parts)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -193,17 +240,3 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
     )
-
-
-def table_rows(table: str) -> list[tuple[str, ...]]:
-    """The rows of a table that `markdown_table` made, without its head.
-
-    Args:
-        table: the Markdown; an empty one has no rows.
-
-    Example:
-        >>> table_rows(markdown_table(("model", "r"), [("hybrid", "12"), ("a|b", "3")]))
-        [('hybrid', '12'), ('a|b', '3')]
-    """
-    cells = (line[2:-2].split(" | ") for line in table.splitlines()[2:])
-    return [tuple(cell.replace("\\|", "|") for cell in row) for row in cells]

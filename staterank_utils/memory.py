@@ -15,9 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import head_names, linear_layers, state_size
+from staterank_utils.layouts import linear_layers, state_size
 from staterank_utils.layouts.core import Change
-from staterank_utils.rebinding import forward_within
 from staterank_utils.spectra import REL_TOL, singular_values
 from staterank_utils.surgery import Head, all_heads, heads_by_layer, noted
 from staterank_utils.tracing import StateTrace, trace_states
@@ -38,7 +37,7 @@ def half_lives(trace: StateTrace) -> Float[Tensor, "layer batch head"]:
         >>> from staterank_utils import load_model, trace_states
         >>> trace = trace_states(load_model("hybrid"), torch.arange(64).reshape(1, 64), positions=[64])
         >>> half_lives(trace).shape
-        torch.Size([6, 1, 8])
+        torch.Size([9, 1, 16])
     """
     return math.log(2) / trace.log_decay.abs()
 
@@ -66,6 +65,26 @@ def predicted_rank(log_decay: Float[Tensor, "*lead"], *, d: int, rel_tol: float 
     """
     _check(log_decay, d, rel_tol)
     return (1 + math.log(1 / rel_tol) / log_decay.double().abs()).clamp_max(d)
+
+
+def half_life_at(rank: float | int, *, rel_tol: float = REL_TOL) -> float:
+    """The half-life, in tokens, at which `predicted_rank` gives a rank: log(2) (r - 1) / log(1/eps).
+
+    Args:
+        rank: over 1; d itself is reached by this half-life and by every longer one.
+        rel_tol: as in `predicted_rank`.
+
+    Raises:
+        ValueError: a rank that is not over 1, or `rel_tol` outside (0, 1).
+
+    Example:
+        >>> round(half_life_at(64), 2)
+        4.74
+    """
+    if not rank > 1:
+        raise ValueError(f"the law gives every head a rank over 1, got rank={rank}")
+    _check_tolerance(rel_tol)
+    return math.log(2) * (rank - 1) / math.log(1 / rel_tol)
 
 
 @dataclass(frozen=True)
@@ -159,7 +178,7 @@ class BoundCheck:
         >>> from staterank_utils import load_model
         >>> check = check_memory_bound(load_model("hybrid"), torch.arange(64).reshape(1, 64), positions=[32, 64])
         >>> check.n_violations, check.rank.shape
-        (0, torch.Size([6, 1, 2, 8]))
+        (0, torch.Size([9, 1, 2, 16]))
     """
 
     positions: tuple[int, ...]
@@ -237,6 +256,10 @@ def _check(log_decay: Tensor, d: int, rel_tol: float) -> None:
         raise ValueError(f"a log-decay is at most 0, got {log_decay.max().item()}: is it the decay itself?")
     if d < 1:
         raise ValueError(f"d must be at least 1, got {d}")
+    _check_tolerance(rel_tol)
+
+
+def _check_tolerance(rel_tol: float) -> None:
     if not 0 < rel_tol < 1:
         raise ValueError(f"rel_tol must be in (0, 1), got {rel_tol}")
 
@@ -273,7 +296,7 @@ def cap_half_life(model: PreTrainedModel, tokens: float | int) -> Iterator[None]
         raise ValueError(f"a half-life is a number of tokens over 0, got {tokens}")
     ceiling = -math.log(2) / tokens
     with _decay_changed(
-        model, {index: lambda log_decay: log_decay.clamp_max(ceiling) for index, _, _ in linear_layers(model)},
+        model, {layer.index: lambda log_decay: log_decay.clamp_max(ceiling) for layer in linear_layers(model)},
         f"half-lives capped at {tokens} tokens",
     ):  # fmt: skip
         yield
@@ -311,9 +334,9 @@ def scale_decay(model: PreTrainedModel, factor: float | int, heads: Iterable[Hea
         raise ValueError(f"factor must be a number over 0, got {factor}")
     chosen = heads_by_layer(all_heads(model) if heads is None else heads, all_heads(model), what="linear-attention")
     changes = {
-        index: _scaled([factor if name in chosen[index] else 1.0 for name in head_names(layer, layout)])
-        for index, layer, layout in linear_layers(model)
-        if index in chosen
+        layer.index: _scaled([factor if head in chosen[layer.index] else 1.0 for head in layer.heads])
+        for layer in linear_layers(model)
+        if layer.index in chosen
     }
     with _decay_changed(model, changes, f"log-decay times {factor}: {chosen}"):
         yield
@@ -336,11 +359,8 @@ def _scaled(factors: list[float]) -> Change:
 @contextmanager
 def _decay_changed(model: PreTrainedModel, changes: dict[int, Change], what: str) -> Iterator[None]:
     with ExitStack() as stack:
-        for index, layer, layout in linear_layers(model):
-            if index not in changes or not layout.n_heads(layer):
-                continue
-            if layout.changed_decay is None:
-                raise ValueError(f"layer {index} ({layout.layer_class}) has no decay: there is nothing to change")
-            stack.enter_context(forward_within(layer, functools.partial(layout.changed_decay, layer, changes[index])))
+        for layer in linear_layers(model):
+            if layer.index in changes and layer.n_heads:
+                stack.enter_context(layer.decay_changed(changes[layer.index]))
         stack.enter_context(noted(model, what))
         yield

@@ -77,13 +77,13 @@ def load_model(
         ValueError: an unknown name or device, a hub id without a revision or another model with one, a model that `linear_layers` refuses,
             weights that fail `verify_weights`, or that are not those of the configuration.
         ModuleNotFoundError: "auto" without accelerate.
-        OSError: a hub id that could not be fetched, for want of a network, of access, or of that revision.
+        OSError: a hub id that could not be fetched: no network, no access, or no such revision.
         torch.OutOfMemoryError: a device, or all of them, without room for the weights, with what to do.
 
     Example:
         >>> model = load_model("hybrid")
         >>> model.config.num_hidden_layers
-        8
+        12
     """
     source, options = _source(name_or_path, revision, trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,7 +150,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
     source, options = _source(name_or_path, revision, trust_remote_code, needs_weights=False)
     tokenizer = _fetched(lambda source, options: AutoTokenizer.from_pretrained(source, **options), source, options)
     if not tokenizer.encode("a", add_special_tokens=False):
-        # For want of its files, transformers makes an empty one.
+        # Where its files are missing, transformers makes an empty one.
         raise ValueError(f"{name_or_path} has no tokenizer: save one with its save_pretrained, or copy tokenizer.json")
     return tokenizer
 
@@ -678,7 +678,7 @@ def _argument_names(forward: Callable[..., Any]) -> frozenset[str]:
 def _layout_of(model: PreTrainedModel) -> Layout | None:
     """Of a model's first linear-attention layer, if it has one; looked up once, since decoding asks at every token."""
     if model not in _layouts:
-        _layouts[model] = next((layout for _, _, layout in find_layers(model)), None)
+        _layouts[model] = next((layer.layout for layer in find_layers(model)), None)
     return _layouts[model]
 
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from staterank_utils import fla_cpu
 from staterank_utils.dispatch import choose_kernels, has_kernels
-from staterank_utils.layouts import Layout, find_layers, head_names, key_names
+from staterank_utils.layouts import LinearLayer, find_layers
 
 MODEL_TYPE = "staterank_pruned"
 FORMAT = 2
@@ -243,22 +242,22 @@ AutoConfig.register(MODEL_TYPE, PrunedConfig, exist_ok=True)
 # ---------------------------------------------------------------- layers
 
 
-def keep_heads(layer: nn.Module, layout: Layout, kept: Sequence[int]) -> None:
+def keep_heads(layer: LinearLayer, kept: Sequence[int]) -> None:
     """Cut a layer down to some of its heads, in place. Its weights may be on any device, also "meta".
 
     Args:
-        layer, layout: from `linear_layers`.
+        layer: from `linear_layers`.
         kept: heads that stay, by the indices that they had before any was removed.
 
     Example:
         >>> from staterank_utils import load_model
         >>> from staterank_utils.layouts import linear_layers
-        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
-        >>> keep_heads(layer, layout, [0, 1, 2, 3])
-        >>> layer.num_v_heads, layer.out_proj.in_features
+        >>> layer = linear_layers(load_model("hybrid"))[0]
+        >>> keep_heads(layer, [0, 1, 2, 3])
+        >>> layer.n_heads, layer.module.out_proj.in_features
         (4, 256)
     """
-    names, keys = head_names(layer, layout), key_names(layer, layout)
+    names, keys, layout, module = layer.heads, layer.keys, layer.layout, layer.module
     if list(kept) == names:
         return
     per_key = len(names) // len(keys)
@@ -272,31 +271,30 @@ def keep_heads(layer: nn.Module, layout: Layout, kept: Sequence[int]) -> None:
         (key, heads[start : start + size]) for key, heads in of_key.items() for start in range(0, len(heads), size or 1)
     ]
     groups = [(keys.index(key), heads) for key, heads in new]
-    for blocks in layout.blocks(layer):
-        rows = blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=layout.sizes(layer))
-        blocks.cut(layer, rows)
-    layout.resize(layer, len(new), len(kept), layout.d_k(layer))
-    layer.staterank_heads, layer.staterank_keys = list(kept), [key for key, _ in new]
+    for blocks in layer.blocks:
+        blocks.cut(module, blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=layer.sizes))
+    layer.resize(len(new), len(kept), layer.d_k)
+    module.staterank_heads, module.staterank_keys = list(kept), [key for key, _ in new]
     if kept and layout.rescale:
-        layout.rescale(layer, len(names), len(kept))
+        layout.rescale(module, len(names), len(kept))
     if not kept and layout.idle:
-        layer.forward = functools.partial(layout.idle, layer)
+        module.forward = functools.partial(layout.idle, module)
 
 
 def _cut_as_recorded(model: PreTrainedModel) -> None:
     """Cut the layers of a model that was just built as its configuration's record says."""
     removed = removed_heads(model.config.get_text_config())
     layers = find_layers(model) if removed else []
-    if layers and (unknown_layers := sorted(set(removed) - {index for index, _, _ in layers})):
+    if layers and (unknown_layers := sorted(set(removed) - {layer.index for layer in layers})):
         raise ValueError(
-            f"the configuration removes heads of layers {unknown_layers}, which have no linear attention: {[index for index, _, _ in layers]} have"
+            f"the configuration removes heads of layers {unknown_layers}, which have no linear attention: {[layer.index for layer in layers]} have"
         )
-    for index, layer, layout in layers:
-        names, gone = head_names(layer, layout), removed.get(index, [])
+    for layer in layers:
+        names, gone = layer.heads, removed.get(layer.index, [])
         if not gone:
             continue
         if unknown := sorted(set(gone) - set(names)):
             raise ValueError(
-                f"the configuration removes heads {unknown} of layer {index}, which has 0..{len(names) - 1}"
+                f"the configuration removes heads {unknown} of layer {layer.index}, which has 0..{len(names) - 1}"
             )
-        keep_heads(layer, layout, [name for name in names if name not in gone])
+        keep_heads(layer, [name for name in names if name not in gone])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from staterank_utils.budget import in_words, out_of_memory, weight_bytes
 from staterank_utils.dispatch import choose_kernels, has_kernels
-from staterank_utils.layouts import check_heads, head_names, key_names, linear_layers
+from staterank_utils.layouts import check_heads, linear_layers
 from staterank_utils.models import unwrapped
 from staterank_utils.pruned import (
     FORMAT,
@@ -72,7 +72,7 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
             "this model has adapters of PEFT, whose weights know nothing of heads: merge them first, with merge_and_unload()"
         )
     check_no_intervention(model, "remove heads")
-    kept = {index: head_names(layer, layout) for index, layer, layout in linear_layers(model)}
+    kept = {layer.index: layer.heads for layer in linear_layers(model)}
     before = removed_heads(model.config.get_text_config())
     if not isinstance(heads, Mapping):
         raise TypeError(f"expected a mapping from layers to heads, such as {{0: [3]}}, got {heads!r}")
@@ -87,14 +87,15 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
             advice="move the model to a device with more, or load it with dtype=torch.bfloat16",
         ):
             pruned = copy.deepcopy(model)
-        for index, layer, layout in linear_layers(pruned):
-            if chosen.get(index) and not layout.weights:
+        for layer in linear_layers(pruned):
+            of_layer, gone = kept[layer.index], chosen.get(layer.index, [])
+            if gone and not layer.layout.weights:
                 raise ValueError(
-                    f"heads of {layout.layer_class} cannot be removed exactly, since {layout.kept_whole}: ablate them instead"
+                    f"heads of {layer.name} cannot be removed exactly, since {layer.layout.kept_whole}: ablate them instead"
                 )
-            if chosen.get(index) and not layout.idle and len(chosen[index]) == len(kept[index]):
-                raise ValueError(f"layer {index} must keep a head: {layout.layer_class} cannot run without any")
-            keep_heads(layer, layout, [head for head in kept[index] if head not in chosen.get(index, [])])
+            if gone and not layer.layout.idle and len(gone) == len(of_layer):
+                raise ValueError(f"layer {layer.index} must keep a head: {layer.name} cannot run without any")
+            keep_heads(layer, [head for head in of_layer if head not in gone])
     record = {index: sorted({*before.get(index, []), *chosen.get(index, [])}) for index in kept}
     setattr(
         pruned.config.get_text_config(),
@@ -123,16 +124,16 @@ def duplicated_bytes(model: PreTrainedModel) -> int:
 
     Example:
         >>> from staterank_utils import load_model
-        >>> model = load_model("hybrid")  # two value heads on each of four key heads
+        >>> model = load_model("hybrid")  # two value heads on each of eight key heads
         >>> duplicated_bytes(prune_heads(model, {0: [0, 2, 4, 6]})), duplicated_bytes(prune_heads(model, {0: [0]})) > 0
-        (0, True)
+        (532480, True)
     """
     total = 0
-    for _, layer, layout in linear_layers(model):
-        keys, sizes = key_names(layer, layout), layout.sizes(layer)
+    for layer in linear_layers(model):
+        keys, sizes = layer.keys, layer.sizes
         n_duplicates = len(keys) - len(set(keys))
-        for blocks in layout.blocks(layer) if n_duplicates else ():
-            weight = blocks.tensor(layer)
+        for blocks in layer.blocks if n_duplicates else ():
+            weight = blocks.tensor(layer.module)
             rows = sum(size if isinstance(size, int) else sizes[size] for kind, size in blocks.parts if kind == "key")
             total += n_duplicates * rows * weight.nbytes // weight.shape[blocks.axis]
     return total
@@ -152,8 +153,8 @@ def cache_bytes(cache: Any) -> dict[str, int]:
         >>> from staterank_utils import load_model
         >>> model = load_model("hybrid")
         >>> cache = model(torch.ones(1, 9, dtype=torch.long, device=model.device), use_cache=True).past_key_values
-        >>> cache_bytes(cache)["recurrent"]  # 48 states of 64 x 64 in float32
-        786432
+        >>> cache_bytes(cache)["recurrent"]  # 144 states of 64 x 64 in float32
+        2359296
     """
     total = {"recurrent": 0, "convolution": 0, "softmax": 0}
     for layer in cache.layers:

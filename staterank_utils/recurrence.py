@@ -54,7 +54,7 @@ def states_after(
 ) -> Iterator[Float[Tensor, "batch position head d_k d_v"]]:
     """The states of the gated delta rule after some tokens, a few positions at a time.
 
-    Source: as `reference.gated_delta_rule`, with one decay a head or one a channel.
+    Source: as `reference.gated_delta_rule`, with one decay per head or per channel.
 
     Args:
         key, value, g, beta: as a chunked kernel takes them, on a GPU; g is the natural logarithm of the decay.

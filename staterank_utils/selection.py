@@ -5,7 +5,7 @@ A head is named (layer, head) as in `surgery`; a measure is a mapping from every
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from jaxtyping import Int
@@ -43,7 +43,7 @@ def measure_heads(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]) 
         >>> from staterank_utils import load_model
         >>> measures = measure_heads(load_model("hybrid"), torch.arange(64).reshape(1, 64))
         >>> list(measures), len(measures["effective rank"])
-        (['effective rank', 'nuclear norm', 'log-decay', 'write strength'], 48)
+        (['effective rank', 'nuclear norm', 'log-decay', 'write strength'], 144)
     """
     trace = trace_states(model, prompts, positions=[prompts.shape[1]], reduce=rank_and_norm)
     rank, norm = trace.values[:, :, 0].unbind(-1)
@@ -132,7 +132,7 @@ def measure_saturation(
         >>> from staterank_utils import load_model
         >>> scores = measure_saturation(load_model("hybrid"), torch.arange(64).reshape(1, 64))
         >>> len(scores), 0 <= min(scores.values()) <= max(scores.values()) <= 1
-        (48, True)
+        (144, True)
     """
     measures = measure_heads(model, prompts)
     return saturation_scores(
@@ -189,6 +189,19 @@ def select_heads(
         for layer in sorted(layers)
         if any(index == layer for index, _ in chosen)
     }
+
+
+def head_pairs(of_layers: Mapping[int, Iterable[int]]) -> list[Head]:
+    """Heads by layer, as `select_heads` gives them, as pairs, as `ablate_heads` takes them.
+
+    Args:
+        of_layers: decoder layer -> heads.
+
+    Example:
+        >>> head_pairs({0: [3], 2: [0, 1]})
+        [(0, 3), (2, 0), (2, 1)]
+    """
+    return [(layer, head) for layer, heads in of_layers.items() for head in heads]
 
 
 def head_counts(n_heads: int, shares: Sequence[float] = SHARES) -> list[int]:
@@ -254,11 +267,11 @@ def random_heads(heads: Sequence[Head], n: int, *, seed: int, per_layer: bool = 
 
 
 def _groups(heads: Sequence[Head], n: int, per_layer: bool) -> list[list[Head]]:
-    """All heads as one group, or one group a layer; each has at least `n`."""
+    """All heads as one group, or one group per layer; each has at least `n`."""
     layers: dict[int, list[Head]] = {}
     for head in heads:
         layers.setdefault(head[0], []).append(head)
     groups = list(layers.values()) if per_layer else [list(heads)]
     if n < 0 or any(n > len(group) for group in groups):
-        raise ValueError(f"cannot choose {n} of {min(map(len, groups))} heads{' a layer' if per_layer else ''}")
+        raise ValueError(f"cannot choose {n} of {min(map(len, groups))} heads{' per layer' if per_layer else ''}")
     return groups

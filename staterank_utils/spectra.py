@@ -105,7 +105,7 @@ def finite_at_the_end() -> Iterator[None]:
     try:
         yield
     except torch.linalg.LinAlgError:
-        # Whoever decomposes what is not finite learns of that alone.
+        # If a decomposition fails on NaN input, the NaN is reported instead of the LinAlgError.
         for shape, finite in checks:
             _check_finite(shape, finite)
         raise

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import check_heads, head_names, layer_index, linear_layers
+from staterank_utils.layouts import check_heads, layer_index, linear_layers
 from staterank_utils.models import check_ids, make_cache, read_tokens, unwrapped
 from staterank_utils.rebinding import eagerly
 from staterank_utils.spectra import decompose
@@ -42,9 +42,9 @@ def all_heads(model: PreTrainedModel) -> list[Head]:
     Example:
         >>> from staterank_utils import load_model
         >>> all_heads(load_model("hybrid"))[-2:]
-        [(6, 6), (6, 7)]
+        [(10, 14), (10, 15)]
     """
-    return [(index, head) for index, layer, layout in linear_layers(model) for head in head_names(layer, layout)]
+    return [(layer.index, head) for layer in linear_layers(model) for head in layer.heads]
 
 
 @contextmanager
@@ -95,31 +95,25 @@ def ablate_heads(
             f"kind={kind!r} was given {'no ' if means is None else ''}means: 'mean' needs them, others do not"
         )
     by_layer = heads_by_layer(heads, all_heads(model), what="linear-attention")
-    modules = {index: (layer, layout) for index, layer, layout in linear_layers(model)}
+    layers = {layer.index: layer for layer in linear_layers(model)}
     if means is not None and not set(by_layer) <= set(means):
         raise ValueError(
             f"means are missing for layers {sorted(set(by_layer) - set(means))}: make them with mean_outputs"
         )
     with ExitStack() as stack:
         for index, of_layer in by_layer.items():
-            layer, layout = modules[index]
-            chosen = _places(of_layer, head_names(layer, layout))
+            layer = layers[index]
+            chosen = layer.places(of_layer)
             if kind == "frozen":
-                if layout.write_module is None or layout.without_writes is None:
-                    raise ValueError(
-                        f"the writes of {layout.layer_class} cannot be stopped exactly: choose kind 'zero' or 'mean'"
-                    )
-                gate = layer.get_submodule(layout.write_module)
-                handle = gate.register_forward_hook(_without_writes(layer, layout.without_writes, chosen))
+                handle = layer.stop_writes(chosen)
             else:
-                projection = layer.get_submodule(layout.output(layer))
-                if means is not None and len(means[index]) != layout.n_heads(layer):
+                if means is not None and len(means[index]) != layer.n_heads:
                     raise ValueError(
-                        f"means of layer {index} are of {len(means[index])} heads, and it has {layout.n_heads(layer)}: make them of this "
+                        f"means of layer {index} are of {len(means[index])} heads, and it has {layer.n_heads}: make them of this "
                         "model with mean_outputs"
                     )
                 put_out = means[index][chosen] if means is not None else torch.zeros(())
-                handle = projection.register_forward_pre_hook(_replaced(layout.n_heads(layer), chosen, put_out))
+                handle = layer.output.register_forward_pre_hook(_replaced(layer.n_heads, chosen, put_out))
             stack.callback(handle.remove)
         stack.enter_context(noted(model, f"{kind}: {by_layer}{_digest_of(means)}"))
         yield
@@ -148,7 +142,7 @@ def ablations(model: PreTrainedModel) -> list[str]:
         ...     ablations(model)
         ['zero: {0: [3]}']
     """
-    return [note.text for note in _notes.get(linear_layers(model)[0][1], [])]
+    return [note.text for note in _notes.get(linear_layers(model)[0].module, [])]
 
 
 @contextmanager
@@ -173,7 +167,7 @@ def noted(model: PreTrainedModel, intervention: str) -> Iterator[None]:
     """
 
     model = unwrapped(model)
-    layer, note = linear_layers(model)[0][1], _Note(intervention)
+    layer, note = linear_layers(model)[0].module, _Note(intervention)
     refused = {
         "save_pretrained": functools.partial(_refuse, model, "save it"),
         "__deepcopy__": functools.partial(_refuse, model, "copy it"),
@@ -235,7 +229,7 @@ def softmax_heads(model: PreTrainedModel) -> list[Head]:
     Example:
         >>> from staterank_utils import load_model
         >>> softmax_heads(load_model("hybrid"))
-        [(3, 0), (3, 1), (3, 2), (3, 3), (7, 0), (7, 1), (7, 2), (7, 3)]
+        [(3, 0), (3, 1), (3, 2), (3, 3), (7, 0), (7, 1), (7, 2), (7, 3), (11, 0), (11, 1), (11, 2), (11, 3)]
     """
     return [(index, head) for index in _softmax_layers(model) for head in range(_n_softmax_heads(model))]
 
@@ -287,7 +281,7 @@ def mean_outputs(
     Example:
         >>> from staterank_utils import load_model
         >>> mean_outputs(load_model("hybrid"), torch.arange(32).reshape(1, 32))[0].shape
-        torch.Size([8, 64])
+        torch.Size([16, 64])
     """
     check_ids(model, input_ids)
     sums: dict[int, Tensor] = {}
@@ -300,9 +294,8 @@ def mean_outputs(
         return hook
 
     with ExitStack() as stack:
-        for index, layer, layout in linear_layers(model):
-            projection = layer.get_submodule(layout.output(layer))
-            stack.callback(projection.register_forward_pre_hook(add(index, layout.n_heads(layer))).remove)
+        for layer in linear_layers(model):
+            stack.callback(layer.output.register_forward_pre_hook(add(layer.index, layer.n_heads)).remove)
         for batch in input_ids.split(batch_size):
             read_tokens(model, batch.to(model.device))
     return {index: (total / input_ids.numel()).float() for index, total in sums.items()}
@@ -345,23 +338,19 @@ def forward_with_edits(
     if every < 1:
         raise ValueError(f"every must be at least 1 token, got {every}")
     by_layer = heads_by_layer(heads, all_heads(model), what="linear-attention")
-    layers = {index: (layer, layout) for index, layer, layout in linear_layers(model)}
-    places = {index: _places(of_layer, head_names(*layers[index])) for index, of_layer in by_layer.items()}
+    layers = {layer.index: layer for layer in linear_layers(model)}
+    places = {index: layers[index].places(of_layer) for index, of_layer in by_layer.items()}
     input_ids = input_ids.to(model.device)
     order = torch.arange(input_ids.shape[1], device=model.device)[None]
     cache, hidden = make_cache(model), []
     for segment, positions in zip(input_ids.split(every, 1), order.split(every, 1), strict=True):
         hidden.append(read_tokens(model, segment, positions=positions, cache=cache))
         for index, chosen in places.items():
-            layout = layers[index][1]
-            state = layout.state(cache, index)
+            state = layers[index].state(cache)
             edited = edit(state[:, chosen])
             if edited.shape != state[:, chosen].shape:
                 raise ValueError(f"the edit made {tuple(edited.shape)} of states {tuple(state[:, chosen].shape)}")
-            if layout.set_state:
-                layout.set_state(cache, index, chosen, edited.to(state))
-            else:
-                state[:, chosen] = edited.to(state)
+            layers[index].set_state(cache, chosen, edited.to(state))
     return torch.cat(hidden, 1)
 
 
@@ -439,14 +428,9 @@ def heads_by_layer(heads: Iterable[Head], known: Iterable[Head], *, what: str) -
     return check_heads(*grouped, what=what)
 
 
-def _places(heads: list[int], names: list[int]) -> list[int]:
-    """Where heads of a layer stand among those that it still has."""
-    return [names.index(head) for head in heads]
-
-
 def _softmax_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Decoder layer -> its softmax attention; of one that several layers share, the first of them."""
-    linear = {layer for _, layer, _ in linear_layers(model)}
+    linear = {layer.module for layer in linear_layers(model)}
     return {
         layer_index(name, module): module
         for name, module in model.named_modules()
@@ -476,23 +460,5 @@ def _replaced(n_heads: int, heads: list[int], put_out: Tensor) -> Callable[[nn.M
         # One pass over the activations, whatever the number of heads.
         mask, replacement = on(x.device, x.dtype, x.shape[-1] // n_heads)
         return (torch.where(mask, x, replacement), *inputs[1:])
-
-    return hook
-
-
-def _without_writes(
-    layer: nn.Module, without_writes: Callable[[nn.Module, Tensor, list[int]], Tensor], heads: list[int]
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook behind a gate projection that keeps some heads from writing."""
-
-    @functools.cache
-    def on(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
-        """Which of its numbers are replaced, and by what; made once, so that a graph can be captured."""
-        put_out = without_writes(layer, torch.full((1, 1, width), torch.nan, dtype=dtype, device=device), heads)
-        return ~put_out.isnan(), put_out
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        replaced, put_out = on(output.device, output.dtype, output.shape[-1])
-        return torch.where(replaced, put_out, output)
 
     return hook

@@ -20,8 +20,7 @@ from staterank_utils import recurrence
 from staterank_utils.budget import budget, in_words, machine_memory, out_of_memory
 from staterank_utils.dispatch import Kernel, backend_of, suited_kernels
 from staterank_utils.kernels import serves_kernel
-from staterank_utils.layouts import Layout, linear_layers, scans_through
-from staterank_utils.layouts.core import log_norm, read_gates
+from staterank_utils.layouts import LinearLayer, linear_layers
 from staterank_utils.models import check_ids, make_cache, output_logits, read_tokens, unwrapped
 from staterank_utils.rebinding import eagerly
 from staterank_utils.spectra import finite_at_the_end
@@ -55,7 +54,7 @@ class StateTrace:
         >>> from staterank_utils import load_model
         >>> trace = trace_states(load_model("hybrid"), torch.arange(8).reshape(1, 8), positions=[4, 8])
         >>> trace.values.shape, trace.layers, trace.d
-        (torch.Size([6, 1, 2, 8, 64, 64]), (0, 1, 2, 4, 5, 6), 64)
+        (torch.Size([9, 1, 2, 16, 64, 64]), (0, 1, 2, 4, 5, 6, 8, 9, 10), 64)
     """
 
     values: Tensor
@@ -121,7 +120,7 @@ def trace_states(
         >>> from staterank_utils import effective_rank, load_model
         >>> trace = trace_states(load_model("hybrid"), torch.arange(64).reshape(1, 64), positions=[1, 7, 64], reduce=effective_rank)
         >>> trace.values.shape  # (layer, batch, position, head)
-        torch.Size([6, 1, 3, 8])
+        torch.Size([9, 1, 3, 16])
         >>> trace.values[:, :, 0].max().item()
         1
     """
@@ -153,14 +152,13 @@ def trace_states(
             for batch in tqdm(batches, desc="prompts", leave=False, disable=len(batches) == 1)
         ]
     values, gates, outputs, norms = zip(*parts, strict=True)
-    _, layer, layout = layers[0]
     log_decay, write_strength = torch.cat(gates, 2).unbind(1)
     return StateTrace(
         values=torch.cat(values, 1) if len(values) > 1 else values[0],
         positions=tuple(positions),
-        layers=tuple(index for index, _, _ in layers),
-        d_k=layout.d_k(layer),
-        d_v=layout.d_v(layer),
+        layers=tuple(layer.index for layer in layers),
+        d_k=layers[0].d_k,
+        d_v=layers[0].d_v,
         log_decay=log_decay,
         write_strength=write_strength,
         logits=torch.cat(outputs) if logits else None,
@@ -171,7 +169,7 @@ def trace_states(
 @torch.inference_mode()
 def _trace_batch(
     model: PreTrainedModel,
-    layers: list[tuple[int, nn.Module, Layout]],
+    layers: list[LinearLayer],
     input_ids: Tensor,
     positions: Sequence[int],
     reduce: "Callable[[Tensor], Tensor] | Reducer | None",
@@ -187,22 +185,22 @@ def _trace_batch(
         stack.enter_context(eagerly())
         stack.enter_context(suited_kernels(model))
         stack.enter_context(finite_at_the_end())
-        readings = [stack.enter_context(_GateReading(layer, layout, log_norms)) for _, layer, layout in layers]
-        devices = {parameter.device for _, layer, _ in layers for parameter in layer.parameters()}
+        readings = [stack.enter_context(_GateReading(layer, log_norms)) for layer in layers]
+        devices = {parameter.device for layer in layers for parameter in layer.module.parameters()}
         reducer = stack.enter_context(reduce if isinstance(reduce, Reducer) else Reducer(reduce, devices=devices))
-        taps = [_StateTap(*layer, reducer=reducer, gates=gates) for layer, gates in zip(layers, readings, strict=True)]
-        for (_, layer, layout), tap in zip(layers, taps, strict=True):
-            stack.enter_context(scans_through(layer, layout, tap.scan))
+        taps = [_StateTap(layer, reducer=reducer, gates=gates) for layer, gates in zip(layers, readings, strict=True)]
+        for layer, tap in zip(layers, taps, strict=True):
+            stack.enter_context(layer.scans_through(tap.scan))
         for start, stop in itertools.pairwise(_borders(positions, layers, n_prompts=len(input_ids))):
             inside = [position - start for position in positions if start < position <= stop]
             for tap in taps:
                 tap.positions = inside
             hidden = read_tokens(model, input_ids[:, start:stop], positions=order[:, start:stop], cache=cache)
             for tap in taps:
-                if inside and not tap.layout.scans:
-                    tap.keep(tap.layout.state(cache, tap.index)[:, None].clone())
-            if stop < positions[-1] and layers[0][2].cache is None:  # a layout's own cache is filled by the layout
-                _check_kept(model, cache, stop, [index for index, _, _ in layers])
+                if inside and not tap.layer.layout.scans:
+                    tap.keep(tap.layer.state(cache)[:, None].clone())
+            if stop < positions[-1] and layers[0].layout.cache is None:  # a layout's own cache is filled by the layout
+                _check_kept(model, cache, stop, [layer.index for layer in layers])
             if logits and inside:
                 chosen = hidden[:, [position - 1 for position in inside]]
                 outputs.append(output_logits(model, chosen).float().cpu())
@@ -235,12 +233,12 @@ def _stacked(kept: list[list[Tensor]]) -> Num[Tensor, "layer batch position *mad
     return values
 
 
-def _borders(positions: Sequence[int], layers: list[tuple[int, nn.Module, Layout]], *, n_prompts: int) -> list[int]:
+def _borders(positions: Sequence[int], layers: list[LinearLayer], *, n_prompts: int) -> list[int]:
     """Where segments begin and end."""
-    wanted = positions[-1:] if all(layout.scans for _, _, layout in layers) else positions
+    wanted = positions[-1:] if all(layer.layout.scans for layer in layers) else positions
     size = SEGMENT
-    # Kernels that are not fla's take too much: transformers' own 100 kB a token and head and more (Kimi Linear, Mamba-2).
-    if all(backend_of(layer, layout) == "fla" for _, layer, layout in layers):
+    # Kernels that are not fla's take too much: transformers' own 100 kB per token and head and more (Kimi Linear, Mamba-2).
+    if all(backend_of(layer) == "fla" for layer in layers):
         size = max(SEGMENT, TOKENS_ON_GPU // n_prompts // WHOLE_CHUNKS * WHOLE_CHUNKS)
     return sorted({*range(0, positions[-1], size), *wanted})
 
@@ -252,16 +250,8 @@ class _StateTap:
     the layer sees the whole segment.
     """
 
-    def __init__(
-        self,
-        index: int,
-        layer: nn.Module,
-        layout: Layout,
-        *,
-        reducer: "Reducer",
-        gates: "_GateReading",
-    ):
-        self.index, self.layer, self.layout, self.reducer, self.gates = index, layer, layout, reducer, gates
+    def __init__(self, layer: LinearLayer, *, reducer: "Reducer", gates: "_GateReading"):
+        self.layer, self.reducer, self.gates = layer, reducer, gates
         self.positions: list[int] = []
         self.kept: list[Tensor] = []
         self._n_held_now = self._n_left = 0
@@ -322,17 +312,17 @@ class _StateTap:
 
     def keep(self, states: Float[Tensor, "batch position head d_k d_v"]) -> None:
         """States at the next positions."""
-        expected = self.layout.n_heads(self.layer), self.layout.d_k(self.layer), self.layout.d_v(self.layer)
+        expected = self.layer.n_heads, self.layer.d_k, self.layer.d_v
         if tuple(states.shape[2:]) != expected:
             raise ValueError(
-                f"layer {self.index} keeps states of shape {tuple(states.shape[2:])}, its layout expects {expected}"
+                f"layer {self.layer.index} keeps states of shape {tuple(states.shape[2:])}, its layout expects {expected}"
             )
         if states.dtype.itemsize < 4:
             raise ValueError(
-                f"layer {self.index} keeps its states in {states.dtype}, whose rounding would drown small singular values: "
+                f"layer {self.layer.index} keeps its states in {states.dtype}, whose rounding would drown small singular values: "
                 "load the model with dtype=torch.float32"
             )
-        self.reducer.add(self.index, self.kept, states)
+        self.reducer.add(self.layer.index, self.kept, states)
 
 
 class Reducer:
@@ -444,16 +434,17 @@ class _GateReading:
     projections put out.
     """
 
-    def __init__(self, layer: nn.Module, layout: Layout, keep_norms: bool):
-        self.layer, self.layout, self.keep_norms = layer, layout, keep_norms
+    def __init__(self, layer: LinearLayer, keep_norms: bool):
+        self.layer, self.keep_norms = layer, keep_norms
         self._sums: list[Tensor] = []  # (gate, batch, head) of each segment
         self._norms: list[Tensor] = []  # (batch, token, head) of each segment
         self._seen: dict[str, Any] = {}
 
     def __enter__(self) -> "_GateReading":
-        names = () if self.layout.scans else self.layout.gate_modules
+        names = () if self.layer.layout.scans else self.layer.layout.gate_modules
         self._handles = [
-            self.layer.get_submodule(name).register_forward_hook(functools.partial(self._look, name)) for name in names
+            self.layer.module.get_submodule(name).register_forward_hook(functools.partial(self._look, name))
+            for name in names
         ]
         return self
 
@@ -466,7 +457,7 @@ class _GateReading:
         over_channels = log_decay.mean(-1) if log_decay.ndim == 4 else log_decay
         self._sums.append(torch.stack([gate.sum(1, dtype=torch.float64) for gate in (over_channels, write_strength)]))
         if self.keep_norms:
-            self._norms.append(log_norm(self.layer, self.layout, log_decay, *outputs).double().cpu())
+            self._norms.append(self.layer.log_norm(log_decay, *outputs).double().cpu())
 
     def total(self) -> Float[Tensor, "gate batch head"]:
         """Both sums, on the layer's device."""
@@ -478,9 +469,10 @@ class _GateReading:
 
     def _look(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._seen[name] = output
-        if len(self._seen) == len(self.layout.gate_modules):
-            outputs = [self._seen[name] for name in self.layout.gate_modules]
-            self.add(*read_gates(self.layer, self.layout, *outputs), *outputs)
+        names = self.layer.layout.gate_modules
+        if len(self._seen) == len(names):
+            outputs = [self._seen[name] for name in names]
+            self.add(*self.layer.gates(*outputs), *outputs)
             self._seen = {}
 
 
@@ -494,7 +486,7 @@ def _check_memory(model: PreTrainedModel, input_ids: Tensor, positions: Sequence
         )
 
 
-def check_even(layers: list[tuple[int, nn.Module, Layout]]) -> None:
+def check_even(layers: list[LinearLayer]) -> None:
     """Refuse a model whose layers have different numbers of heads, since a trace has one axis for all.
 
     Args:
@@ -508,9 +500,9 @@ def check_even(layers: list[tuple[int, nn.Module, Layout]]) -> None:
         >>> check_even(linear_layers(prune_heads(load_model("hybrid"), {0: [1]})))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: a trace has one axis of heads for all layers, and these have different numbers of them: {0: 7, 1: 8, ...
+        ValueError: a trace has one axis of heads for all layers, and these have different numbers of them: {0: 15, 1: 16, ...
     """
-    counts = {index: layout.n_heads(layer) for index, layer, layout in layers}
+    counts = {layer.index: layer.n_heads for layer in layers}
     if len(set(counts.values())) > 1:
         raise ValueError(
             f"a trace has one axis of heads for all layers, and these have different numbers of them: {counts}. "

@@ -2,19 +2,24 @@
 
 import importlib
 import os
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import conformance
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 
+from staterank_utils.decoding import generate_greedily
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.models import load_model, load_tokenizer
+from staterank_utils.evaluation import Task, exact
+from staterank_utils.models import CHECKPOINTS, load_model, load_tokenizer
 from staterank_utils.results import STORED, provenance, write_json
+from staterank_utils.tasks import Turn, text_tokens
 from training.fast_forward import limit_autotuning
 
 
@@ -72,6 +77,14 @@ def tiny_qwen3_next(
     return model
 
 
+def save_tiny(folder: Path, layer_types: list[str]) -> Path:
+    """A random model under the tokenizer of the embedded models."""
+    tiny_qwen3_next(layer_types, vocab_size=8192).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINTS / "hybrid" / name, folder)
+    return folder
+
+
 def unchecked(function: Callable) -> Callable:
     """A function as users call it, without the shape checks that the test run wraps around it."""
     return getattr(function, "__wrapped__", function)
@@ -99,3 +112,22 @@ def hybrid():
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer("hybrid")
+
+
+def continued(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
+    """Passages of 48 tokens of a book -> the 4 tokens with which the model itself continues them."""
+    answers = {}
+    for passage in text_tokens("books", tokenizer)[:2400].unflatten(0, (-1, 48))[::10]:
+        [tokens] = generate_greedily(model, [passage.tolist()], max_new_tokens=[4], stop=[])
+        answers[tokenizer.decode(passage)] = tokenizer.decode(tokens)
+    return answers
+
+
+@pytest.fixture(scope="session")
+def own_words(hybrid, tokenizer) -> Task:
+    """A task that the embedded hybrid masters: to continue a passage as it does."""
+    answers = list(continued(hybrid, tokenizer).items())
+    assert all(
+        len(tokenizer.encode(passage)) == 48 and len(tokenizer.encode(answer)) == 4 for passage, answer in answers
+    )
+    return Task("its own words", lambda rng, _: Turn(*rng.choice(answers)), exact, True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.layouts import key_names, linear_layers, scans_through
+from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache
 from staterank_utils.pruning import cache_bytes, prune_heads
 from staterank_utils.surgery import ablate_heads
@@ -26,16 +26,15 @@ def ids() -> torch.Tensor:
 def reading_only(model, channels) -> ExitStack:
     """While entered, the recurrence of the whole model is given only the channels of queries and keys that are kept."""
     stack = ExitStack()
-    for index, layer, layout in linear_layers(model):
-        names = key_names(layer, layout)
+    for layer in linear_layers(model):
 
-        def cut(kernel, query, key, value, *rest, index=index, names=names, **options):
+        def cut(kernel, query, key, value, *rest, index=layer.index, names=layer.keys, **options):
             per = key.shape[2] // len(names)
             of_head = torch.tensor([channels[index][name] for name in names for _ in range(per)])
             places = of_head.expand(*key.shape[:2], *of_head.shape)
             return kernel(query.gather(-1, places), key.gather(-1, places), value, *rest, **options)
 
-        stack.enter_context(scans_through(layer, layout, cut))
+        stack.enter_context(layer.scans_through(cut))
     return stack
 
 
@@ -67,13 +66,13 @@ def test_channels_are_in_the_order_of_a_pivoted_decomposition() -> None:
     model = tiny_qwen3_next(["linear_attention", "linear_attention"])
     ids = torch.randint(1, 64, (2, 40), generator=torch.Generator().manual_seed(3))
     keys: list[torch.Tensor] = []
-    index, layer, layout = linear_layers(model)[1]
+    layer = linear_layers(model)[1]
 
     def look(kernel, query, key, *rest, **options):
         keys.append(key[:, :, :: key.shape[2] // 2].flatten(0, 1).double())
         return kernel(query, key, *rest, **options)
 
-    with torch.no_grad(), scans_through(layer, layout, look):
+    with torch.no_grad(), layer.scans_through(look):
         model(ids, use_cache=False)
     for head in (0, 1):
         matrix = torch.cat(keys)[:, head].numpy()
@@ -84,7 +83,7 @@ def test_channels_are_in_the_order_of_a_pivoted_decomposition() -> None:
             left = np.linalg.norm(matrix - basis @ (basis.T @ matrix), axis=0)
             left[chosen] = -1
             chosen.append(int(left.argmax()))
-        assert order_channels(model, ids)[index][head][:4] == chosen
+        assert order_channels(model, ids)[layer.index][head][:4] == chosen
 
 
 def test_the_state_shrinks_by_the_share_of_channels(tiny_model, ids) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.decoding import pad_left
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.layouts import head_names, linear_layers
+from staterank_utils.layouts import linear_layers
 from staterank_utils.memory import cap_half_life, check_memory_bound, scale_decay
 from staterank_utils.models import load_model, make_cache, output_logits, read_tokens
 from staterank_utils.pruning import cache_bytes, prune_heads, removed_heads
@@ -120,9 +120,8 @@ def keep(name: str) -> Callable[..., float]:
 
 def removals(model: PreTrainedModel) -> dict[str, Removal]:
     layers = linear_layers(model)
-    _, layer, layout = layers[0]
-    n_heads = layout.n_heads(layer)
-    return _removals(layers[0][0], layers[-1][0], n_heads, n_heads // layout.n_keys(layer))
+    n_heads = layers[0].n_heads
+    return _removals(layers[0].index, layers[-1].index, n_heads, n_heads // layers[0].n_keys)
 
 
 def pairs(removal: Removal) -> list[tuple[int, int]]:
@@ -157,8 +156,7 @@ def in_pieces(
         seen = None if mask is None else mask[:, :stop]
         hidden = read_tokens(model, ids[:, start:stop], positions=positions[:, start:stop], cache=cache, mask=seen)
         parts.append(output_logits(model, hidden))
-    layers = [entry for entry in linear_layers(model) if entry[2].n_heads(entry[1])]
-    return torch.cat(parts, 1), [layout.state(cache, index).clone() for index, _, layout in layers]
+    return torch.cat(parts, 1), [layer.state(cache).clone() for layer in linear_layers(model) if layer.n_heads]
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
@@ -225,17 +223,17 @@ def test_a_layout_reads_the_gates_off_the_projections(architecture, model, three
     """Also where a trace takes them from the kernel's arguments."""
     layers, seen = linear_layers(model), {}
     hooks = [
-        layer.get_submodule(name).register_forward_hook(
+        layer.module.get_submodule(name).register_forward_hook(
             lambda _, __, output, key=(row, name): seen.update({key: output})
         )
-        for row, (_, layer, layout) in enumerate(layers)
-        for name in layout.gate_modules
+        for row, layer in enumerate(layers)
+        for name in layer.layout.gate_modules
     ]
     expected = architecture.expected(model, three)
     for hook in hooks:
         hook.remove()
-    for row, ((_, layer, layout), gates) in enumerate(zip(layers, expected, strict=True)):
-        log_decay, strength = layout.gates(layer, *(seen[row, name] for name in layout.gate_modules))
+    for row, (layer, gates) in enumerate(zip(layers, expected, strict=True)):
+        log_decay, strength = layer.gates(*(seen[row, name] for name in layer.layout.gate_modules))
         over_channels = log_decay.mean(-1) if log_decay.ndim == 4 else log_decay
         for read, gate in ((over_channels, gates.log_decay), (strength, gates.write_strength)):
             assert read.shape == gate.shape
@@ -288,10 +286,10 @@ def test_left_padding_changes_nothing(architecture, model, half, three, keep) ->
 def test_ablation_leaves_the_other_heads_alone(of_dtype, architecture, three, kind: str, keep) -> None:
     model = of_dtype
     means = {"means": mean_outputs(model, three)} if kind == "mean" else {}
-    for row, (index, layer, layout) in enumerate(linear_layers(model)):
-        n_heads = layout.n_heads(layer)
+    for row, layer in enumerate(linear_layers(model)):
+        index, n_heads = layer.index, layer.n_heads
         # Heads that share a value stop writing together.
-        chosen = list(range(n_heads // layout.n_keys(layer))) if kind == "frozen" else [1]
+        chosen = list(range(n_heads // layer.n_keys)) if kind == "frozen" else [1]
         others = [head for head in range(n_heads) if head not in chosen]
         for cuts in ([], [32], LATE):
             logits, states = in_pieces(model, three, cuts)
@@ -312,7 +310,7 @@ def test_ablation_leaves_the_other_heads_alone(of_dtype, architecture, three, ki
 
 
 def test_a_trace_under_ablation_is_of_the_same_states(model, three) -> None:
-    index, _, _ = linear_layers(model)[0]
+    index = linear_layers(model)[0].index
     before = trace_states(model, three, positions=POSITIONS).values
     with ablate_heads(model, [(index, 1)]):
         inside = trace_states(model, three, positions=POSITIONS).values
@@ -344,8 +342,8 @@ def _scaled(factor: float, head: int) -> Callable[[Tensor], Tensor]:
 
 CHANGES = {
     "capped": (lambda model: cap_half_life(model, 0.5), lambda log_decay: log_decay.clamp_max(-math.log(2) / 0.5)),
-    "slower": (lambda model: scale_decay(model, 0.25, [(linear_layers(model)[0][0], 1)]), _scaled(0.25, 1)),
-    "faster": (lambda model: scale_decay(model, 4.0, [(linear_layers(model)[0][0], 0)]), _scaled(4.0, 0)),
+    "slower": (lambda model: scale_decay(model, 0.25, [(linear_layers(model)[0].index, 1)]), _scaled(0.25, 1)),
+    "faster": (lambda model: scale_decay(model, 4.0, [(linear_layers(model)[0].index, 0)]), _scaled(4.0, 0)),
 }
 changes = pytest.mark.parametrize("change", CHANGES)
 
@@ -353,7 +351,7 @@ changes = pytest.mark.parametrize("change", CHANGES)
 @pytest.fixture
 def decaying(name: str, model: PreTrainedModel) -> PreTrainedModel:
     if name in NO_DECAY:
-        with pytest.raises(ValueError, match="has no decay: there is nothing to change"), cap_half_life(model, 2.0):
+        with pytest.raises(ValueError, match="has no decay that can be changed"), cap_half_life(model, 2.0):
             pass
         pytest.skip("has no decay, and is refused")
     return model
@@ -399,7 +397,7 @@ def test_pieces_are_one_pass_also_where_decay_is_changed(decaying, three, change
 
 
 def test_a_changed_decay_and_ablated_heads_compose_in_any_order(decaying, three) -> None:
-    index = linear_layers(decaying)[0][0]
+    index = linear_layers(decaying)[0].index
     with cap_half_life(decaying, 2.0), ablate_heads(decaying, [(index, 1)]):
         first = whole(decaying, three)
     with ablate_heads(decaying, [(index, 1)]), cap_half_life(decaying, 2.0):
@@ -452,12 +450,12 @@ def test_removed_equals_ablated_in_bfloat16(half, three, removal, keep) -> None:
 
 
 def test_removing_twice_is_removing_at_once(architecture, model, three) -> None:
-    first, _, layout = linear_layers(model)[0]
+    first = linear_layers(model)[0].index
     if architecture.refused:
         pytest.skip("which heads can be removed depends on those that are left")
     twice = prune_heads(prune_heads(model, {first: [0, 3]}), {first: [2]})
     once = prune_heads(model, {first: [0, 2, 3]})
-    assert not {0, 2, 3} & set(head_names(linear_layers(twice)[0][1], layout))
+    assert not {0, 2, 3} & set(linear_layers(twice)[0].heads)
     assert apart(whole(twice, three), whole(once, three)) < TOLERANCE
 
 
@@ -508,21 +506,21 @@ def test_a_pruned_model_trains(name, model, three, removal) -> None:
         if "Please upgrade Triton" not in str(error):
             raise
         pytest.skip(f"fla refuses the backward pass: {error}")
-    for _, layer, layout in linear_layers(pruned):
-        for blocks in layout.blocks(layer):
-            weight = blocks.tensor(layer)
+    for layer in linear_layers(pruned):
+        for blocks in layer.blocks:
+            weight = blocks.tensor(layer.module)
             if isinstance(weight, nn.Parameter) and weight.numel():
                 assert weight.grad is not None, blocks.weight
                 assert weight.grad.any(), blocks.weight
 
 
 def test_key_channels_are_cut_or_refused(model, three, tmp_path: Path) -> None:
-    _, layer, layout = linear_layers(model)[0]
-    if layout.d_k_setting is None:
+    layer = linear_layers(model)[0]
+    if layer.layout.d_k_setting is None:
         with pytest.raises(ValueError, match="key channels of .* cannot be cut"):
             order_channels(model, three)
         return
     reduced = keep_channels(model, order_channels(model, three), share=0.25)
-    kept = 0.75 * layout.d_k(layer)
-    assert trace_states(reduced, three, positions=[N_TOKENS]).values.shape[-2:] == (kept, layout.d_v(layer))
+    kept = 0.75 * layer.d_k
+    assert trace_states(reduced, three, positions=[N_TOKENS]).values.shape[-2:] == (kept, layer.d_v)
     assert torch.equal(whole(loaded(reduced, tmp_path, reduced.dtype), three), whole(reduced, three))

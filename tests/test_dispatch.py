@@ -57,7 +57,7 @@ def test_a_model_that_its_constructor_made_is_served_and_left_alone(family: str,
     expected = trace_states(prepared, ids, positions=[7, N_TOKENS])
     with ablate_heads(prepared, heads):
         without = read_tokens(prepared, ids)
-    has_decay = linear_layers(model)[0][2].changed_decay is not None
+    has_decay = linear_layers(model)[0].has_decay
     before = attributes(model)
     trace = trace_states(model, ids, positions=[7, N_TOKENS], log_norms=True)
     assert torch.equal(trace.values, expected.values)
@@ -104,10 +104,10 @@ def test_two_models_are_read_in_two_threads(ids: Tensor) -> None:
 def test_a_copy_of_a_model_with_kernels_has_its_own() -> None:
     model = load_model("hybrid", device="cpu")
     twin = copy.deepcopy(model)
-    forward = vars(linear_layers(twin)[0][1])["forward"]
-    assert forward.__self__ is linear_layers(twin)[0][1]
+    forward = vars(linear_layers(twin)[0].module)["forward"]
+    assert forward.__self__ is linear_layers(twin)[0].module
     choose_kernels(twin, plain=True)
-    [kernel] = functions_called(linear_layers(model)[0][1], ["causal_conv1d_fn"])["causal_conv1d_fn"][:1]
+    [kernel] = functions_called(linear_layers(model)[0].module, ["causal_conv1d_fn"])["causal_conv1d_fn"][:1]
     assert isinstance(kernel, Kernel)
     assert not kernel.plain
 
@@ -143,11 +143,11 @@ def test_a_subclass_of_a_layer_is_that_layer(ids: Tensor) -> None:
 
     model = ARCHITECTURES["qwen3_next"].build()
     expected = trace_states(model, ids, positions=[N_TOKENS]).values
-    for _, layer, _ in linear_layers(model):
-        layer.__class__ = MyNet
+    for layer in linear_layers(model):
+        layer.module.__class__ = MyNet
     assert torch.equal(trace_states(model, ids, positions=[N_TOKENS]).values, expected)
-    for _, layer, _ in linear_layers(model):
-        layer.__class__ = Deaf
+    for layer in linear_layers(model):
+        layer.module.__class__ = Deaf
     with pytest.raises(ValueError, match="Deaf does not call torch_chunk_gated_delta_rule, .* overrides a method"):
         trace_states(model, ids, positions=[N_TOKENS])
 
@@ -169,7 +169,7 @@ def test_a_pruned_model_is_of_a_subclass_and_the_whole_one_of_its_own() -> None:
 def test_backends_are_those_that_were_chosen() -> None:
     model = load_model("hybrid", device="cpu")
     assert set(backends(model).values()) == {"torch"}
-    assert list(backends(model)) == [index for index, _, _ in linear_layers(model)]
+    assert list(backends(model)) == [layer.index for layer in linear_layers(model)]
 
 
 # ---------------------------------------------------------------- rebinding

@@ -36,8 +36,8 @@ def test_mamba2_reads_a_prompt_as_fla_does(ids) -> None:
     model = tiny("Mamba2").to(DEVICE)
     choose_kernels(model)
     ours = model(ids).logits
-    for _, layer, _ in linear_layers(model):
-        del layer.torch_forward
+    for layer in linear_layers(model):
+        del layer.module.torch_forward
     assert (model(ids).logits - ours).abs().max() < (1e-4 if DEVICE == "cpu" else 5e-2)
 
 
@@ -90,7 +90,7 @@ def test_what_a_kernel_refuses_for_its_dtype_goes_to_the_naive_operator() -> Non
 @pytest.mark.parametrize("name", sorted(name for name in MODELS if not name.startswith("Mamba2")))
 def test_a_kernel_is_put_before_fla_s_once(name: str) -> None:
     model = tiny(name)
-    _, layer, _ = linear_layers(model)[0]
+    layer = linear_layers(model)[0].module
     kernel = KERNELS[model.config.model_type]
     [stock] = functions_called(layer, [kernel])[kernel]
     for _ in range(2):

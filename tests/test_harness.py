@@ -3,69 +3,79 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from transformers import Mamba2Config, Mamba2ForCausalLM
+from conftest import continued
+from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 from staterank_utils import load_model, load_tokenizer, prune_heads
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.evaluation import draw_instances
 from staterank_utils.harness import evaluate_in_harness, harness_model
-from staterank_utils.surgery import ablate_heads, all_heads
+from staterank_utils.surgery import ablate_heads, all_heads, heads_by_layer
 
-N_INSTANCES = 6
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    """Two tasks on the same lists: say the number of a word, and choose it among four."""
-    made = tmp_path_factory.mktemp("tasks")
-    rows = []
-    for instance in draw_instances("recall", tokenizer, n_instances=N_INSTANCES, seed=5):
-        question, answer = tokenizer.decode(instance.prompt), tokenizer.decode(instance.answer).strip()
-        wrong = [str((int(answer) + step) % 900 + 100) for step in (111, 222, 333)]
-        rows.append({"question": question, "answer": answer, "choices": [answer, *wrong]})
-    (made / "recall.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def early_heads(model: PreTrainedModel) -> list[tuple[int, int]]:
+    return [(layer, head) for layer, head in all_heads(model) if layer < 2]
+
+
+def tasks(made: Path, model: PreTrainedModel, tokenizer: Any) -> Path:
+    """Two tasks on passages, of which the model is a master: say its own words, and tell them from those of it ablated."""
+    answers = continued(model, tokenizer)
+    with ablate_heads(model, early_heads(model)):
+        others = continued(model, tokenizer)
+    rows = [
+        {"question": passage, "answer": answer, "choices": [answer, others[passage]]}
+        for passage, answer in answers.items()
+    ]
+    (made / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(made / "recall.jsonl")}},
+        "dataset_kwargs": {"data_files": {"test": str(made / "rows.jsonl")}},
         "test_split": "test",
         "doc_to_text": "{{question}}",
+        "target_delimiter": "",
     }
     said = common | {
-        "task": "recall_said", "output_type": "generate_until", "doc_to_target": "{{answer}}", "target_delimiter": "",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
-        "metric_list": [{**MEAN, "metric": "exact_match", "ignore_punctuation": True, "regexes_to_ignore": [" "]}],
+        "task": "said", "output_type": "generate_until", "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["NEVER"], "max_gen_toks": 4},
+        "metric_list": [{**MEAN, "metric": "exact_match"}],
     }  # fmt: skip
     chosen = common | {
-        "task": "recall_chosen", "output_type": "multiple_choice", "doc_to_target": 0, "doc_to_choice": "{{choices}}",
-        "target_delimiter": " ", "metric_list": [{**MEAN, "metric": "acc"}],
+        "task": "chosen", "output_type": "multiple_choice", "doc_to_target": 0, "doc_to_choice": "{{choices}}",
+        "metric_list": [{**MEAN, "metric": "acc"}],
     }  # fmt: skip
     for task in (said, chosen):
         (made / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
     return made
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, hybrid, tokenizer) -> Path:
+    return tasks(tmp_path_factory.mktemp("tasks"), hybrid, tokenizer)
+
+
 def scores(model, tokenizer, folder: Path) -> tuple[float, float]:
-    found = evaluate_in_harness(model, tokenizer, ["recall_said", "recall_chosen"], task_folder=folder, batch_size=3)
-    return found["recall_said"]["exact_match,none"], found["recall_chosen"]["acc,none"]
+    found = evaluate_in_harness(model, tokenizer, ["said", "chosen"], task_folder=folder, batch_size=3)
+    return found["said"]["exact_match,none"], found["chosen"]["acc,none"]
 
 
 def test_the_harness_sees_what_was_done_to_the_model(hybrid, tokenizer, folder: Path) -> None:
     assert scores(hybrid, tokenizer, folder) == (1.0, 1.0)
-    early = [(layer, head) for layer, head in all_heads(hybrid) if layer < 2]
-    with ablate_heads(hybrid, early):
+    with ablate_heads(hybrid, early_heads(hybrid)):
         ablated = scores(hybrid, tokenizer, folder)
     assert ablated[0] == 0.0
     assert ablated[1] < 1.0
-    pruned = prune_heads(hybrid, {layer: list(range(8)) for layer in (0, 1)})
+    pruned = prune_heads(hybrid, heads_by_layer(early_heads(hybrid), all_heads(hybrid), what="heads"))
     assert scores(pruned, tokenizer, folder) == ablated
 
 
-def test_a_model_without_softmax_layers_generates_in_the_harness(tokenizer, folder: Path) -> None:
-    assert scores(load_model("pure"), load_tokenizer("pure"), folder) == (1.0, 1.0)
+def test_a_model_without_softmax_layers_generates_in_the_harness(tmp_path: Path) -> None:
+    model, tokenizer = load_model("pure"), load_tokenizer("pure")
+    assert scores(model, tokenizer, tasks(tmp_path, model, tokenizer)) == (1.0, 1.0)
 
 
 def test_what_is_missing_or_wrong_is_said(hybrid, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
 from staterank_utils import domain_prompts, kernels, load_model, load_tokenizer
 from staterank_utils.dispatch import PLAIN_KERNELS, choose_kernels
-from staterank_utils.layouts import linear_layers, scans_through
+from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache
 from staterank_utils.reference import gated_delta_rule
 from staterank_utils.results import EMBEDDED
@@ -137,8 +137,8 @@ def test_logits_of_the_embedded_models_are_those_of_float64(name: str) -> None:
     ids = domain_prompts("prose", load_tokenizer(name), n_prompts=32, n_tokens=64, seed=0)
     wide = copy.deepcopy(model).double()
     with ExitStack() as stack:
-        for _, layer, layout in linear_layers(wide):
-            stack.enter_context(scans_through(layer, layout, in_float64))
+        for layer in linear_layers(wide):
+            stack.enter_context(layer.scans_through(in_float64))
         exact = wide(ids).logits
     assert exact.dtype == torch.float64
     assert (model(ids).logits - exact).abs().max() < 1e-4

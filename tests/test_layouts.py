@@ -1,6 +1,13 @@
 """What a layout may leave out, and what happens then, on each tiny model with a delta rule."""
 
+import copy
 import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -9,17 +16,19 @@ from transformers import PreTrainedModel
 
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.layouts import LAYOUTS, linear_layers
+from staterank_utils.memory import cap_half_life
 from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.pruning import cache_bytes, prune_heads
-from staterank_utils.surgery import ablate_heads
+from staterank_utils.surgery import ablate_heads, all_heads
 from staterank_utils.tracing import trace_states
 
+ROOT = Path(__file__).resolve().parents[1]
 POSITIONS = [1, 2, 3, 63, 65, 96]
 ROUNDING = 1e-4
 
 
 def test_every_layout_has_a_tiny_model_of_two_layers() -> None:
-    found = [[layout.layer_class for _, _, layout in linear_layers(each.build())] for each in ARCHITECTURES.values()]
+    found = [[layer.name for layer in linear_layers(each.build())] for each in ARCHITECTURES.values()]
     assert all(len(classes) >= 2 for classes in found)
     covered = {name for classes in found for name in classes}
     # transformers 5.17 does not know the last ones yet.
@@ -42,8 +51,8 @@ def ids() -> torch.Tensor:
 
 def test_a_layout_without_scans_is_traced_in_segments(model, ids, monkeypatch) -> None:
     expected = trace_states(model, ids, positions=POSITIONS, logits=True)
-    for _, _, layout in linear_layers(model):
-        monkeypatch.setitem(LAYOUTS, layout.layer_class, dataclasses.replace(layout, scans=()))
+    for layer in linear_layers(model):
+        monkeypatch.setitem(LAYOUTS, layer.name, dataclasses.replace(layer.layout, scans=()))
     trace = trace_states(model, ids, positions=POSITIONS, logits=True)
     assert (trace.values - expected.values).abs().max() < ROUNDING
     assert (trace.logits - expected.logits).abs().max() < ROUNDING
@@ -52,7 +61,7 @@ def test_a_layout_without_scans_is_traced_in_segments(model, ids, monkeypatch) -
 
 
 def test_what_a_layout_leaves_out_is_refused(model, monkeypatch) -> None:
-    index, _, layout = linear_layers(model)[0]
+    index, layout = (layer := linear_layers(model)[0]).index, layer.layout
     bare = dataclasses.replace(layout, write_module=None, without_writes=None, idle=None)
     monkeypatch.setitem(LAYOUTS, layout.layer_class, bare)
     with pytest.raises(ValueError, match="cannot be stopped exactly"), ablate_heads(model, [(index, 0)], kind="frozen"):
@@ -66,7 +75,7 @@ def test_what_a_layout_leaves_out_is_refused(model, monkeypatch) -> None:
 
 @torch.no_grad()
 def test_under_a_delta_rule_a_head_that_writes_nothing_puts_out_nothing(model, ids) -> None:
-    index, _, _ = linear_layers(model)[0]
+    index = linear_layers(model)[0].index
     with ablate_heads(model, [(index, 1)]):
         zero = model(ids, use_cache=False).logits
     with ablate_heads(model, [(index, 1)], kind="frozen"):
@@ -126,3 +135,64 @@ def test_what_an_xlstm_cache_holds_is_counted(ids) -> None:
     assert cache_bytes(cache)["recurrent"] == 0
     read_tokens(made, ids[:1], cache=cache)
     assert cache_bytes(cache)["recurrent"] == 2 * 4 * 4 * (16 * 32 + 16 + 1)
+
+
+@pytest.fixture(scope="module")
+def on_the_page() -> Iterator[dict[str, Any]]:
+    """What the page "Add an architecture" defines, run as it stands there."""
+    page = (ROOT / "book" / "architectures.md").read_text(encoding="utf-8").split("## Add an architecture")[1]
+    defined: dict[str, Any] = {"__name__": "toy"}
+    torch.manual_seed(0)
+    sys.modules["toy"] = ModuleType("toy")
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+            exec(compile(block, "architectures.md", "exec"), defined)
+        yield defined
+    finally:
+        LAYOUTS.pop("ToyAttention", None)
+        del sys.modules["toy"]
+
+
+def test_the_architecture_that_the_page_adds_is_traced(on_the_page: dict[str, Any]) -> None:
+    """Against its recurrence in float64."""
+    model, ids = on_the_page["model"], on_the_page["ids"]
+    assert on_the_page["trace"].values[:, :, :2].max() == 2
+    trace = trace_states(model, ids, positions=[1, 5, 12])
+    wide, x = copy.deepcopy(model).double().model, copy.deepcopy(model).double().model.embeddings(ids)
+    for row, layer in enumerate(wide.layers):
+        k, v = (p(x).unflatten(-1, (4, 4)) for p in (layer.k_proj, layer.v_proj))
+        log_decay = layer.a_proj(x).sigmoid().log()
+        for column, t in enumerate((1, 5, 12)):
+            weights = [log_decay[:, i + 1 : t].sum(1).exp()[..., None, None] for i in range(t)]
+            state = sum(w * k[:, i, :, :, None] * v[:, i, :, None, :] for i, w in enumerate(weights))
+            assert (trace.values[row, :, column] - state).abs().max() < 1e-6
+        torch.testing.assert_close(trace.log_decay[row].double(), log_decay.mean(1), rtol=1e-5, atol=1e-6)
+        x = x + layer(x, {})
+
+
+@torch.no_grad()
+def test_its_heads_are_removed_ablated_and_frozen(on_the_page: dict[str, Any]) -> None:
+    model, ids, smaller = on_the_page["model"], on_the_page["ids"], on_the_page["smaller"]
+    assert all_heads(smaller) == [(0, 0), (0, 3), *((1, head) for head in range(4))]
+    assert (smaller(ids).logits - on_the_page["ablated"]).abs().max() < 1e-6
+    with ablate_heads(model, [(0, 1), (0, 2)], kind="frozen"):
+        assert (model(ids).logits - on_the_page["ablated"]).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="ToyAttention cannot run without any"):
+        prune_heads(model, {0: [0, 1, 2, 3]})
+    with (
+        pytest.raises(ValueError, match="layer 0 .ToyAttention. has no decay that can be changed"),
+        cap_half_life(model, 4),
+    ):
+        pass
+
+
+def test_a_changed_decay_of_minimax_is_made_where_the_layer_is() -> None:
+    """Its own code makes numbers on the default device, which need not be the layer's."""
+    layer = linear_layers(ARCHITECTURES["minimax"].build())[0]
+    changed = layer.layout.changed_decay
+    assert changed is not None
+    before = layer.module.query_decay.clone()
+    with torch.device("meta"), changed(layer.module, lambda log_decay: 2 * log_decay):
+        assert layer.module.query_decay.device.type == "cpu"
+        assert torch.allclose(layer.module.query_decay, before**2)
+    assert torch.equal(layer.module.query_decay, before)

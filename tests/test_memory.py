@@ -15,6 +15,7 @@ from staterank_utils.channels import keep_channels
 from staterank_utils.memory import (
     cap_half_life,
     check_memory_bound,
+    half_life_at,
     half_lives,
     predicted_rank,
     rank_bound,
@@ -102,7 +103,7 @@ def test_what_the_bound_refuses(arguments: tuple[Tensor, Tensor], words: str) ->
 def test_the_predicted_rank_is_that_of_the_formula() -> None:
     decays = -np.logspace(-4, 2, 60)
     found = predicted_rank(torch.from_numpy(decays), d=64)
-    assert found.tolist() == [min(64.0, 1 + math.log(1e4) / abs(a)) for a in decays]
+    assert found.tolist() == pytest.approx([min(64.0, 1 + math.log(1e4) / abs(a)) for a in decays], rel=1e-15)
     assert predicted_rank(torch.tensor(float("-inf")), d=64) == 1
 
 
@@ -118,6 +119,16 @@ def test_the_predicted_rank_is_that_of_the_formula() -> None:
 def test_what_the_prediction_refuses(log_decay: float, options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         predicted_rank(torch.tensor(log_decay), **{"d": 64} | options)
+
+
+def test_the_half_life_of_a_rank_is_the_inverse_of_the_prediction() -> None:
+    for rank in (2, 12.8, 51.2, 64):
+        decay = -math.log(2) / half_life_at(rank)
+        assert predicted_rank(torch.tensor(decay, dtype=torch.float64), d=64).item() == pytest.approx(rank)
+    with pytest.raises(ValueError, match="a rank over 1, got rank=1"):
+        half_life_at(1)
+    with pytest.raises(ValueError, match=r"rel_tol must be in \(0, 1\), got 2"):
+        half_life_at(8, rel_tol=2.0)
 
 
 @pytest.fixture(params=["hybrid", "pure"])

@@ -49,10 +49,10 @@ def test_embedded_models_load_with_transformers_alone(name: str) -> None:
 def test_embedded_models_are_small_safe_and_described(name: str) -> None:
     shards = [file.stat().st_size for file in (CHECKPOINTS / name).glob("*.safetensors")]
     assert max(shards) < 15_000_000
-    assert sum(shards) <= 25_000_000
+    assert sum(shards) <= 40_000_000
     assert not list((CHECKPOINTS / name).glob("*.bin"))
     card = (CHECKPOINTS / name / "README.md").read_text()
-    assert all(word in card for word in ("Data", "seed", "million tokens", "bits a byte", "SHA-256", "Limits"))
+    assert all(word in card for word in ("Data", "seed", "million tokens", "bits per byte", "SHA-256", "Limits"))
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -65,7 +65,7 @@ def test_initial_weights_have_the_hash_of_the_card(name: str) -> None:
 def test_embedded_models_have_enough_linear_heads(name: str) -> None:
     config = load_model(name).config
     n_heads = config.layer_types.count("linear_attention") * config.linear_num_value_heads
-    assert n_heads >= {"hybrid": 48, "pure": 64}[name]
+    assert n_heads >= {"hybrid": 144, "pure": 192}[name]
     assert config.linear_num_value_heads == 2 * config.linear_num_key_heads
 
 
@@ -304,11 +304,11 @@ def test_a_device_without_room_for_the_weights_says_what_to_do(monkeypatch: pyte
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(PreTrainedModel, "to", full)
-    with pytest.raises(torch.OutOfMemoryError, match=r"no room for the weights of hybrid, 35\.9 MB.*device='auto'"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"no room for the weights of hybrid, 68\.8 MB.*device='auto'"):
         load_model("hybrid", device="cpu")
 
 
-# What torch raises for want of memory on a GPU and on a CPU.
+# What torch raises when memory runs out on a GPU and on a CPU.
 FULL = (
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
@@ -333,7 +333,7 @@ def test_pruning_without_memory_says_what_to_do(hybrid, error: RuntimeError, mon
         raise error
 
     monkeypatch.setattr(pruning.copy, "deepcopy", full)
-    with pytest.raises(torch.OutOfMemoryError, match=r"second copy of the weights, 35\.9 MB.*bfloat16"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"second copy of the weights, 68\.8 MB.*bfloat16"):
         prune_heads(hybrid, {0: [1]})
 
 

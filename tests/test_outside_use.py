@@ -200,7 +200,7 @@ def test_a_pickled_model_is_read_as_before(family: str, ids: Tensor) -> None:
     """Token by token too, where transformers is corrected."""
     model = ARCHITECTURES[family].build()
     choose_kernels(model)
-    layer = linear_layers(model)[0][0]
+    layer = linear_layers(model)[0].index
     for each in (model, prune_heads(model, {layer: [0, 1, 2, 3]})):
         again = pickle.loads(pickle.dumps(each))
         caches = [make_cache(each), make_cache(again)]

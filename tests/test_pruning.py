@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_qwen3_next, unchecked
 from transformers import AutoModelForCausalLM
 
-from staterank_utils.layouts import head_names, linear_layers
+from staterank_utils.layouts import linear_layers
 from staterank_utils.models import LinearOnlyCache, load_model, make_cache
 from staterank_utils.pruning import cache_bytes, duplicated_bytes, prune_heads, removed_heads
 from staterank_utils.selection import saturation_scores, select_heads
@@ -35,7 +35,7 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture(params=REMOVALS, ids=list(REMOVALS))
 def removal(request: pytest.FixtureRequest, tiny_model) -> dict[int, list[int]]:
-    last = linear_layers(tiny_model)[-1][0]
+    last = linear_layers(tiny_model)[-1].index
     return {last if layer < 0 else layer: heads for layer, heads in REMOVALS[request.param].items()}
 
 
@@ -92,7 +92,7 @@ def test_saved_models_are_loaded_bit_for_bit_in_a_fresh_process(
 ) -> None:
     tiny_model.save_pretrained(tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype)
-    last = linear_layers(whole)[-1][0]
+    last = linear_layers(whole)[-1].index
     expected = {}
     for i, removal in enumerate(REMOVALS.values()):
         pruned = prune_heads(whole, {last if layer < 0 else layer: heads for layer, heads in removal.items()})
@@ -128,15 +128,13 @@ def test_weights_are_the_same_after_save_and_load(tiny_model, removal, tmp_path:
 
 
 def test_removing_twice_is_removing_at_once(tiny_model, ids) -> None:
-    last = linear_layers(tiny_model)[-1][0]
+    last = linear_layers(tiny_model)[-1].index
     twice = prune_heads(prune_heads(tiny_model, {0: [3], last: [0]}), {0: [2], last: [1, 3]})
     once = prune_heads(tiny_model, {0: [2, 3], last: [0, 1, 3]})
     assert twice.config.to_dict() == once.config.to_dict()
     for (name, a), b in zip(twice.state_dict().items(), once.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert [head_names(layer, layout) for _, layer, layout in linear_layers(twice)][
-        :: len(linear_layers(twice)) - 1
-    ] == [[0, 1], [2]]
+    assert [layer.heads for layer in linear_layers(twice)][:: len(linear_layers(twice)) - 1] == [[0, 1], [2]]
 
 
 def test_heads_of_a_pruned_model_keep_their_names(tiny_model, ids) -> None:
@@ -224,7 +222,7 @@ def test_a_trace_of_uneven_layers_is_refused(tiny_model, ids) -> None:
     pruned = prune_heads(tiny_model, {0: [1]})
     with pytest.raises(ValueError, match="one axis of heads for all layers"):
         trace_states(pruned, ids, positions=[5])
-    even = prune_heads(tiny_model, {index: [1] for index, _, _ in linear_layers(tiny_model)})
+    even = prune_heads(tiny_model, {layer.index: [1] for layer in linear_layers(tiny_model)})
     assert trace_states(even, ids, positions=[5]).values.shape[3] == 3
 
 

@@ -43,9 +43,9 @@ def test_draws_follow_from_their_seed_and_differ() -> None:
 
 def test_scores_of_another_model_are_refused(hybrid) -> None:
     own = dict.fromkeys(all_heads(hybrid), 0.5)
-    assert sum(map(len, select_heads(own, model=hybrid).values())) == 19
-    pure = dict.fromkeys([(layer, head) for layer in range(8) for head in range(8)], 0.5)
-    with pytest.raises(ValueError, match="scores of another model: of 64 heads, 48 of them among the 48"):
+    assert sum(map(len, select_heads(own, model=hybrid).values())) == 56
+    pure = dict.fromkeys([(layer, head) for layer in range(12) for head in range(16)], 0.5)
+    with pytest.raises(ValueError, match="scores of another model: of 192 heads, 144 of them among the 144"):
         select_heads(pure, model=hybrid)
     with pytest.raises(ValueError, match="scores of another model: of 4 heads"):
         select_heads(MEASURE, model=hybrid)
@@ -53,20 +53,20 @@ def test_scores_of_another_model_are_refused(hybrid) -> None:
 
 def test_scores_of_a_model_go_on_after_some_of_its_heads_went(hybrid) -> None:
     scores = {head: float(i) for i, head in enumerate(all_heads(hybrid))}
-    pruned = prune_heads(hybrid, {0: [3], 6: [7]})
+    pruned = prune_heads(hybrid, {0: [3], 10: [15]})
     with pytest.raises(
         ValueError, match="of the model before 2 heads were removed: give those of the heads that are left"
     ):
         select_heads(scores, model=pruned)
     left = {head: scores[head] for head in all_heads(pruned)}
-    assert select_heads(left, share=2 / 46, model=pruned) == {6: [5, 6]}
+    assert select_heads(left, share=2 / 142, model=pruned) == {10: [13, 14]}
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: extreme_heads(MEASURE, 5, largest=True), "cannot choose 5 of 4 heads"),
-        (lambda: extreme_heads(MEASURE, 3, largest=True, per_layer=True), "cannot choose 3 of 2 heads a layer"),
+        (lambda: extreme_heads(MEASURE, 3, largest=True, per_layer=True), "cannot choose 3 of 2 heads per layer"),
         (lambda: random_heads(list(MEASURE), -1, seed=0), "cannot choose -1"),
         (lambda: head_counts(48, [0.5, 1.0]), "a share of heads lies in (0, 1), got [0.5, 1.0]"),
     ],

@@ -1,4 +1,4 @@
-"""Traces on disk: the same as in memory, and gone on with where they broke off."""
+"""Traces on disk: the same as in memory, and resumed where they were interrupted."""
 
 import copy
 import shutil

@@ -61,7 +61,7 @@ def test_frozen_keeps_the_state_at_zero_and_equals_zero_output(model, ids) -> No
     with ablate_heads(model, HEADS, kind="frozen"):
         torch.testing.assert_close(logits(model, ids), zero, rtol=0, atol=1e-6)
         trace = trace_states(model, ids, positions=[1, 33, 70])
-    layers = [index for index, _, _ in linear_layers(model)]
+    layers = [layer.index for layer in linear_layers(model)]
     for layer, head in all_heads(model):
         state = trace.values[layers.index(layer), :, :, head]
         assert (state == 0).all() == ((layer, head) in HEADS)

@@ -1,10 +1,10 @@
-import dataclasses
 import gc
 import itertools
 import re
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,10 +47,10 @@ def recorded_inputs(model, prompts: torch.Tensor) -> dict[int, tuple[torch.Tenso
         return kernel(query, key, value, g=g, beta=beta, **kwargs)
 
     with ExitStack() as stack, torch.no_grad():
-        for _, layer, _ in layers:
-            stack.enter_context(calls_through(layer, {"torch_chunk_gated_delta_rule": spy}))
+        for layer in layers:
+            stack.enter_context(calls_through(layer.module, {"torch_chunk_gated_delta_rule": spy}))
         model(prompts, use_cache=False)
-    return {index: call for (index, _, _), call in zip(layers, calls, strict=True)}
+    return {layer.index: call for layer, call in zip(layers, calls, strict=True)}
 
 
 def test_states_agree_with_the_float64_recurrence(tiny_model, prompts: torch.Tensor) -> None:
@@ -104,9 +104,9 @@ def test_segments_are_longer_for_few_prompts_where_fla_serves(
 ) -> None:
     layers = linear_layers(tiny_model)
     assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == [0, 2048, 4096, 6144, 8192, 9000]
-    monkeypatch.setattr(tracing, "backend_of", lambda layer, layout: "fla" if layout.scans else "torch")
+    monkeypatch.setattr(tracing, "backend_of", lambda layer: "fla" if layer.layout.scans else "torch")
     assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == borders
-    without_kernel = [(index, layer, dataclasses.replace(layout, scans=())) for index, layer, layout in layers]
+    without_kernel = [replace(layer, layout=replace(layer.layout, scans=())) for layer in layers]
     found = tracing._borders([100, 9000], without_kernel, n_prompts=n_prompts)
     assert found == [0, 100, 2048, 4096, 6144, 8192, 9000]
 
@@ -116,7 +116,7 @@ def test_a_kernel_on_a_gpu_says_whose_it_is() -> None:
     pytest.importorskip("fla")
     model = load_model("hybrid", device="cuda")
     layers = linear_layers(model)
-    assert set(backends(model)) == {index for index, _, _ in layers}
+    assert set(backends(model)) == {layer.index for layer in layers}
     assert set(backends(model).values()) == {"fla"}
     choose_kernels(model, plain=True)
     assert set(backends(model).values()) == {"torch"}
@@ -137,9 +137,8 @@ def test_with_reduce_no_more_states_are_in_memory_than_may_wait_whatever_the_num
     tiny_model, prompts: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = linear_layers(tiny_model)
-    _, layer, layout = layers[0]
-    size = layout.d_k(layer), layout.d_v(layer)
-    snapshot = len(prompts) * layout.n_heads(layer) * len(layers)
+    size = layers[0].d_k, layers[0].d_v
+    snapshot = len(prompts) * layers[0].n_heads * len(layers)
     seen: list[int] = []
 
     def matrices() -> int:

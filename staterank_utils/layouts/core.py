@@ -1,7 +1,7 @@
 """The two forms in which an architecture is described: `Blocks` of a weight, and the `Layout` of a layer class."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from staterank_utils.rebinding import calls_through, forward_within, functions_called
+from staterank_utils.rebinding import calls_through
 
 Gates = tuple[Tensor, Float[Tensor, "batch token head"]]  # log-decay may have an axis of channels behind
 Change = Callable[[Tensor], Tensor]  # of a log-decay, (batch, token, head) or (batch, token, head, channel)
@@ -136,7 +136,7 @@ class Layout:
         log_norm: (layer, log_decay, outputs of those submodules) -> (batch, token, head), the logarithm of the spectral norm of the transition A_t
             in S(t) = A_t S(t-1) + writes, where it is not the largest decay of a channel.
         changed_decay: (layer, change) -> a block for one forward pass, in which `change` is applied to the layer's log-decay,
-            writes stay as they are, and `read_gates` tells the changed one; None where a layer has no decay.
+            writes stay as they are, and `LinearLayer.gates` tells the changed one; None where a layer has no decay.
         write_module: name of the submodule whose output `without_writes` changes; None where writes cannot be stopped exactly.
         without_writes: (layer, output of that submodule, heads) -> that output, changed so that these heads write nothing.
         state: (cache, layer index) -> (batch, head, d_k, d_v), a view of what the cache holds, to read and to write.
@@ -161,9 +161,9 @@ class Layout:
     Example:
         >>> from staterank_utils import load_model
         >>> from staterank_utils.layouts import linear_layers
-        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
-        >>> layout.n_heads(layer), layout.d_k(layer), layout.d_v(layer)
-        (8, 64, 64)
+        >>> layout = linear_layers(load_model("hybrid"))[0].layout
+        >>> layout.layer_class, layout.scans[0]
+        ('Qwen3NextGatedDeltaNet', 'torch_chunk_gated_delta_rule')
     """
 
     layer_class: str
@@ -195,44 +195,6 @@ class Layout:
     logits: Callable[[Any, Tensor], Tensor] | None = None
     refusal: Callable[[nn.Module], str | None] | None = None
     padding_refusal: Callable[[nn.Module], str | None] | None = None
-
-    def blocks(self, layer: nn.Module) -> list[Blocks]:
-        """Of `weights`, those that a layer has."""
-        names = {name for name, _ in layer.named_parameters()}
-        return [blocks for blocks in self.weights if not blocks.optional or blocks.weight in names]
-
-    def sizes(self, layer: nn.Module) -> dict[str, int]:
-        """d_k and d_v by name, as `Blocks.rows` takes them."""
-        return {"d_k": self.d_k(layer), "d_v": self.d_v(layer)}
-
-
-def scans_through(layer: nn.Module, layout: Layout, call: Callable[..., Any]) -> AbstractContextManager[None]:
-    """While entered, a layer's calls of its `scans` are made by `call(kernel, query, key, value, g=..., beta=..., ...)`.
-
-    Args:
-        layer, layout: from `linear_layers`.
-        call: makes the call of the kernel, and returns what that returns.
-
-    Example:
-        >>> from staterank_utils import load_model
-        >>> from staterank_utils.layouts import linear_layers
-        >>> model, shapes = load_model("hybrid"), []
-        >>> def look(kernel, query, key, *rest, **options):
-        ...     shapes.append(tuple(key.shape))
-        ...     return kernel(query, key, *rest, **options)
-        >>> _, layer, layout = linear_layers(model)[0]
-        >>> with scans_through(layer, layout, look):
-        ...     _ = model(torch.ones(1, 9, dtype=torch.long, device=model.device))
-        >>> shapes[0][:2], shapes[0][-1]
-        ((1, 9), 64)
-    """
-    if not layout.n_heads(layer):
-        return nullcontext()  # it runs no recurrence
-    if not all(functions_called(layer, layout.scans).values()):
-        raise ValueError(
-            f"{type(layer).__name__} does not call {', '.join(layout.scans)} itself: its class overrides a method of {layout.layer_class}"
-        )
-    return forward_within(layer, lambda: calls_through(layer, dict.fromkeys(layout.scans, call)))
 
 
 def decay_argument(name: str, kernels: Sequence[str]) -> Callable[[nn.Module, Change], AbstractContextManager[None]]:
@@ -268,7 +230,7 @@ _changes: WeakKeyDictionary[nn.Module, list[Change]] = WeakKeyDictionary()
 
 @contextmanager
 def noted_change(layer: nn.Module, change: Change) -> Iterator[None]:
-    """A block in which `read_gates` applies a change to the log-decay that a layer's projections give.
+    """A block in which `LinearLayer.gates` applies a change to the log-decay that a layer's projections give.
 
     Args:
         layer: whose gates are read.
@@ -277,7 +239,7 @@ def noted_change(layer: nn.Module, change: Change) -> Iterator[None]:
     Example:
         >>> layer = nn.Identity()
         >>> with noted_change(layer, lambda log_decay: 2 * log_decay):
-        ...     len(_changes[layer])
+        ...     len(changes_of(layer))
         1
     """
     noted = _changes.setdefault(layer, [])
@@ -288,47 +250,11 @@ def noted_change(layer: nn.Module, change: Change) -> Iterator[None]:
         noted.remove(change)
 
 
-def read_gates(layer: nn.Module, layout: Layout, *outputs: Tensor) -> Gates:
-    """A layer's gates as `Layout.gates` gives them, under the changes that hold for it.
-
-    Args:
-        layer, layout: from `linear_layers`.
-        outputs: of the layer's `gate_modules`.
+def changes_of(layer: nn.Module) -> list[Change]:
+    """The changes of its log-decay that a layer is under, outermost first.
 
     Example:
-        >>> from staterank_utils import load_model
-        >>> from staterank_utils.layouts import linear_layers
-        >>> _, layer, layout = linear_layers(load_model("hybrid", device="cpu"))[0]
-        >>> with noted_change(layer, lambda log_decay: 2 * log_decay):
-        ...     twice, _ = read_gates(layer, layout, torch.zeros(1, 3, 16))
-        >>> torch.equal(twice, 2 * read_gates(layer, layout, torch.zeros(1, 3, 16))[0])
-        True
+        >>> changes_of(nn.Identity())
+        []
     """
-    log_decay, write_strength = layout.gates(layer, *outputs)
-    for change in reversed(_changes.get(layer, [])):
-        log_decay = change(log_decay)
-    return log_decay, write_strength
-
-
-def log_norm(
-    layer: nn.Module, layout: Layout, log_decay: Tensor, *outputs: Tensor
-) -> Float[Tensor, "batch token head"]:
-    """The logarithm of the spectral norm of A_t: the largest decay of a channel, or what the layout says.
-
-    The largest decay is the norm where A_t is a diagonal matrix, or that times a reflection.
-
-    Args:
-        layer, layout: from `linear_layers`.
-        log_decay: (batch, token, head), or (batch, token, head, channel).
-        outputs: of the layer's `gate_modules`; only a layout with a norm of its own looks at them.
-
-    Example:
-        >>> from staterank_utils import load_model
-        >>> from staterank_utils.layouts import linear_layers
-        >>> _, layer, layout = linear_layers(load_model("hybrid"))[0]
-        >>> log_norm(layer, layout, torch.tensor([[[[-1.0, -2.0]]]]))
-        tensor([[[-1.]]])
-    """
-    if layout.log_norm:
-        return layout.log_norm(layer, log_decay, *outputs)
-    return log_decay.amax(-1) if log_decay.ndim == 4 else log_decay
+    return _changes.get(layer, [])

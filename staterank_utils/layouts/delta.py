@@ -1,4 +1,4 @@
-"""Layers with the gated delta rule and one decay a head: Qwen3-Next, Qwen3.5, Qwen4-Exp, Olmo Hybrid."""
+"""Layers with the gated delta rule and one decay per head: Qwen3-Next, Qwen3.5, Qwen4-Exp, Olmo Hybrid."""
 
 from typing import Any
 

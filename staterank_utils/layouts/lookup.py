@@ -10,6 +10,7 @@ from torch import nn
 from staterank_utils.fla_cpu import is_fla
 from staterank_utils.layouts import delta, fla_models, kda, mlstm, ssd
 from staterank_utils.layouts.core import Layout
+from staterank_utils.layouts.layer import LinearLayer
 
 FAMILIES = (delta, kda, ssd, mlstm, fla_models)
 LAYOUTS = {layout.layer_class: layout for family in FAMILIES for layout in family.LAYOUTS}
@@ -24,7 +25,7 @@ WRONG_IN_SEGMENTS = {
 }
 
 
-def find_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
+def find_layers(model: nn.Module) -> list[LinearLayer]:
     """As `linear_layers`, for any module, with nothing refused.
 
     Example:
@@ -32,11 +33,11 @@ def find_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
         []
     """
     found = [
-        (layer_index(name, module), module, layout)
+        LinearLayer(layer_index(name, module), module, layout)
         for name, module in model.named_modules()
         if (layout := _layout_of(type(module))) is not None
     ]
-    return sorted(found, key=lambda entry: entry[0])
+    return sorted(found, key=lambda layer: layer.index)
 
 
 def _layout_of(layer_class: type) -> Layout | None:
@@ -76,14 +77,11 @@ def layer_index(name: str, module: nn.Module) -> int:
     return int(numbers[-1])
 
 
-def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
+def linear_layers(model: nn.Module) -> list[LinearLayer]:
     """The linear-attention layers of a model, in order.
 
     Args:
         model: any model of transformers.
-
-    Returns:
-        (index of the decoder layer, module, its layout) for each.
 
     Raises:
         ValueError: the architecture is silently wrong in segments, has no linear-attention layer, or has none that a
@@ -91,8 +89,8 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
 
     Example:
         >>> from staterank_utils import load_model
-        >>> [index for index, _, _ in linear_layers(load_model("hybrid"))]
-        [0, 1, 2, 4, 5, 6]
+        >>> [layer.index for layer in linear_layers(load_model("hybrid"))]
+        [0, 1, 2, 4, 5, 6, 8, 9, 10]
     """
     model_type = getattr(model.config, "model_type", "?")
     if model_type in WRONG_IN_SEGMENTS:
@@ -120,9 +118,9 @@ def linear_layers(model: nn.Module) -> list[tuple[int, nn.Module, Layout]]:
         raise ValueError(
             f"{model_type} with softmax layers (attn={model.config.attn}) cannot be traced: no check here covers how fla's cache keeps both"
         )
-    for index, layer, layout in found:
-        if reason := layout.refusal and layout.refusal(layer):
-            raise ValueError(f"layer {index} ({layout.layer_class}) cannot be traced: {reason}")
+    for layer in found:
+        if reason := layer.refusal:
+            raise ValueError(f"layer {layer.index} ({layer.name}) cannot be traced: {reason}")
     return found
 
 
@@ -137,40 +135,8 @@ def state_size(model: nn.Module) -> int:
         >>> state_size(load_model("hybrid"))
         64
     """
-    _, layer, layout = linear_layers(model)[0]
-    return min(layout.d_k(layer), layout.d_v(layer))
-
-
-def head_names(layer: nn.Module, layout: Layout) -> list[int]:
-    """The heads of a layer by the indices they had before any was removed, in order.
-
-    Args:
-        layer, layout: from `linear_layers`.
-
-    Example:
-        >>> from staterank_utils import load_model
-        >>> from staterank_utils.pruning import prune_heads
-        >>> _, layer, layout = linear_layers(prune_heads(load_model("hybrid"), {0: [1, 2]}))[0]
-        >>> head_names(layer, layout)
-        [0, 3, 4, 5, 6, 7]
-    """
-    return list(getattr(layer, "staterank_heads", range(layout.n_heads(layer))))
-
-
-def key_names(layer: nn.Module, layout: Layout) -> list[int]:
-    """For each key head that a layer has, which one of the whole model it is.
-
-    Args:
-        layer, layout: from `linear_layers`.
-
-    Example:
-        >>> from staterank_utils import load_model
-        >>> from staterank_utils.pruning import prune_heads
-        >>> _, layer, layout = linear_layers(prune_heads(load_model("hybrid"), {0: [1, 2, 3]}))[0]
-        >>> key_names(layer, layout)  # the first serves one head now, so the others are there twice, once a head
-        [0, 2, 2, 3, 3]
-    """
-    return list(getattr(layer, "staterank_keys", range(layout.n_keys(layer))))
+    layer = linear_layers(model)[0]
+    return min(layer.d_k, layer.d_v)
 
 
 def check_heads(

@@ -328,7 +328,9 @@ def _lightning_changed_decay(layer: nn.Module, change: Change) -> Iterator[None]
     slope = -log_decay[:, None, None]
     names = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
     before = {name: layer._buffers[name] for name in names}
-    made = zip(names, (slope, *layer.decay_factors(slope)), strict=True)
+    with slope.device:  # the layer makes numbers without saying where
+        factors = layer.decay_factors(slope)
+    made = zip(names, (slope, *factors), strict=True)
     layer._buffers.update({name: value.to(layer.slope_rate.dtype) for name, value in made})
     try:
         yield

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from architectures.oracle import Architecture, Expected, unit
-from staterank_utils.layouts import linear_layers, scans_through
+from staterank_utils.layouts import linear_layers
 from staterank_utils.reference import gated_delta_rule
 
 LAYERS = ["linear_attention", "full_attention", "linear_attention"]
@@ -134,8 +134,8 @@ def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
         return kernel(query, key, value, g=g, beta=beta, **options)
 
     with ExitStack() as stack:
-        for index, layer, layout in linear_layers(model):
-            stack.enter_context(scans_through(layer, layout, partial(look, index)))
+        for layer in linear_layers(model):
+            stack.enter_context(layer.scans_through(partial(look, layer.index)))
         model(ids, use_cache=False)
     return list(calls.values())
 

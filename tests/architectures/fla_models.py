@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from architectures.oracle import Architecture, Expected, from_projections, mixed_by, recurrence, unit
 from staterank_utils.fla_cpu import knows
-from staterank_utils.layouts import Layout, linear_layers
+from staterank_utils.layouts import LinearLayer, linear_layers
 from staterank_utils.rebinding import calls_through
 
 GROUPED = {"head_dim": 8, "num_heads": 2, "num_v_heads": 4, "expand_v": 2.0}
@@ -70,9 +70,9 @@ KERNELS = {
 
 
 def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
-    """From what one full pass gives to the kernels; of Mamba-2, from what its first projection puts out."""
+    """From what one full pass gives to the kernels; of Mamba-2, from the output of its first projection."""
     model_type, found = model.config.model_type, []
-    layers = [layer for _, layer, _ in linear_layers(model)]
+    layers = [layer.module for layer in linear_layers(model)]
     if model_type == "mamba2":
         return from_projections(model, ids, mamba2)
 
@@ -121,8 +121,9 @@ def of_kernel(model_type: str, layer: nn.Module, seen: dict[str, Tensor]) -> Exp
     return Expected(states, decay.double().mean(-1), one if write is None else write)
 
 
-def mamba2(layer: nn.Module, _: Layout, projected: Tensor) -> Expected:
-    """From what in_proj puts out."""
+def mamba2(of_model: LinearLayer, projected: Tensor) -> Expected:
+    """From the output of in_proj."""
+    layer = of_model.module
     size, n_group = layer.intermediate_size, layer.n_groups * layer.ssm_state_size
     _, mixed, step = projected.split([size, layer.conv_dim, layer.num_heads], -1)
     value, key, _ = mixed_by(layer.conv1d, mixed).split([size, n_group, n_group], -1)

@@ -38,7 +38,7 @@ def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
         found.append(Expected(recurrence(key, value * write[..., None], log_decay[..., None]), log_decay, write))
 
     hooks = [
-        layer.mlstm_backend.register_forward_pre_hook(look, with_kwargs=True) for _, layer, _ in linear_layers(model)
+        layer.module.mlstm_backend.register_forward_pre_hook(look, with_kwargs=True) for layer in linear_layers(model)
     ]
     model(ids, use_cache=False)
     for hook in hooks:

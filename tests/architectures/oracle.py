@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import Layout, linear_layers
+from staterank_utils.layouts import LinearLayer, linear_layers
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ def recurrence(
 
 @torch.no_grad()
 def from_projections(
-    model: PreTrainedModel, ids: Tensor, of_layer: Callable[[nn.Module, Layout, Tensor], Expected]
+    model: PreTrainedModel, ids: Tensor, of_layer: Callable[[LinearLayer, Tensor], Expected]
 ) -> list[Expected]:
-    """From what the first projection of every layer puts out in one full pass: `of_layer` is given layer, layout and that output."""
+    """From the outputs of every layer's first projection in one full pass: `of_layer` is given the layer and its output."""
     found: list[Expected] = []
     hooks = [
-        layer.get_submodule(layout.gate_modules[0]).register_forward_hook(
-            lambda _, __, out, layer=layer, layout=layout: found.append(of_layer(layer, layout, out.double()))
+        layer.module.get_submodule(layer.layout.gate_modules[0]).register_forward_hook(
+            lambda _, __, out, layer=layer: found.append(of_layer(layer, out.double()))
         )
-        for _, layer, layout in linear_layers(model)
+        for layer in linear_layers(model)
     ]
     model(ids, use_cache=False)
     for hook in hooks:

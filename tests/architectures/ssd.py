@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from architectures.oracle import Architecture, Expected, from_projections, mixed_by, recurrence
-from staterank_utils.layouts import Layout
+from staterank_utils.layouts import LinearLayer
 
 COMMON = {
     "vocab_size": 64,
@@ -130,24 +130,24 @@ def tiny(name: str) -> PreTrainedModel:
 
 
 def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
-    """From what the first projection of every layer puts out."""
+    """From the output of every layer's first projection."""
     of_layer = lightning if model.config.model_type == "minimax" else mamba2
     return from_projections(model, ids, partial(of_layer, model))
 
 
-def lightning(model: PreTrainedModel, layer: nn.Module, layout: Layout, projected: Tensor) -> Expected:
+def lightning(model: PreTrainedModel, layer: LinearLayer, projected: Tensor) -> Expected:
     """MiniMax: a fixed decay for every head."""
-    n_heads = layout.n_heads(layer)
+    n_heads = layer.n_heads
     _, key, value = F.silu(projected).unflatten(-1, (n_heads, -1)).chunk(3, -1)
-    depth = 1 - layer.layer_idx / (model.config.num_hidden_layers - 1 + 1e-5) + 1e-5
+    depth = 1 - layer.index / (model.config.num_hidden_layers - 1 + 1e-5) + 1e-5
     slope = depth * 2 ** (-8 / n_heads * torch.arange(1, n_heads + 1, device=key.device).double())
     decay = (-slope).expand(*projected.shape[:2], -1)
     return Expected(recurrence(key, value, decay[..., None]), decay, torch.ones_like(decay))
 
 
-def mamba2(model: PreTrainedModel, layer: nn.Module, layout: Layout, projected: Tensor) -> Expected:
+def mamba2(model: PreTrainedModel, layer: LinearLayer, projected: Tensor) -> Expected:
     """Mamba-2 and its kin, with the multipliers of Falcon H1 and the lower bounds of a step."""
-    n_heads, n_keys, d_k, d_v = (size(layer) for size in (layout.n_heads, layout.n_keys, layout.d_k, layout.d_v))
+    n_heads, n_keys, d_k, d_v, module = layer.n_heads, layer.n_keys, layer.d_k, layer.d_v, layer.module
     widths = [n_heads * d_v, n_heads * d_v, n_keys * d_k, n_keys * d_k, n_heads]
     parts = [
         part * multiplier
@@ -155,12 +155,12 @@ def mamba2(model: PreTrainedModel, layer: nn.Module, layout: Layout, projected: 
             projected.split(widths, -1), getattr(model.config, "ssm_multipliers", None) or [1.0] * 5, strict=True
         )
     ]
-    value, key, _ = mixed_by(layer.conv1d, torch.cat(parts[1:4], -1)).split(widths[1:4], -1)
+    value, key, _ = mixed_by(module.conv1d, torch.cat(parts[1:4], -1)).split(widths[1:4], -1)
     value = value.unflatten(-1, (n_heads, d_v))
     key = key.unflatten(-1, (n_keys, d_k)).repeat_interleave(n_heads // n_keys, -2)
-    bounded = layout.layer_class.startswith(("Nemotron", "Zamba"))
-    step = F.softplus(parts[4] + layer.dt_bias.double()).clamp(min=model.config.time_step_min if bounded else 0.0)
-    decay = -layer.A_log.double().exp() * step
+    bounded = layer.name.startswith(("Nemotron", "Zamba"))
+    step = F.softplus(parts[4] + module.dt_bias.double()).clamp(min=model.config.time_step_min if bounded else 0.0)
+    decay = -module.A_log.double().exp() * step
     return Expected(recurrence(key, step[..., None] * value, decay[..., None]), decay, step)
 
 
