@@ -739,7 +739,9 @@ def judge_recall(
     least, hybrid, pure, agree, times = _numbers("C6", "gain", "hybrid", "pure", "kappa", "times")
     if small := [seed for seed in gain if not min(gain[seed]) >= least]:
         return not_testable(
-            "C6", model, why=f"the intact gain of seed {', '.join(small)} is under {least} nats per token"
+            "C6",
+            model,
+            why=f"the smaller intact gain of the pair is under {least} nats per token in seed {', '.join(small)}",
         )
     same = all(k >= agree for pair in kappa.values() for k in pair)
     whole = all(h.high < hybrid and p.low > pure for h, p in taken.values())

@@ -4,24 +4,34 @@ Low heads are dashed and orange, high heads solid and blue, so that the groups c
 readers; bounds are black and written on the line.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.collections import FillBetweenPolyCollection, QuadMesh
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
-from staterank_utils.strata import GAP, Estimate, is_high
+from staterank_utils.memory import predicted_rank
+from staterank_utils.strata import GAP, Estimate, is_high, turning
 from staterank_utils.tracing import StateTrace
 
-BLUE, ORANGE, *_ = sns.color_palette("colorblind")
+BLUE, ORANGE, GREEN, _, PURPLE, *_ = sns.color_palette("colorblind")
 HIGH = {"color": BLUE, "linestyle": "-", "marker": "o"}
 LOW = {"color": ORANGE, "linestyle": "--", "marker": "s"}
 RANDOM = {"color": "0.6", "linestyle": ":", "marker": ""}
+ORDER_LOOKS: Mapping[str, Mapping[str, Any]] = {
+    "low rank": LOW,
+    "high rank": HIGH,
+    "joint": {"color": GREEN, "marker": "^", "linestyle": "-."},
+    "large norm": {"color": PURPLE, "marker": "v", "linestyle": ":"},
+}
 
 
 def use_style() -> None:
@@ -62,12 +72,15 @@ def model_panels(models: Sequence[str], *, width: float = 5.0, height: float = 3
     return dict(zip(models, axes.flat, strict=True))
 
 
-def panel_grid(n_rows: int, n_columns: int, *, width: float, row_height: float) -> tuple[Figure, NDArray[Any]]:
-    """Panels in rows and columns on a shared vertical axis.
+def panel_grid(
+    n_rows: int, n_columns: int, *, width: float, row_height: float, sharey: bool = True
+) -> tuple[Figure, NDArray[Any]]:
+    """Panels in rows and columns.
 
     Args:
         n_rows, n_columns: at least one each.
         width, row_height: of the whole figure and of a row, in inches.
+        sharey: whether all panels have one vertical axis.
 
     Returns:
         A new figure of pyplot, and its axes (row, column).
@@ -80,26 +93,8 @@ def panel_grid(n_rows: int, n_columns: int, *, width: float, row_height: float) 
         >>> plt.close()
     """
     return plt.subplots(
-        n_rows, n_columns, figsize=(width, n_rows * row_height), sharey=True, squeeze=False, layout="constrained"
+        n_rows, n_columns, figsize=(width, n_rows * row_height), sharey=sharey, squeeze=False, layout="constrained"
     )
-
-
-def leave_empty(ax: Axes, title: str) -> None:
-    """A panel of a grid with nothing to show but its title; the vertical axis stays, for the row that shares it.
-
-    Args:
-        ax: the panel.
-        title: says why it is empty.
-
-    Example:
-        >>> ax = Figure().subplots()
-        >>> leave_empty(ax, "pure: needle, not mastered")
-        >>> ax.get_title(), ax.xaxis.get_visible(), ax.yaxis.get_visible()
-        ('pure: needle, not mastered', False, True)
-    """
-    ax.set_title(title, fontsize="small")
-    ax.xaxis.set_visible(False)
-    ax.spines["bottom"].set_visible(False)
 
 
 def legend_above(figure: Figure) -> None:
@@ -154,6 +149,65 @@ def layer_panels(figure: SubFigure, n_panels: int) -> list[Axes]:
     for ax in grid.flat[n_panels:]:
         ax.set_axis_off()
     return list(grid.flat[:n_panels])
+
+
+def figure_data(figure: Figure) -> list[dict[str, Any]]:
+    """The numbers that a figure shows, one row per point.
+
+    Args:
+        figure: with lines, bands, histograms or heat maps; other things in it are left out.
+
+    Returns:
+        Rows of "panel" (its title, or its number), "series" (its label), "x", "y", and for a band "low" and "high".
+
+    Example:
+        >>> figure = Figure()
+        >>> plot_with_band(figure.subplots(), [1.0], [Estimate(0.5, 0.4, 0.7)], label="recall")
+        >>> figure_data(figure)[0], figure_data(figure)[1]["high"]
+        ({'panel': '1', 'series': 'recall', 'x': 1.0, 'y': 0.5}, 0.7)
+    """
+    return [
+        {"panel": ax.get_title() or str(number), **row}
+        for number, ax in enumerate(figure.axes, 1)
+        for row in (*_of_lines(ax), *_of_bands(ax), *_of_bars(ax), *_of_heat_maps(ax))
+    ]
+
+
+def _of_lines(ax: Axes) -> Iterator[dict[str, Any]]:
+    for line in ax.lines:
+        label = str(line.get_label())
+        for x, y in np.asarray(line.get_xydata()).tolist():
+            yield {"series": "" if label.startswith("_") else label, "x": x, "y": y}
+
+
+def _of_bands(ax: Axes) -> Iterator[dict[str, Any]]:
+    for band in ax.collections:
+        if isinstance(band, FillBetweenPolyCollection):
+            corners = np.asarray(band.get_paths()[0].vertices)
+            for x in np.unique(corners[:, 0]).tolist():
+                edge = corners[corners[:, 0] == x, 1]
+                yield {"series": "band", "x": x, "low": float(edge.min()), "high": float(edge.max())}
+
+
+def _of_bars(ax: Axes) -> Iterator[dict[str, Any]]:
+    for bars in ax.containers:
+        if isinstance(bars, BarContainer):
+            for bar in bars.patches:
+                yield {"series": str(bars.get_label()), "x": bar.get_x() + bar.get_width() / 2, "y": bar.get_height()}
+
+
+def _of_heat_maps(ax: Axes) -> Iterator[dict[str, Any]]:
+    for mesh in ax.collections:
+        if isinstance(mesh, QuadMesh):
+            columns, lines = (
+                [text.get_text() for text in labels] for labels in (ax.get_xticklabels(), ax.get_yticklabels())
+            )
+            values: NDArray[np.float64] = np.ma.filled(np.ma.asarray(mesh.get_array()), np.nan).reshape(
+                len(lines), len(columns)
+            )
+            for (i, j), value in np.ndenumerate(values):
+                if np.isfinite(value):
+                    yield {"series": lines[i], "x": columns[j], "y": float(value)}
 
 
 def in_tokens(ax: Axes) -> None:
@@ -238,23 +292,69 @@ def plot_ranks_over_time(
     )
 
 
-def plot_rank_distribution(ax: Axes, groups: Mapping[str, NDArray]) -> None:
-    """Relative effective rank r/d of all heads, sorted, one curve a group, with the gap (0.2, 0.8) shaded.
+def plot_half_lives(ax: Axes, half_lives: Mapping[str, NDArray], *, window: Sequence[float]) -> None:
+    """Histograms of half-lives on a logarithmic axis: the first group filled, the others as outlines.
+
+    Args:
+        ax: where to draw.
+        half_lives: label -> tokens over heads; heads without decay are infinite, are left out and counted in a note.
+        window: its two ends, in tokens, shaded.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_half_lives(ax, {"trained": np.array([0.5, 2.0, 80.0, np.inf])}, window=(0.9, 3.8))
+        >>> ax.get_xscale(), [text.get_text() for text in ax.texts]
+        ('log', ['trained: 1 without decay'])
+    """
+    finite = {label: values[np.isfinite(values)] for label, values in half_lives.items()}
+    for label, values in half_lives.items():
+        if missing := len(values) - len(finite[label]):
+            ax.annotate(
+                f"{label}: {missing} without decay", (0.5, 0.9), xycoords="axes fraction", ha="center", fontsize="small"
+            )
+    everyone = np.concatenate([*finite.values()])
+    if len(everyone):
+        bins = np.geomspace(everyone.min() * 0.99, everyone.max() * 1.01, 32).tolist()
+        filled: dict[str, Any] = {"color": BLUE, "alpha": 0.75}
+        for label, values in finite.items():
+            ax.hist(values, bins, label=label, **filled)
+            filled = {"color": "black", "histtype": "step", "linestyle": "--"}
+        ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
+        ax.legend(frameon=False, fontsize="small", loc="upper right")
+    ax.axvspan(*window, color="0.88", zorder=0)
+    ax.set(xscale="log", xlabel="half-life, tokens", ylabel="heads")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+def plot_rank_distribution(ax: Axes, groups: Mapping[str, NDArray], *, live: NDArray | None = None) -> None:
+    """Relative effective rank r/d of all heads, sorted, one curve per group, with the gap (0.2, 0.8) shaded.
 
     Args:
         ax: where to draw.
         groups: label -> r/d over heads, 0..1; at most 4 groups.
+        live: r/d that this run found, every sixth head as an open mark; None where the groups are this run.
 
     Example:
         >>> ax = Figure().subplots()
-        >>> plot_rank_distribution(ax, {"prose": np.array([0.9, 0.1])})
+        >>> plot_rank_distribution(ax, {"prose": np.array([0.9, 0.1])}, live=np.array([0.8, 0.1]))
         >>> ax.lines[0].get_xydata().tolist(), ax.get_legend_handles_labels()[1]
-        ([[0.25, 0.1], [0.75, 0.9]], ['prose'])
+        ([[0.25, 0.1], [0.75, 0.9]], ['prose', 'this run'])
     """
-    styles = ("-", "--", ":", "-.")
-    for (label, values), style in zip(groups.items(), styles, strict=False):
-        ordered = np.sort(values)
-        ax.plot((np.arange(len(ordered)) + 0.5) / len(ordered), ordered, style, label=label, linewidth=2)
+
+    def sorted_over_heads(values: NDArray) -> tuple[NDArray, NDArray]:
+        return (np.arange(len(values)) + 0.5) / len(values), np.sort(values)
+
+    looks = (
+        {"color": BLUE},
+        {"color": "black", "linestyle": "--"},
+        {"color": ORANGE, "linestyle": ":"},
+        {"color": "0.5"},
+    )
+    for (label, values), look in zip(groups.items(), looks, strict=False):
+        ax.plot(*sorted_over_heads(values), label=label, linewidth=2, **look)
+    if live is not None:
+        x, y = sorted_over_heads(live)
+        ax.plot(x[::6], y[::6], "o", color=BLUE, markerfacecolor="none", markersize=4, label="this run")
     ax.axhspan(*GAP, color="0.9", zorder=0)
     ax.annotate(
         "between the groups",
@@ -269,8 +369,81 @@ def plot_rank_distribution(ax: Axes, groups: Mapping[str, NDArray]) -> None:
     ax.legend(frameon=False, fontsize="small")
 
 
+def plot_bound(ax: Axes, rank: NDArray, bound: NDArray) -> None:
+    """Measured ranks as dots under the line of their bounds, heads sorted by bound.
+
+    Args:
+        ax: where to draw.
+        rank, bound: one number per head.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_bound(ax, np.array([3, 1]), np.array([4, 2]))
+        >>> [line.get_ydata().tolist() for line in ax.lines]
+        [[2, 4], [1, 3]]
+    """
+    order = np.lexsort((rank, bound))
+    ax.plot(np.arange(len(bound)), bound[order], color="black", linewidth=1.5, drawstyle="steps-mid", label="bound")
+    ax.plot(np.arange(len(rank)), rank[order], "o", color=BLUE, markersize=3, label="measured")
+    ax.set(xlabel="heads, sorted by bound", ylabel="effective rank r", ylim=(0, None))
+    ax.legend(frameon=False, fontsize="small", loc="lower right")
+
+
+def plot_scaled(ax: Axes, half_life: NDArray, relative: NDArray, *, d: int) -> None:
+    """Relative rank against half-life after decays were scaled, with the law as a line.
+
+    Args:
+        ax: where to draw.
+        half_life, relative: (factor, head), factors increasing: the first half of them make half-lives longer, drawn as dots.
+        d: largest possible rank.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> plot_scaled(ax, np.array([[8.0], [0.5]]), np.array([[1.0], [0.1]]), d=64)
+        >>> [line.get_label() for line in ax.lines]
+        ['longer', 'shorter', 'law']
+    """
+    middle = len(half_life) // 2
+    for rows, style, label in ((slice(middle), HIGH, "longer"), (slice(middle, None), LOW, "shorter")):
+        ax.plot(
+            half_life[rows].ravel(), relative[rows].ravel(), linestyle="none", marker=style["marker"], color=style["color"],
+            markersize=3, alpha=0.5, label=label,
+        )  # fmt: skip
+    grid = np.geomspace(half_life.min(), half_life.max(), 200)
+    by_law = predicted_rank(torch.from_numpy(-np.log(2) / grid), d=d).numpy() / d
+    ax.plot(grid, by_law, color="black", linewidth=1.5, label="law")
+    ax.set(xscale="log", xlabel="half-life after scaling, tokens", ylabel="effective rank r / d")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    ax.legend(frameon=False, fontsize="small")
+
+
+def plot_theorems(left: Axes, right: Axes, positions: Sequence[int], rank: NDArray, norm: NDArray, *, d: int) -> None:
+    """Ranks under min(t, d), and the cosine of neighbouring norm vectors over the bound of the paper's Theorem 4.4.
+
+    Args:
+        left, right: where to draw.
+        positions: t, neighbouring tokens.
+        rank, norm: (position, head).
+        d: largest possible rank.
+
+    Example:
+        >>> left, right = Figure().subplots(1, 2)
+        >>> plot_theorems(left, right, [1, 2], np.ones((2, 2)), np.array([[1.0, 2.0], [1.5, 2.0]]), d=64)
+        >>> len(left.lines), [line.get_label() for line in right.lines]
+        (3, ['cosine', 'bound'])
+    """
+    left.plot(positions, rank, color="0.6", linewidth=0.6)
+    left.plot(positions, np.minimum(positions, d), color="black", linestyle=":", label="min(t, d)")
+    left.set(xlabel="tokens read, t", ylabel="effective rank r")
+    t, cosines, bounds, _ = turning(norm[None], positions).T
+    right.plot(t, cosines, color=BLUE, label="cosine")
+    right.plot(t, bounds, color="black", linestyle=":", label="bound")
+    right.set(xlabel="tokens read, t", ylabel="cos(n(t), n(t-1))")
+    right.legend(frameon=False, fontsize="small")
+
+
 def plot_thresholds(ax: Axes, curves: Mapping[float, NDArray], *, registered: float) -> None:
-    """Sorted r/d over heads, one grey line a threshold, the smaller the darker; the registered one is thick.
+    """Sorted r/d over heads, one grey line per threshold, the smaller the darker; the registered one is thick.
 
     Args:
         ax: where to draw.
@@ -293,7 +466,7 @@ def plot_thresholds(ax: Axes, curves: Mapping[float, NDArray], *, registered: fl
 
 
 def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.bool_]) -> None:
-    """One column of heads a kind of input, r/d upwards; marks are by the label given, columns spread for legibility.
+    """One column of heads per kind of input, r/d upwards; marks are by the label given, columns spread for legibility.
 
     Args:
         ax: where to draw.
@@ -315,30 +488,6 @@ def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.boo
     )
 
 
-def plot_turning(ax: Axes, rows: NDArray) -> None:
-    """1 - cosine of neighbouring vectors, measured and allowed, against t on logarithmic axes.
-
-    Args:
-        ax: where to draw.
-        rows: (t, cosine, bound, bound of plane geometry), from `strata.turning`.
-
-    Example:
-        >>> ax = Figure().subplots()
-        >>> plot_turning(ax, np.array([[128.0, 0.75, 0.25, 0.5]]))
-        >>> {line.get_label(): line.get_ydata().item() for line in ax.lines}
-        {'allowed by Theorem 4.4': 0.75, 'allowed by plane geometry': 0.5, 'measured': 0.25}
-    """
-    t, measured, bound, plane = rows.T
-    dots: dict[str, Any] = {"linestyle": "none", "markersize": 3}
-    ax.plot(t, 1 - bound, **{**dots, "marker": "_", "color": "black", "markersize": 5}, label="allowed by Theorem 4.4")
-    ax.plot(t, 1 - plane, **dots, marker=".", color="0.6", label="allowed by plane geometry")
-    ax.plot(t, np.maximum(1 - measured, 1e-12), **dots, marker="o", color=BLUE, label="measured")
-    ax.set(yscale="log", xlabel="token t", ylabel="1 - cos(n(t), n(t-1))")
-    in_tokens(ax)
-    ax.set_ylim(top=100)  # room for the legend
-    ax.legend(frameon=False, fontsize="small", loc="upper right")
-
-
 def plot_head_pairs(
     ax: Axes,
     x: NDArray,
@@ -352,7 +501,7 @@ def plot_head_pairs(
 
     Args:
         ax: where to draw.
-        x, y: one number a head, of y also an estimate.
+        x, y: one number per head, of y also an estimate.
         high: labels of the same heads.
         xlabel, ylabel: what the numbers are, with their units.
 
@@ -385,7 +534,7 @@ def plot_selection(ax: Axes, rank: NDArray, norm: NDArray, removed: NDArray[np.b
 
     Args:
         ax: where to draw.
-        rank, norm: one number a head, 0..1.
+        rank, norm: one number per head, 0..1.
         removed: of the same heads.
 
     Example:
@@ -457,31 +606,8 @@ def plot_with_band(
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def plot_doses(ax: Axes, counts: Sequence[int], arms: Mapping[str, Sequence[Estimate]]) -> None:
-    """Score against the number of heads removed, evenly spaced, one curve with its band an arm, in the looks of low and high heads.
-
-    Args:
-        ax: where to draw.
-        counts: numbers of heads removed, from 0.
-        arms: label -> score at each of the counts; labels that begin with "highest" look like high heads, "random" is grey.
-
-    Example:
-        >>> ax = Figure().subplots()
-        >>> drop = [Estimate(1.0, 1.0, 1.0), Estimate(0.5, 0.4, 0.6)]
-        >>> plot_doses(ax, [0, 19], {"lowest rank": drop, "highest rank": drop})
-        >>> [line.get_linestyle() for line in ax.lines], [label.get_text() for label in ax.get_xticklabels()]
-        (['--', '-'], ['0', '19'])
-    """
-    for label, estimates in arms.items():
-        looks = {"lowest": LOW, "highest": HIGH, "random": RANDOM}
-        [style] = [style for beginning, style in looks.items() if label.startswith(beginning)]
-        plot_with_band(ax, range(len(counts)), estimates, label=label, **{"markersize": 4, "linewidth": 1.5} | style)
-    ax.set(ylim=(-0.03, 1.05), xlabel="heads removed")
-    ax.set_xticks(range(len(counts)), [str(count) for count in counts], fontsize="small")
-
-
 def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequence[Estimate]]) -> None:
-    """Something against the share of the state that is removed, one curve a method, told apart by mark and dash as well as colour.
+    """Something against the share of the state that is removed, one curve per method, told apart by mark and dash as well as colour.
 
     Args:
         ax: where to draw.
@@ -519,109 +645,202 @@ def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequen
     )
 
 
-def plot_arms(ax: Axes, scores: Mapping[str, Estimate], *, draws: Sequence[float], intact: float) -> None:
-    """Scores of the arms of an ablation as dots with intervals, one row an arm, beside random draws and the intact model.
-
-    Args:
-        ax: where to draw.
-        scores: label -> score; labels that begin with "lowest" are squares, others dots.
-        draws: mean score of each random draw, as grey ticks over the whole height.
-        intact: score with all heads, as a dotted line.
-
-    Example:
-        >>> ax = Figure().subplots()
-        >>> plot_arms(ax, {"lowest effective rank": Estimate(0.2, 0.1, 0.3)}, draws=[0.6, 0.7], intact=0.9)
-        >>> [line.get_xdata()[0].item() for line in ax.lines[-2:]], len(ax.lines), ax.get_yticklabels()[0].get_text()
-        ([0.1, 0.2], 5, 'lowest effective rank')
-    """
-    for x in draws:
-        ax.axvline(x, color="0.75", linewidth=1, zorder=0)
-    ax.axvline(intact, color="black", linewidth=1, linestyle=":", zorder=0)
-    for row, (label, estimate) in enumerate(scores.items()):
-        style = LOW if label.startswith("lowest") else HIGH
-        ax.plot([estimate.low, estimate.high], [row, row], color=style["color"], linewidth=2)
-        ax.plot(estimate.point, row, marker=style["marker"], color=style["color"], markersize=6)
-    ax.set_yticks(range(len(scores)), list(scores), fontsize="small")
-    ax.set(xlim=(-0.05, 1.05), ylim=(len(scores) - 0.5, -0.5))
-
-
-def plot_parts(
+def plot_added(
     ax: Axes,
-    linear: Mapping[int, Estimate],
-    softmax: Mapping[int, Estimate],
-    single: Mapping[tuple[int, int], Estimate],
+    curves: Mapping[str, Mapping[float, Estimate]],
+    *,
+    ruin: float,
+    again: Mapping[str, Mapping[float, Estimate]] | None = None,
 ) -> None:
-    """Added loss by layer: bars with intervals for whole layers, hatched where they are softmax, and a mark for every single head.
+    """Added nats against the share of heads removed, one curve per order; random draws as a grey band.
 
     Args:
         ax: where to draw.
-        linear, softmax: layer -> added loss without the layer, nats.
-        single: (layer, head) -> added loss without the head, nats.
+        curves: order of `ORDER_LOOKS`, or "random" -> added nats by share of heads, 0..1.
+        ruin: added nats at which the model is no better than a unigram model, the dotted line.
+        again: the same from another run, as open marks.
 
     Example:
-        >>> ax = Figure().subplots()
-        >>> added = [Estimate(x, x, x + 0.1) for x in (0.5, 2.0, 0.1, 0.2)]
-        >>> plot_parts(ax, {0: added[0]}, {1: added[1]}, {(0, 0): added[2], (0, 1): added[3]})
-        >>> [float(bar.get_height()) for bar in ax.patches], ax.lines[0].get_ydata().tolist(), ax.get_yscale()
-        ([0.5, 2.0], [0.1, 0.2], 'symlog')
+        >>> ax, flat = Figure().subplots(), Estimate(0.5, 0.4, 0.6)
+        >>> plot_added(ax, {"random": {0.25: flat}, "low rank": {0.25: flat}}, ruin=2.0, again={"low rank": {0.25: flat}})
+        >>> [line.get_xdata().tolist() for line in ax.lines[1:]], len(ax.collections)
+        ([[0.0, 25.0], [0.0, 25.0], [25.0]], 2)
     """
-    for layers, hatch, label in ((linear, "", "linear layer"), (softmax, "//", "softmax layer")):
-        if layers:
-            heights, low, high = ([getattr(e, name) for e in layers.values()] for name in ("point", "low", "high"))
-            ax.bar(list(layers), heights, color="0.88", edgecolor="0.4", hatch=hatch, label=label)
-            ax.vlines(list(layers), low, high, color="0.4", linewidth=2)
-    points = [estimate.point for estimate in single.values()]
-    ax.plot([layer for layer, _ in single], points, "_", color=BLUE, markersize=9, label="one head")
-    ax.set_yscale("symlog", linthresh=0.01)
-    ax.set_xlabel("layer")
-    ax.set_xticks(sorted({*linear, *softmax}))
+    nothing = Estimate(0.0, 0.0, 0.0)
+    ax.axhline(ruin, color="black", linewidth=1, linestyle=":")
+    for order, by_share in curves.items():
+        x = [0.0, *(100 * share for share in by_share)]
+        looks = {"linewidth": 1.5, "markersize": 4, **ORDER_LOOKS.get(order, RANDOM)}
+        label = order if order in ORDER_LOOKS else "random, mean and range"
+        plot_with_band(ax, x, [nothing, *by_share.values()], label=label, **looks)
+    for order, by_share in (again or {}).items():
+        looks = {
+            **ORDER_LOOKS.get(order, RANDOM),
+            "linestyle": "none",
+            "marker": ORDER_LOOKS.get(order, {}).get("marker", "D"),
+        }
+        x, y = [100 * share for share in by_share], [estimate.point for estimate in by_share.values()]
+        ax.plot(x, y, markersize=8, markerfacecolor="none", markeredgewidth=1.5, **looks)
+    ax.set(xlabel="heads removed, %", xlim=(0, 52))
 
 
-def plot_rank_used(ax: Axes, curves: Mapping[str, Mapping[str, Estimate]]) -> None:
-    """Added loss against what is kept of the states, one curve for "high" heads and one for "low" ones.
+def plot_within(ax: Axes, areas: NDArray, own: float) -> None:
+    """Where the D of rank lies among those of random orders within layers (C4b).
 
     Args:
         ax: where to draw.
-        curves: "high" and "low" -> what is kept -> added loss, nats, as `Ablation.rank_used` gives it.
-
-    Raises:
-        KeyError: one of the two groups is missing.
+        areas: D of every random order, both signs.
+        own: D of rank on the same windows, the dashed line.
 
     Example:
         >>> ax = Figure().subplots()
-        >>> half, two = Estimate(0.5, 0.4, 0.6), Estimate(2.0, 1.0, 3.0)
-        >>> plot_rank_used(ax, {"high": {"rank 1": half, "rotated": two}, "low": {"rank 1": half, "rotated": half}})
-        >>> {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
-        {'high heads': [0.5, 2.0], 'low heads': [0.5, 0.5]}
+        >>> plot_within(ax, np.array([-0.1, 0.1, 0.2]), -0.05)
+        >>> ax.lines[-1].get_xdata()
+        [-0.05, -0.05]
     """
-    for group, style in (("high", HIGH), ("low", LOW)):
-        labels, estimates = zip(*curves[group].items(), strict=True)
-        plot_with_band(ax, range(len(labels)), estimates, label=f"{group} heads", **style)
-        ax.set_xticks(range(len(labels)), labels, rotation=45, fontsize="x-small")
-    ax.set_yscale("symlog", linthresh=0.01)
-    ax.set(ylabel="added loss, nats", xlabel="what is kept of the state")
-    ax.legend(frameon=False, fontsize="small")
+    ax.hist(areas, bins=20, color="0.75")
+    ax.axvline(own, color=LOW["color"], linestyle="--", linewidth=2)
+    ax.set(xlabel="D, nats per token", ylabel="random orders")
 
 
-def plot_depths(ax: Axes, table: NDArray, depths: Sequence[float], lengths: Sequence[int], *, title: str) -> None:
-    """Heat map of retrieval: depth of the needle downwards, length of the prompt to the right, numbers written in.
+def plot_undone(ax: Axes, keeps: Sequence[float], groups: Mapping[str, NDArray], *, enough: float) -> None:
+    """How much of the damage of removing a group is undone by keeping a part of it (C7).
 
     Args:
         ax: where to draw.
-        table: share of needles found, (depth, length), 0..1, as `Ablation.depth_table` gives it.
-        depths: shares of the prompt before the needle, 0..1.
-        lengths: of the prompts, in tokens.
-        title: of the panel.
+        keeps: shares of the group that are kept, increasing from 0.
+        groups: label -> added nats, (share kept, draw); a label that begins with "high" looks like high heads.
+        enough: the registered share, the dotted line.
 
     Example:
         >>> ax = Figure().subplots()
-        >>> plot_depths(ax, np.array([[1.0, 0.25]]), [0.5], [256, 1024], title="intact")
-        >>> [text.get_text() for text in ax.texts], [label.get_text() for label in ax.get_xticklabels()]
-        (['1.00', '0.25'], ['256', '1,024'])
+        >>> plot_undone(ax, [0.0, 0.5], {"high": np.array([[2.0, 2.0], [0.5, 0.7]])}, enough=0.8)
+        >>> ax.lines[-1].get_ydata().round(2).tolist()
+        [0.0, 0.7]
     """
-    sns.heatmap(
-        table, ax=ax, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws={"fontsize": "x-small"}, cbar=False,
-        xticklabels=[f"{n:,}" for n in lengths], yticklabels=[f"{depth:.0%}" for depth in depths],
-    )  # fmt: skip
-    ax.set_title(title, fontsize="small")
-    ax.tick_params(axis="both", length=0, labelsize="x-small", labelrotation=0)
+    ax.axhline(enough, color="black", linewidth=1, linestyle=":")
+    for label, added in groups.items():
+        undone = 1 - added / added[0].mean()
+        looks = {"markersize": 4, **(HIGH if label.startswith("high") else RANDOM)}
+        low, high = undone.min(1), undone.max(1)
+        estimates = [Estimate(*map(float, row)) for row in zip(undone.mean(1), low, high, strict=True)]
+        plot_with_band(ax, [100.0 * keep for keep in keeps], estimates, label=label, **looks)
+    ax.set(xlabel="of the group kept, %", ylabel="share of the damage undone", ylim=(-0.1, 1.05))
+
+
+def plot_all_added(
+    curves: Mapping[str, Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]]],
+    *,
+    ruins: Mapping[str, float],
+    width: float,
+    row_height: float = 3.2,
+    top: float = 1.1,
+) -> None:
+    """`plot_added` for every model, in rows, and scheme, in columns.
+
+    Args:
+        curves: model -> scheme -> curves and, from another run, the same again or None.
+        ruins: model -> added nats at which it is no better than a unigram model.
+        width, row_height: of the figure and of a row, in inches.
+        top: where the panels end, as a multiple of the largest ruin; curves are cut there.
+
+    Example:
+        >>> plt.switch_backend("Agg")
+        >>> flat = {"low rank": {0.25: Estimate(0.5, 0.4, 0.6)}}
+        >>> plot_all_added({"hybrid": {"over the model": (flat, None)}}, ruins={"hybrid": 2.0}, width=5.0)
+        >>> plt.gca().get_title(), round(float(plt.gca().get_ylim()[1]), 1)
+        ('hybrid: over the model', 2.2)
+        >>> plt.close()
+    """
+    n_schemes = len(next(iter(curves.values())))
+    figure, axes = panel_grid(len(curves), n_schemes, width=width, row_height=row_height)
+    for (name, by_scheme), row in zip(curves.items(), axes, strict=True):
+        for ax, (scheme, (shown, again)) in zip(row, by_scheme.items(), strict=True):
+            plot_added(ax, shown, ruin=ruins[name], again=again)
+            ax.set_title(f"{name}: {scheme}", fontsize="small")
+        row[0].set_ylabel("added nats per token")
+    axes[0, 0].set_ylim(0, top * max(ruins.values()))
+    legend_above(figure)
+
+
+def plot_caps(left: Axes, right: Axes, recalls: Mapping[str, Any], *, gap: int, live: Mapping[str, Any]) -> None:
+    """Gain from repeated text, and mean relative rank, against the longest half-life that is left.
+
+    Args:
+        left, right: where to draw.
+        recalls: model -> a `studies.recall.Recall`; the first is drawn in blue with dots, the second in orange with squares.
+        gap: length of a copy, in tokens.
+        live: the same from another run, as open marks.
+
+    Example:
+        >>> from staterank_utils.studies.recall import Recall
+        >>> gains = {"intact": np.full((1, 2), 2.0), "cap 16": np.full((1, 2), 0.5)}
+        >>> recall = Recall((512,), gains, {}, {"intact": np.full((1, 3), 64.0), "cap 16": np.full((1, 3), 32.0)}, {}, {}, 64)
+        >>> left, right = Figure().subplots(1, 2)
+        >>> plot_caps(left, right, {"hybrid": recall}, gap=512, live={})
+        >>> [float(y) for y in right.lines[0].get_ydata()], [label.get_text() for label in right.get_xticklabels()]
+        ([0.5, 1.0], ['16', 'none'])
+    """
+
+    def caps(recall: Any) -> list[str]:
+        return sorted(recall.cap_rank, key=lambda label: float(label.removeprefix("cap ").replace("intact", "inf")))
+
+    everyone = max((caps(recall) for recall in recalls.values()), key=len)
+    for (name, recall), look in zip(recalls.items(), (HIGH, LOW, RANDOM), strict=False):
+        x = [float(everyone.index(label)) for label in caps(recall)]
+        plot_with_band(left, x, [recall.gain(label, gap) for label in caps(recall)], label=name, **look)
+        right.plot(x, [recall.cap_rank[label].mean() / recall.d for label in caps(recall)], label=name, **look)
+        if name in live:
+            again = live[name]
+            x = [everyone.index(label) for label in caps(again)]
+            open_marks = {**look, "linestyle": "none", "markerfacecolor": "none", "markersize": 9}
+            left.plot(x, [again.gain(label, gap).point for label in caps(again)], **open_marks)
+            right.plot(x, [again.cap_rank[label].mean() / again.d for label in caps(again)], **open_marks)
+    for ax in (left, right):
+        ax.set_xticks(
+            range(len(everyone)), [label.removeprefix("cap ").replace("intact", "none") for label in everyone]
+        )
+        ax.set(xlabel="cap on half-lives, tokens")
+    left.axhline(0, color="0.6", linewidth=1)
+    left.set(ylabel="gain, nats per token")
+    right.set(ylabel="mean effective rank r / d", ylim=(0, 1))
+    left.legend(frameon=False, fontsize="small")
+
+
+def plot_recall_without(
+    left: Axes, right: Axes, found: Any, *, live: Mapping[float, Mapping[str, NDArray | None]] | None = None
+) -> None:
+    """Gain without some heads against their share, and against what their loss costs on text that is read once.
+
+    Args:
+        left, right: where to draw.
+        found: a `studies.ladder.RecallWithout`.
+        live: percent of heads -> order -> gains of another run, as open marks on the left.
+
+    Example:
+        >>> from staterank_utils.studies.ladder import RecallWithout
+        >>> one = {order: np.array([0.5]) for order in ("low rank", "high rank", "random")}
+        >>> left, right = Figure().subplots(1, 2)
+        >>> plot_recall_without(left, right, RecallWithout("hybrid", (0.25,), 1.0, one, np.array([[0.4, 0.6]]), one))
+        >>> [line.get_label() for line in left.lines[2:]], len(right.lines)
+        (['random, mean and range', 'low rank', 'high rank'], 5)
+    """
+    for ax in (left, right):
+        ax.axhline(found.intact, color="black", linewidth=1, linestyle=":")
+        ax.axhline(0, color="0.8", linewidth=1, zorder=0)
+    percent = [0.0, *(100 * share for share in found.shares)]
+    means = {"random": found.random.mean(1), **found.gain}
+    for order, gains in means.items():
+        looks = {"markersize": 5, **ORDER_LOOKS.get(order, {**RANDOM, "marker": "D"})}
+        label = order if order in ORDER_LOOKS else "random, mean and range"
+        left.plot(percent, [found.intact, *gains], label=label, **looks)
+        right.plot([0.0, *found.added[order]], [found.intact, *gains], label=label, **looks)
+    low, high = ([found.intact, *edge] for edge in (found.random.min(1), found.random.max(1)))
+    left.fill_between(percent, low, high, color="0.6", alpha=0.25, linewidth=0)
+    for share, of_orders in (live or {}).items():
+        for order, gains in of_orders.items():
+            if gains is not None:
+                open_marks = {**ORDER_LOOKS[order], "linestyle": "none", "markerfacecolor": "none", "markersize": 10}
+                left.plot([share], [gains.mean()], **open_marks)
+    left.set(xlabel="heads of every layer removed, %", ylabel="gain, nats per token")
+    right.set(xlabel="added nats on text read once", ylabel="gain, nats per token")

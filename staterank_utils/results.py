@@ -9,8 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,9 +17,7 @@ from typing import Any
 
 import torch
 
-from staterank_utils.markdown import markdown_table, verdict_table
 from staterank_utils.models import CHECKPOINTS, EMBEDDED
-from staterank_utils.strata import Estimate
 
 STORED = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "transformers", "flash-linear-attention", "numpy", "scipy", "diptest")
@@ -149,59 +146,22 @@ def weights_hash(folder: Path) -> str:
     return total.hexdigest()
 
 
-def read_result(path: Path | str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> dict[str, Any]:
-    """Read a stored result, and refuse it if it was made with other parameters or other weights.
-
-    Args:
-        path: written by `write_json` with a `provenance` entry.
-        parameters: what the caller asks for; each must be stored with the same value.
-        checkpoints: folders of weights as they are now; each must be stored with the same hash.
-
-    Raises:
-        FileNotFoundError: there is no such result.
-        ValueError: a parameter or the weights differ; the message names them.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_json(Path(folder, "a.json"), {"provenance": provenance(parameters={"seed": 0}), "rows": []})
-        ...     read_result(Path(folder, "a.json"), parameters={"seed": 0})["rows"]
-        ...     read_result(Path(folder, "a.json"), parameters={"seed": 1})
-        Traceback (most recent call last):
-            ...
-        ValueError: a.json was made with seed=0, not 1: run the notebook again
-    """
-    path = Path(path)
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    made = data["provenance"]
-    again = "run the notebook again"
-    for name, value in parameters.items():
-        if made["parameters"].get(name) != value:
-            raise ValueError(
-                f"{path.name} was made with {name}={made['parameters'].get(name)!r}, not {value!r}: {again}"
-            )
-    for folder in checkpoints:
-        if made["checkpoints"].get(folder.name) != weights_hash(folder):
-            raise ValueError(f"{path.name} was made with other weights of {folder.name}: {again}")
-    return data
-
-
 def gather(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Results of one notebook on different models as one result, as if one run had measured them all, one after the other.
 
     Args:
-        parts: each with entries `provenance`, `rows` and, where the notebook keeps them, `tables`; of one commit, the same packages and
-            the same parameters but for the model and its revision. They may come from different machines.
+        parts: each with entries `provenance` and `rows`; of one commit, the same packages and the same parameters but for the model
+            and its revision. They may come from different machines.
 
     Returns:
-        The same entries: rows and the rows of each table, one part after the other, without repetitions; seconds added up.
+        The same entries: rows, one part after the other; seconds added up.
 
     Raises:
-        ValueError: no parts; or two of them differ in more than the model, measured the same one, or have tables with other heads.
+        ValueError: no parts; or two of them differ in more than the model, or measured the same one.
 
     Example:
         >>> parts = [
-        ...     {"provenance": provenance(parameters={"model": name, "seed": 0}), "rows": [{"model": name}], "tables": {}}
+        ...     {"provenance": provenance(parameters={"model": name, "seed": 0}), "rows": [{"model": name}]}
         ...     for name in ("a", "b")
         ... ]
         >>> both = gather(parts)
@@ -237,21 +197,7 @@ def gather(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "parameters": parameters,
         },
         "rows": [row for part in parts for row in part["rows"]],
-        "tables": _joined([part.get("tables", {}) for part in parts]),
     }
-
-
-def _joined(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Markdown tables under the same title as one, each different row once."""
-    joined = {}
-    for title in dict.fromkeys(title for part in parts for title in part):
-        tables = [part[title].split("\n") for part in parts if title in part]
-        heads = {"\n".join(lines[:2]) for lines in tables}
-        if len(heads) > 1:
-            raise ValueError(f"tables {title!r} have different heads: {sorted(heads)}")
-        rows = dict.fromkeys(line for lines in tables for line in lines[2:])
-        joined[title] = "\n".join([*heads, *rows])
-    return joined
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -293,110 +239,6 @@ def embedded_folders(models: Sequence[str]) -> list[Path]:
     """
     candidates = [CHECKPOINTS / name if name in EMBEDDED else Path(name) for name in models]
     return [folder for folder in candidates if folder.is_dir()]
-
-
-def stored_recovery(name: str) -> list[tuple[str, ...]]:
-    """Rows of a table of what fine-tuning brought back to a pruned embedded model (training/recover.py).
-
-    Args:
-        name: of the model.
-
-    Returns:
-        (model, arm, heads removed, score over intact before and after, bits a byte before and after) for each stored arm; nothing
-        where nothing is stored.
-
-    Raises:
-        ValueError: the stored numbers are of other weights.
-
-    Example:
-        >>> stored_recovery("no such model")
-        []
-    """
-    path = STORED / "recovery" / f"{name}.json"
-    if not path.exists():
-        return []
-
-    def numbers(row: Mapping[str, Any]) -> Iterator[str]:
-        for when in ("before", "after"):
-            yield str(Estimate(**row[when]["score / intact"]))
-        for when in ("before", "after"):
-            yield f"{row[when]['bits a byte']:.3f}"
-
-    rows = read_result(path, parameters={"name": name}, checkpoints=[CHECKPOINTS / name])["rows"]
-    return [(name, row["arm"], str(row["heads"]), *numbers(row)) for row in rows]
-
-
-class Tables(dict[str, str]):
-    """Tables of a notebook as Markdown, by title: shown where they are made, stored with the result, shown again beside it.
-
-    Example:
-        >>> tables = Tables()
-        >>> print(tables.keep("Heads by layer", ("layer", "heads"), [("0", "8")]))
-        | layer | heads |
-        | --- | --- |
-        | 0 | 8 |
-        >>> list(tables)
-        ['Heads by layer']
-    """
-
-    def keep(self, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-        """Make a table, keep it under its title, and return it."""
-        self[title] = markdown_table(head, rows)
-        return self[title]
-
-
-def stored_beside(notebook: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> str:
-    """The verdicts of the stored full-profile run as Markdown, or a sentence that says why they are not shown.
-
-    Behind the verdicts stand what we read in that run, where NOTEBOOK.md lies beside the stored result, and the run's tables.
-
-    Args:
-        notebook: name of the page, such as "01_stratification".
-        parameters: what the stored run must have been given.
-        checkpoints: folders of the weights that it must have measured.
-
-    Example:
-        >>> stored_beside("09_nothing_yet", parameters={})
-        '*There is no stored full-profile run of 09_nothing_yet for these models.*'
-    """
-    path = STORED / "full" / f"{notebook}.json"
-    try:
-        data = read_result(path, parameters=parameters, checkpoints=checkpoints)
-    except FileNotFoundError:
-        return f"*There is no stored full-profile run of {notebook} for these models.*"
-    except ValueError as error:
-        return f"*The stored full-profile run is not shown: {error}.*"
-    made = data["provenance"]
-    parts = [
-        f"Beside it, the stored run of the full profile ({made['parameters']['n_prompts']} prompts each, {made['device']}, "
-        f"{made['seconds']:.0f} s, {made['date'][:10]}, commit {made['commit'][:10]}):",
-        verdict_table(data["rows"]),
-    ]
-    if path.with_suffix(".md").exists():
-        parts.append(path.with_suffix(".md").read_text(encoding="utf-8").strip())
-    if tables := data.get("tables"):
-        inside = "\n\n".join(f"*{title}*\n\n{table}" for title, table in tables.items())
-        parts.append(f"::::{{dropdown}} The tables of that run\n{inside}\n::::")
-    return "\n\n".join(parts)
-
-
-def stored_run(notebook: str, *, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> dict[str, Any]:
-    """The rows and tables of the stored full-profile run, to draw and to quote; none where `stored_beside` says why it is not shown.
-
-    Args:
-        notebook, parameters, checkpoints: as in `stored_beside`.
-
-    Returns:
-        "rows", the verdicts, and "tables", by title; without a run no rows, and empty tables of any title.
-
-    Example:
-        >>> stored_run("09_nothing_yet", parameters={})["rows"]
-        []
-    """
-    try:
-        return read_result(STORED / "full" / f"{notebook}.json", parameters=parameters, checkpoints=checkpoints)
-    except (FileNotFoundError, ValueError):
-        return {"rows": [], "tables": defaultdict(str)}
 
 
 def check_parameters(namespace: dict[str, Any], *, texts: Sequence[str] = (), numbers: Sequence[str] = ()) -> None:

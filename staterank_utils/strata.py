@@ -5,8 +5,7 @@ drawing the prompts anew, because prompts are what a measurement could have draw
 """
 
 import itertools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import diptest
@@ -45,25 +44,6 @@ class Estimate:
 
     def __str__(self) -> str:
         return format(self)
-
-    @classmethod
-    def parse(cls, text: str) -> "Estimate":
-        """The numbers of a text that `str` made, as precise as it shows them.
-
-        Args:
-            text: a point and, in brackets, two ends.
-
-        Raises:
-            ValueError: another text.
-
-        Example:
-            >>> Estimate.parse("0.950 [0.900, 0.970]")
-            Estimate(point=0.95, low=0.9, high=0.97)
-        """
-        found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", text)
-        if found is None:
-            raise ValueError(f"expected a point and two ends such as '0.950 [0.900, 0.970]', got {text!r}")
-        return cls(*(float(number.replace(",", "")) for number in found.groups()))
 
 
 class UndefinedError(ValueError):
@@ -144,7 +124,7 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
     """Mean of first minus second, both measured on the same prompts, with its bootstrap interval over prompts.
 
     Args:
-        first, second: one number a prompt, in the same order and unit.
+        first, second: one number per prompt, in the same order and unit.
 
     Raises:
         ValueError: not as many of one as of the other, none, or a NaN or infinity.
@@ -157,47 +137,6 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
     if len(x) != len(y):
         raise ValueError(f"expected values on the same prompts, got {len(x)} and {len(y)}")
     return bootstrap(lambda drawn: float(drawn.mean()), x - y)
-
-
-def mean_and_parts(
-    groups: Mapping[str, ArrayLike], *, together: str, n_resamples: int = 1000, seed: int = 0
-) -> dict[str, Estimate]:
-    """Means of several groups of prompts, and the mean of those means, with 95 % bootstrap intervals over prompts.
-
-    The same as `bootstrap` of each mean; all draws are made at once, since sweeps ask for hundreds of these.
-
-    Args:
-        groups: name -> one number a prompt; groups are drawn independently of each other.
-        together: name of the mean of the means.
-        n_resamples: how often the prompts of each group are drawn anew, with replacement.
-        seed: of the draws.
-
-    Returns:
-        `together` first, then every group; `together` alone, and NaN, where there are no groups.
-
-    Raises:
-        ValueError: a group without prompts or of the name `together`, or a NaN or infinity.
-
-    Example:
-        >>> mean_and_parts({"recall": [1.0, 1.0], "copying": [0.0]}, together="mean over tasks")["mean over tasks"]
-        Estimate(point=0.5, low=0.5, high=0.5)
-    """
-    if together in groups:
-        raise ValueError(f"no group may have the name of all together, {together!r}")
-    rng = np.random.default_rng(seed)
-    points, draws = {}, {}
-    for name, values in groups.items():
-        numbers = _finite(values, "mean_and_parts")
-        if not numbers.size:
-            raise ValueError(f"need at least one prompt in every group, got none in {name!r}")
-        points[name] = float(numbers.mean())
-        draws[name] = numbers[rng.integers(numbers.size, size=(n_resamples, numbers.size))].mean(1)
-    if not groups:
-        return {together: exactly(np.nan)}
-    points = {together: float(np.mean(list(points.values()))), **points}
-    draws = {together: np.mean(list(draws.values()), axis=0), **draws}
-    ends = np.quantile(np.stack(list(draws.values())), [0.025, 0.975], axis=1)
-    return {name: Estimate(point, *map(float, of)) for (name, point), of in zip(points.items(), ends.T, strict=True)}
 
 
 def exactly(value: float) -> Estimate:
@@ -398,7 +337,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rank correlation of two vectors over heads, ties at their mean rank; NaN where a vector is constant.
 
     Args:
-        a, b: one number a head, at least 2 heads.
+        a, b: one number per head, at least 2 heads.
 
     Raises:
         ValueError: the vectors differ in length, have fewer than 2 values, or hold a NaN or infinity.
@@ -417,7 +356,7 @@ def cosine(a: ArrayLike, b: ArrayLike) -> float:
     """Cosine of the angle between two vectors over heads; NaN where one is zero.
 
     Args:
-        a, b: one number a head, at least 2 heads.
+        a, b: one number per head, at least 2 heads.
 
     Raises:
         ValueError: as in `spearman`.
@@ -458,7 +397,7 @@ def r_squared(x: ArrayLike, y: ArrayLike) -> float:
     """Share of the variance of `y` that a straight line in `x` explains; NaN where one is constant.
 
     Args:
-        x, y: one number a head, at least 2 heads.
+        x, y: one number per head, at least 2 heads.
 
     Raises:
         ValueError: as in `spearman`.
@@ -602,7 +541,7 @@ def pairwise(statistic: Callable[[ArrayLike, ArrayLike], float], groups: Sequenc
 
     Args:
         statistic: (group, group) -> number, such as `mean_spearman`.
-        groups: tables (prompt, head), one an input.
+        groups: tables (prompt, head), one per input.
 
     Returns:
         (group, group), float64; the diagonal compares a group with itself.
@@ -640,7 +579,7 @@ def smallest_over_pairs(
 
     Args:
         statistic: such as `mean_spearman`.
-        groups: tables (prompt, head), one an input.
+        groups: tables (prompt, head), one per input.
         n_resamples: as in `bootstrap`.
 
     Raises:

@@ -1,21 +1,39 @@
 """The studies' measures against slow oracles."""
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_qwen3_next
+from conftest import save_tiny, tiny_qwen3_next
 
+from staterank_utils import claims
 from staterank_utils.layouts import linear_layers
 from staterank_utils.memory import predicted_rank
+from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.strata import cohen_kappa
-from staterank_utils.studies import groups
-from staterank_utils.studies.groups import Groups, Law, law_fit, measure_law, shares
+from staterank_utils.studies import groups, repeated
+from staterank_utils.studies.by_task import ByTask, measure_by_task
+from staterank_utils.studies.groups import Groups, Law, Turning, law_fit, measure_law, shares
 from staterank_utils.studies.recall import Recall, induction_gains
-from staterank_utils.studies.removal import BINS, _binned, random_orders
+from staterank_utils.studies.removal import (
+    BINS,
+    FEW,
+    LOW,
+    MODEL,
+    Removal,
+    _binned,
+    measure_removal,
+    one_model_claims,
+    random_orders,
+)
+from staterank_utils.studies.repeated import RepeatedGroups, RepeatedRecall, stored_on, write_chapter
+from staterank_utils.studies.setup import setup
 from staterank_utils.studies.texts import CALIBRATION_TEXTS, LOSS_TEXTS, Texts, draw_texts, unigram_nats
 from staterank_utils.tasks import text_tokens
 
@@ -114,10 +132,10 @@ def test_changes_of_rank_are_compared_where_some_are_predicted() -> None:
 def test_an_architecture_without_decay_has_a_bound_and_no_factors(
     monkeypatch: pytest.MonkeyPatch, hybrid, tokenizer
 ) -> None:
-    layers = [(index, layer, replace(layout, changed_decay=None)) for index, layer, layout in linear_layers(hybrid)]
+    layers = [replace(layer, layout=replace(layer.layout, changed_decay=None)) for layer in linear_layers(hybrid)]
     monkeypatch.setattr(groups, "linear_layers", lambda model: layers)
     law = measure_law(hybrid, tokenizer, n_prompts=1, n_tokens=128)
-    assert (law.factors, law.scaled_rank.shape, law.bound_violations) == ((), (0, 1, 48), 0)
+    assert (law.factors, law.scaled_rank.shape, law.bound_violations) == ((), (0, 1, 144), 0)
     assert np.isnan(law.agreement().point)
 
 
@@ -126,3 +144,163 @@ def test_random_orders_are_nested_and_told_apart_by_their_name() -> None:
     assert sorted(orders[0]) == list(range(16))
     assert (random_orders(16, 5, name="a")[:3] == orders).all()  # more draws begin with the same
     assert not (random_orders(16, 3, name="b") == orders).all()
+
+
+# ---------------------------------------------------------------- by task, and smaller states
+
+
+@pytest.fixture(scope="module")
+def by_task(hybrid, tokenizer, own_words) -> ByTask:
+    tasks = {"own words": own_words, "again": replace(own_words, description="its own words again")}
+    return measure_by_task(hybrid, tokenizer, tasks, name="m", n_prompts=4, n_draws=2, calibration=(1, 64))
+
+
+def test_tasks_that_are_mastered_are_judged(by_task: ByTask) -> None:
+    assert list(by_task.heads) == ["own words", "again"]
+    rows = {row["claim"]: row for row in by_task.claims()}
+    assert list(rows) == ["C4", "C4a", "C5"]
+    assert rows["C4"]["verdict"] != claims.NOT_TESTABLE
+    first = rows["C4"]["criteria"][0]
+    assert first["label"] == f"own words ({by_task.heads['own words']} heads)"
+    assert first["point"] == pytest.approx(by_task.high["own words"].mean() - by_task.low["own words"].mean())
+    assert rows["C5"]["criteria"][0]["point"] == pytest.approx(by_task.joint["score / intact"].point)
+    assert by_task.draws["again"].shape == (2, 4)
+
+
+def test_one_task_is_too_few_for_a_pruned_model(by_task: ByTask) -> None:
+    one = replace(by_task, heads={"again": 3}, joint={})
+    verdicts = {row["claim"]: (row["verdict"], row["note"]) for row in one.claims()}
+    assert verdicts["C5"] == (claims.NOT_TESTABLE, ": it masters 1 of 2 tasks")
+
+
+def test_what_is_not_measured_is_not_judged(made_few: Removal) -> None:
+    rows = one_model_claims(made_few, "m", ["C4b", "C4c", "C5a", "C5b", "C7"])
+    assert {row["verdict"] for row in rows} == {claims.NOT_MEASURED}
+
+
+def test_a_dose_takes_whole_heads(made_few: Removal) -> None:
+    assert made_few.shares(MODEL) == [0.125, 0.25]
+    assert made_few.actual(MODEL, 0.125) == 18 / 144
+    assert made_few.near(MODEL, LOW, 0.2) == made_few.curve(MODEL, LOW)[0.25]
+    assert sum(made_few.from_layer(layer, MODEL, LOW, 0.25) for layer in range(12)) == 36
+
+
+@pytest.fixture(scope="module")
+def made_few(hybrid, tokenizer) -> Removal:
+    texts = draw_texts(tokenizer, n_windows=1, window=64, n_copies=1, copy=32, n_calibration=1)
+    return measure_removal(hybrid, texts, name="m", sizes=FEW)
+
+
+def test_a_measurement_is_repeated_on_the_same_heads(made_few: Removal, hybrid, tokenizer) -> None:
+    texts = draw_texts(tokenizer, n_windows=1, window=64, n_copies=1, copy=32, n_calibration=1)
+    again = measure_removal(hybrid, texts, name="m", sizes=replace(FEW, shares=(0.25,)), ordered=made_few)
+    n_arms, difference = again.repeated(made_few)
+    assert n_arms == 12
+    assert difference < 1e-4
+    other = replace(made_few, nats=made_few.nats + 1.0)
+    assert again.repeated(other)[1] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_model_of_which_nothing_is_stored_is_measured_whole(
+    made_few: Removal, monkeypatch, hybrid, tokenizer
+) -> None:
+    monkeypatch.setattr(repeated, "measure_removal", lambda *_, **__: made_few)
+    found = repeated.repeat_removal("OWNER/NAME", hybrid, draw_texts(tokenizer, n_windows=1, window=64), sizes=FEW)
+    assert found.shown is found.live
+    assert found.curves(MODEL, [LOW])[1] is None
+    assert found.source("x") == "x was measured by this run on 1 windows of each text."
+
+
+def of_two_heads(decays: list[float]) -> Groups:
+    """The second head is low on prose and high on code."""
+    rank = {"prose": np.array([[8.0, 1.0]]), "code": np.array([[8.0, 8.0]])}
+    one = np.ones((1, 2))
+    return Groups(((0, 0), (0, 1)), 8, 256, rank, {"prose": np.array([decays]), "code": -one}, one, one, one)
+
+
+def test_heads_that_move_and_half_lives() -> None:
+    groups = of_two_heads([-math.log(2), 0.0])
+    assert (groups.moved(["code"]), groups.moved(["prose"]), groups.moved(["code", "prose"])) == (1, 0, 1)
+    assert groups.half_life().tolist() == [1.0, math.inf]
+
+
+def test_labels_are_compared_over_all_kinds_of_input() -> None:
+    shown = of_two_heads([-1.0, -1.0])
+    live = replace(shown, rank={**shown.rank, "code": np.array([[8.0, 1.0]])})
+    turning = Turning(1, 0, 1, 0)
+    again = repeated.RepeatedGroups({"end": shown}, None, turning, live, False, None)
+    assert again.same_labels() == 0.75  # both of prose, one of code
+    assert again.initial is None
+    assert again.numbers()["r/d, code"] == pytest.approx((1 + 1 / 8) / 2)
+
+
+def test_ranks_of_which_nothing_is_stored_are_measured_with_their_controls(tmp_path) -> None:
+    name = str(save_tiny(tmp_path, ["linear_attention"] * 2))
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    found = repeated.repeat_groups(name, model, tokenizer, n_prompts=2, n_tokens=160, domains=["prose"])
+    assert found.made is None
+    assert list(found.shown) == ["end", "initial", "shuffled"]
+    assert found.initial is None  # its weights before training are not known
+    assert found.source("x") == "x was measured by this run on 2 prompts of 160 tokens of each kind of input (prose)."
+    file = tmp_path / "a.json"
+    repeated.write_chapter(file, parameters={}, rows=[], found={name: found})
+    assert json.loads(file.read_text())["stored"] == {}
+
+
+# ---------------------------------------------------------------- set-up of a notebook
+
+
+def test_parameters_become_a_run() -> None:
+    given = {"model": " hybrid ,pure", "profile": "full", "seed": 3, "n_prompts": 0, "results_folder": "there"}
+    run = setup(given, "page", n_prompts=(2, 16))
+    assert (run.models, run.quick, run.seed, run.sizes) == (
+        ("hybrid", "pure"), False, 3, {"n_prompts": 16, "seed": 3},
+    )  # fmt: skip
+    assert run.file == Path("there/page.json")
+    assert run.where == {"revision": None, "device": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"model": " , "}, "names no model"),
+        ({"model": "pure", "n_prompts": -1}, "'n_prompts' must be at least 1"),
+        ({"model": "pure", "n_promts": 1}, "did you mean 'n_prompts'"),
+    ],
+)
+def test_parameters_that_say_nothing_are_refused(given: dict, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        setup(given, "page", n_prompts=(2, 16))
+
+
+def test_the_numbers_behind_a_figure_are_kept_beside_the_result(tmp_path: Path) -> None:
+    run = setup({"model": "pure", "results_folder": str(tmp_path)}, "page")
+    plt.switch_backend("Agg")
+    plt.plot([1, 2], [3, 4], label="a")
+    run.keep("fig-a")
+    plt.close()
+    assert (tmp_path / "fig-a.csv").read_text().splitlines() == ["panel,series,x,y", "1,a,1.0,3.0", "1,a,2.0,4.0"]
+    with pytest.raises(ValueError, match="shows no numbers"):
+        run.keep("fig-b")
+    plt.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["fig-a.csv"]
+
+
+def test_a_live_run_that_is_another_stops_the_build(tmp_path: Path) -> None:
+    measured, content = stored_on("hybrid")
+    end = measured.groups["end"]
+    other = replace(end, rank={key: end.d - table for key, table in end.rank.items()})
+    repeated = RepeatedGroups(measured.groups, measured.laws["end"], measured.turning, end, True, content["provenance"])
+    assert repeated.held() == (24, 24)
+    write_chapter(tmp_path / "a.json", parameters={}, rows=[], found={"hybrid": repeated})
+    with pytest.raises(ValueError, match="agrees with what is stored"):
+        write_chapter(tmp_path / "b.json", parameters={}, rows=[], found={"hybrid": replace(repeated, live=other)})
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_recall_that_is_another_stops_the_build() -> None:
+    measured, content = stored_on("hybrid")
+    recall = measured.recall
+    live = replace(recall, gains={"intact": recall.gains["intact"] + 1})
+    with pytest.raises(ValueError, match="gains of hybrid differ by 1"):
+        RepeatedRecall(recall, live, "0", content["provenance"]).check("hybrid")

@@ -1,7 +1,6 @@
-"""A sweep over the embedded and two tiny models: killed in the middle, gone on with, gathered into one table."""
+"""A sweep over the embedded and two tiny models: killed in the middle, resumed, gathered into one table."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_qwen3_next
+from conftest import save_tiny
 
 from staterank_utils.claims import CLAIMS
-from staterank_utils.models import CHECKPOINTS
 from training.recipes import WAVES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,12 +19,7 @@ NOTEBOOK = "01_stratification"
 
 
 def tiny(folder: Path, n_layers: int) -> Path:
-    """Random weights under the tokenizer of the embedded models."""
-    layers = (["linear_attention", "full_attention"] * n_layers)[:n_layers]
-    tiny_qwen3_next(layers, vocab_size=8192).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(CHECKPOINTS / "hybrid" / name, folder)
-    return folder
+    return save_tiny(folder, (["linear_attention", "full_attention"] * n_layers)[:n_layers])
 
 
 def snakemake(settings: dict, folder: Path) -> list[str]:
@@ -44,7 +37,7 @@ def command(tmp_path: Path) -> list[str]:
     settings = {
         "models": models,
         "notebooks": [NOTEBOOK],
-        "parameters": {NOTEBOOK: {"n_prompts": 2, "n_tokens": 128}},
+        "parameters": {NOTEBOOK: {"n_prompts": 2, "n_tokens": 160}},
     }
     return snakemake(settings, tmp_path)
 

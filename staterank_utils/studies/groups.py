@@ -1,7 +1,9 @@
 """Ranks of every head on every kind of input, and how far decay alone predicts them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from staterank_utils.tasks import ADVERSARIAL_DOMAINS, NATURAL_DOMAINS, domain_p
 from staterank_utils.tracing import trace_states
 
 EARLY = 128  # the registered early position
+DOMAINS = (*NATURAL_DOMAINS, *ADVERSARIAL_DOMAINS)
 STEPS = 33  # tokens of each window in which neighbouring norm vectors are compared
 Row = dict[str, Any]
 
@@ -50,7 +53,7 @@ class HeadTrace:
     Example:
         >>> from staterank_utils import load_model
         >>> trace_heads(load_model("hybrid"), torch.arange(64).reshape(1, 64), positions=[32, 64]).rank.shape
-        (2, 1, 48)
+        (2, 1, 144)
     """
 
     rank: NDArray[np.float64]
@@ -73,7 +76,7 @@ def trace_heads(model: PreTrainedModel, input_ids: Tensor, *, positions: Sequenc
         >>> from staterank_utils import load_model
         >>> trace = trace_heads(load_model("hybrid"), torch.arange(64).reshape(1, 64), positions=[64])
         >>> trace.stable.shape, trace.log_decay.shape
-        ((1, 1, 48), (1, 48))
+        ((1, 1, 144), (1, 144))
     """
     trace = trace_states(model, input_ids, positions=positions, reduce=rank_norm_stable)
     rank, norm, stable = trace.values.double().permute(4, 2, 1, 0, 3).flatten(3).numpy()
@@ -96,7 +99,7 @@ class Groups:
         >>> from staterank_utils import load_model, load_tokenizer
         >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256, domains=["prose"])
         >>> groups.rank["prose"].shape, bool(groups.relative("prose").max() <= 1)
-        ((2, 48), True)
+        ((2, 144), True)
     """
 
     heads: tuple[Head, ...]
@@ -112,6 +115,16 @@ class Groups:
         """r/d of a domain, (prompt, head)."""
         return self.rank[domain] / self.d
 
+    def moved(self, domains: Sequence[str]) -> int:
+        """How many heads have another label (high or low) on one of these kinds of input than on prose."""
+        on_prose, *others = (is_high(self.rank[domain].mean(0), self.d) for domain in ("prose", *domains))
+        return int(np.any([label != on_prose for label in others], 0).sum())
+
+    def half_life(self, domain: str = "prose") -> NDArray[np.float64]:
+        """Tokens after which a state has fallen to half, (head,), by the mean log-decay over prompts; infinite without decay."""
+        with np.errstate(divide="ignore"):
+            return np.log(2) / np.abs(self.log_decay[domain].mean(0))
+
     def predicted(self, domain: str = "prose") -> NDArray[np.float64]:
         """Ranks that the law predicts from log-decays alone, (head,); the mean over prompts and tokens decides."""
         return predicted_rank(torch.from_numpy(self.log_decay[domain].mean(0)), d=self.d).numpy()
@@ -123,7 +136,7 @@ def measure_groups(
     *,
     n_prompts: int = 16,
     n_tokens: int = 2048,
-    domains: Sequence[str] = (*NATURAL_DOMAINS, *ADVERSARIAL_DOMAINS),
+    domains: Sequence[str] = DOMAINS,
     seed: int = 0,
 ) -> Groups:
     """Trace prompts of every domain.
@@ -167,13 +180,117 @@ def measure_groups(
     )
 
 
-def first_claims(name: str, groups: Groups, *, initial: Groups | None) -> list[Row]:
-    """Apply the rules of C1, C1c, C2, C2n, C3 and C3a.
+def check_sizes(*, n_prompts: int, n_tokens: int, seed: int = 0) -> None:
+    """Refuse prompts on which agreement over time and inputs cannot be measured.
+
+    Args:
+        n_prompts, n_tokens, seed: as in `measure_groups`.
+
+    Raises:
+        ValueError: fewer than 2 prompts, or prompts of less than twice the early position.
+
+    Example:
+        >>> check_sizes(n_prompts=1, n_tokens=512)
+        Traceback (most recent call last):
+            ...
+        ValueError: n_prompts must be at least 2, got 1: the prompts of an input are halved for a control
+    """
+    if n_tokens < 2 * EARLY:
+        raise ValueError(
+            f"n_tokens must be at least {2 * EARLY}, got {n_tokens}: order is compared between {EARLY} and the end"
+        )
+    if n_prompts < 2:
+        raise ValueError(
+            f"n_prompts must be at least 2, got {n_prompts}: the prompts of an input are halved for a control"
+        )
+
+
+def agreements(variants: Mapping[str, Groups]) -> dict[str, tuple[float, float, float, float]]:
+    """How well ranks agree between natural inputs, beside the best that could be expected and models that learned nothing.
+
+    Args:
+        variants: "end", "initial" and "shuffled" -> ranks on all natural inputs.
+
+    Returns:
+        What is compared -> smallest and median Spearman, smallest and median kappa, over pairs of inputs.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> from staterank_utils.tasks import NATURAL_DOMAINS
+        >>> model, tokenizer = load_model("hybrid"), load_tokenizer("hybrid")
+        >>> groups = measure_groups(model, tokenizer, n_prompts=2, n_tokens=256, domains=NATURAL_DOMAINS)
+        >>> len(agreements({"end": groups, "initial": groups, "shuffled": groups}))
+        5
+    """
+    end = variants["end"]
+    natural = [end.rank[domain] for domain in NATURAL_DOMAINS]
+    half = len(natural[0]) // 2
+    halves = [(table[:half], table[half : 2 * half]) for table in natural]
+    compared: dict[str, Iterable[Any]] = {
+        "trained, between inputs": combinations(natural, 2),
+        "trained, between inputs, half the prompts": combinations([x for x, _ in halves], 2),
+        "trained, same input, other prompts": halves,
+    }
+    for variant in ("initial", "shuffled"):
+        tables = [variants[variant].rank[domain][:half] for domain in NATURAL_DOMAINS]
+        compared[f"{variant}, between inputs, half the prompts"] = combinations(tables, 2)
+
+    def smallest_and_median(pairs: Iterable[Any]) -> tuple[float, float, float, float]:
+        values = np.array([[f(a, b) for f in (mean_spearman, mean_kappa(end.d))] for a, b in pairs])
+        (rho, kappa), (middle_rho, middle_kappa) = values.min(0), np.median(values, 0)
+        return float(rho), float(middle_rho), float(kappa), float(middle_kappa)
+
+    return {label: smallest_and_median(pairs) for label, pairs in compared.items()}
+
+
+def settled(variants: Mapping[str, Groups], *, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """How similar the heads at the early position are to those at the end, beside untrained models and unrelated heads.
+
+    Args:
+        variants: "end", "initial" and "shuffled" -> ranks.
+        seed: of the permutations.
+
+    Returns:
+        Weights -> Spearman of r, cosine of r, cosine of n.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> model, tokenizer = load_model("hybrid"), load_tokenizer("hybrid")
+        >>> groups = measure_groups(model, tokenizer, n_prompts=2, n_tokens=256, domains=["prose"])
+        >>> rows = settled({"end": groups, "initial": groups, "shuffled": groups})
+        >>> [*rows], abs(rows["trained, permuted"][0]) < 0.1
+        (['initial', 'shuffled', 'trained', 'trained, permuted'], True)
+    """
+
+    def pairs(groups: Groups) -> list[tuple[Any, Any, Any]]:
+        rank = (groups.early_rank.mean(0), groups.rank["prose"].mean(0))
+        norm = (groups.early_norm.mean(0), groups.norm.mean(0))
+        return [(spearman, *rank), (cosine, *rank), (cosine, *norm)]
+
+    def three(numbers: Iterable[float]) -> tuple[float, float, float]:
+        first, second, third = numbers
+        return first, second, third
+
+    labels = {"initial": "initial", "shuffled": "shuffled", "end": "trained"}
+    rows = {label: three(f(a, b) for f, a, b in pairs(variants[key])) for key, label in labels.items()}
+    rows["trained, permuted"] = three(strata.unrelated(f, a, b, seed=seed) for f, a, b in pairs(variants["end"]))
+    return rows
+
+
+def first_claims(
+    name: str,
+    groups: Groups,
+    *,
+    initial: Groups | None,
+    keys: Sequence[str] = ("C1", "C1c", "C2", "C2n", "C3", "C3a"),
+) -> list[Row]:
+    """Apply the rules of the first registration to ranks.
 
     Args:
         name: of the model.
-        groups: on all eight domains.
+        groups: on prose; for C3 on the natural domains, for C3a on the adversarial ones as well.
         initial: the model before training, on the same prose; None where its weights are not known.
+        keys: of the claims, in this order.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
@@ -184,7 +301,6 @@ def first_claims(name: str, groups: Groups, *, initial: Groups | None) -> list[R
     end = groups.rank["prose"]
     pair = np.stack([groups.early_rank, end], 1)
     norms = np.stack([groups.early_norm, groups.norm], 1)
-    natural = [groups.rank[domain] for domain in NATURAL_DOMAINS]
     kappa = mean_kappa(groups.d)
 
     def over_time(similarity: Any, table: NDArray[np.float64]) -> Estimate:
@@ -198,6 +314,7 @@ def first_claims(name: str, groups: Groups, *, initial: Groups | None) -> list[R
         return claims.judge("C1c", name, {"rho": over_time(spearman, both)})
 
     def over_inputs() -> Row:
+        natural = [groups.rank[domain] for domain in NATURAL_DOMAINS]
         medians = [float(np.median(strata.off_diagonal(strata.pairwise(f, natural)))) for f in (mean_spearman, kappa)]
         smallest = {
             "min rho": strata.smallest_over_pairs(mean_spearman, natural),
@@ -222,7 +339,7 @@ def first_claims(name: str, groups: Groups, *, initial: Groups | None) -> list[R
         "C3": over_inputs,
         "C3a": adversarial,
     }
-    return [judged_if_defined(key, name, judge) for key, judge in rows.items()]
+    return [judged_if_defined(key, name, rows[key]) for key in keys]
 
 
 def judged_if_defined(key: str, name: str, judge: Callable[[], Row]) -> Row:
@@ -315,7 +432,7 @@ class Law:
         >>> from staterank_utils import load_model, load_tokenizer
         >>> law = measure_law(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=1, n_tokens=192, factors=[2.0])
         >>> law.bound_violations, law.scaled_rank.shape
-        (0, (1, 1, 48))
+        (0, (1, 1, 144))
     """
 
     bound_violations: int
@@ -353,6 +470,14 @@ class Law:
             for factor, before, found in zip(self.factors, predicted, measured, strict=True)
         }
 
+    def scaled_half_life(self) -> NDArray[np.float64]:
+        """(factor, head): half-life in tokens once the log-decay is multiplied."""
+        return np.log(2) / np.abs(np.array(self.factors)[:, None] * self.base_decay.mean(0))
+
+    def scaled_relative(self) -> NDArray[np.float64]:
+        """(factor, head): r/d then, mean over prompts."""
+        return np.asarray(self.scaled_rank.mean(1) / self.d)
+
     @property
     def n_still(self) -> int:
         """Pairs of head and factor whose predicted change is 0."""
@@ -375,7 +500,7 @@ def measure_law(
         model, tokenizer, n_prompts, seed: as in `measure_groups`.
         n_tokens: of the prompts whose decay is scaled.
         bound_tokens: of those that are held against the bound; by default as many.
-        factors: of log-decay.
+        factors: of log-decay; none for the bound alone.
 
     Returns:
         What was measured; no factors where the architecture has no decay.
@@ -393,9 +518,9 @@ def measure_law(
     positions = [n_tokens // 2, n_tokens]
     base = trace_heads(model, prompts, positions=positions)
     heads = all_heads(model)
-    scaled = np.stack([base.rank[-1]] * len(factors))
+    scaled = np.repeat(base.rank[-1:], len(factors), axis=0)
     layers = sorted({layer for layer, _ in heads})
-    if any(layout.changed_decay is None for _, _, layout in linear_layers(model)):
+    if not all(layer.has_decay for layer in linear_layers(model)):
         layers, factors, scaled = [], (), scaled[:0]  # no decay that could be scaled
     for layer in tqdm(layers, desc="layers scaled", leave=False):
         of_layer = [index for index, (of, _) in enumerate(heads) if of == layer]
@@ -414,12 +539,13 @@ def measure_law(
     )
 
 
-def law_claims(name: str, groups: Groups, law: Law) -> list[Row]:
-    """Apply the rules of C0, C0a and C0c.
+def law_claims(name: str, groups: Groups, law: Law, *, keys: Sequence[str] = ("C0", "C0a", "C0c")) -> list[Row]:
+    """Apply the rules of the second registration to the law.
 
     Args:
         name: of the model.
         groups, law: as measured.
+        keys: of the claims, in this order.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
@@ -429,19 +555,23 @@ def law_claims(name: str, groups: Groups, law: Law) -> list[Row]:
         >>> [row["claim"] for row in law_claims("hybrid", groups, law)]
         ['C0', 'C0a', 'C0c']
     """
-    return [
-        claims.judge(
-            "C0",
-            name,
-            {"violations": strata.exactly(float(law.bound_violations))},
-            note=f" of {law.bound_states:,} states, {law.void:.0%} of them not bounded by decay",
-        ),
-        judged_if_defined("C0a", name, lambda: claims.judge("C0a", name, law_fit(groups))),
-        judged_if_defined("C0c", name, lambda: _causal(name, law)),
-    ]
+    counted = f" of {law.bound_states:,} states, {law.void:.0%} of them not bounded by decay"
+    decays = bool(groups.log_decay["prose"].max() < 0)
+    violations = {"violations": strata.exactly(float(law.bound_violations))}
+    rows: dict[str, Callable[[], Row]] = {
+        "C0": lambda: claims.judge("C0", name, violations, note=counted),
+        "C0a": lambda: claims.judge("C0a", name, law_fit(groups)),
+        "C0c": lambda: _causal(name, law),
+    }
+    if not decays:
+        why = "its layers have no decay"
+        rows |= {key: partial(claims.not_testable, key, name, why=why) for key in ("C0a", "C0c")}
+    return [judged_if_defined(key, name, rows[key]) for key in keys]
 
 
 def _causal(name: str, law: Law) -> Row:
+    if not law.factors:
+        return claims.not_measured("C0c", name, why="decay was not scaled; `measure_law` does it")
     if (law.predicted_changes() != 0).sum() < 2:
         return claims.not_testable("C0c", name, why="the law predicts no change of rank")
     return claims.judge("C0c", name, {"rho": law.agreement()}, note=f"; {law.n_still} pairs predicted to stay")
@@ -486,6 +616,23 @@ def law_fit(groups: Groups, domain: str = "prose") -> dict[str, Estimate]:
     }
 
 
+def decay_fit(groups: Groups, domain: str = "prose") -> Estimate:
+    """R^2 of a straight line in the geometric mean decay of each head, the replication's predictor, with its interval over prompts.
+
+    Args:
+        groups: as measured.
+        domain: of the prompts.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256, domains=["prose"])
+        >>> decay_fit(groups).point > 0.5
+        True
+    """
+    pair = np.stack([np.exp(groups.log_decay[domain]), groups.rank[domain]], 1)
+    return bootstrap(lambda drawn: strata.r_squared(*drawn.mean(0)), pair)
+
+
 def shares(groups: Groups, domain: str = "prose") -> dict[str, float]:
     """Share outside the gap and two-group share, as measured and by the law (C0b).
 
@@ -508,4 +655,31 @@ def shares(groups: Groups, domain: str = "prose") -> dict[str, float]:
         "two groups": strata.two_group_share(measured),
         "outside by law": strata.share_outside(by_law),
         "two groups by law": strata.two_group_share(by_law),
+    }
+
+
+def evidence(groups: Groups, domain: str = "prose") -> dict[str, float]:
+    """What speaks for two groups, as measured and by the law, without intervals.
+
+    Args:
+        groups: as measured.
+        domain: of the prompts.
+
+    Returns:
+        "Sarle", "dip p", "share outside", "two-group share", "outside by law", "two groups by law".
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256, domains=["prose"])
+        >>> [*evidence(groups)][2:4]
+        ['share outside', 'two-group share']
+    """
+    relative, of = groups.relative(domain).mean(0), shares(groups, domain)
+    return {
+        "Sarle": strata.sarle_coefficient(relative),
+        "dip p": strata.dip_p_value(relative),
+        "share outside": of["outside"],
+        "two-group share": of["two groups"],
+        "outside by law": of["outside by law"],
+        "two groups by law": of["two groups by law"],
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from staterank_utils import claims
 from staterank_utils.evaluation import TASKS, answer_nats, evaluate, token_nats
+from staterank_utils.layouts import state_size
 from staterank_utils.memory import cap_half_life
 from staterank_utils.strata import Estimate, bootstrap, cohen_kappa, is_high
-from staterank_utils.studies.groups import Groups, trace_heads
-from staterank_utils.studies.removal import HIGH, LOW, POSITION_DOSES, RANDOM, Removal
+from staterank_utils.studies.groups import Groups, Row, trace_heads
+from staterank_utils.studies.removal import HIGH, LAYERS, LOW, POSITION_DOSES, RANDOM, Removal
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tasks import domain_prompts
@@ -80,6 +81,35 @@ class Recall:
         before, inside = (is_high(self.cap_rank[label].mean(0), self.d) for label in (INTACT, f"cap {cap}"))
         return cohen_kappa(before, inside)
 
+    def removal_labels(self) -> list[str]:
+        """The arms of removal whose gains were measured."""
+        return [label for label in self.gains if label.endswith(LAYERS)]
+
+
+def pair_claims(models: Mapping[str, tuple[Recall, str]]) -> list[Row]:
+    """Apply the rule of C6 to a hybrid and a pure model, and say of any other choice of models that it cannot be applied.
+
+    Args:
+        models: name -> what was measured, and the seed of its training; the hybrid first.
+
+    Example:
+        >>> pair_claims({"tiny": (Recall((512,), {}, {}, {}, {}, {}, 64), "?")})[0]["note"]
+        ': it takes two models, a hybrid first and then a pure one of the same data'
+    """
+    names = " and ".join(models)
+    if len(models) != 2:
+        why = "it takes two models, a hybrid first and then a pure one of the same data"
+        return [claims.not_testable("C6", names, why=why)]
+    (hybrid, seed), (pure, _) = models.values()
+    return [
+        claims.judge_recall(
+            names,
+            {seed: (hybrid.taken(), pure.taken())},
+            {seed: (hybrid.kappa(), pure.kappa())},
+            {seed: (hybrid.gain().point, pure.gain().point)},
+        )
+    ]
+
 
 def induction_gains(model: PreTrainedModel, texts: Texts, gaps: Sequence[int]) -> NDArray[np.float64]:
     """Loss on the first minus on the second of two copies of held-out text, (gap, window), nats per token.
@@ -109,6 +139,57 @@ def induction_gains(model: PreTrainedModel, texts: Texts, gaps: Sequence[int]) -
         losses = token_nats(model, texts.copies[:, :gap].repeat(1, 2))
         rows.append(losses[:, : gap - 1].mean(1) - losses[:, gap:].mean(1))
     return np.stack(rows)
+
+
+def measure_caps(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Texts,
+    *,
+    caps: Sequence[int] = CAPS,
+    gaps: Sequence[int] = GAPS,
+    n_prompts: int = 16,
+    n_tokens: int = 2048,
+    seed: int = 0,
+) -> Recall:
+    """Measure gains, losses and ranks of the intact model and with half-lives capped.
+
+    Args:
+        model, tokenizer: from `load_model` and `load_tokenizer`.
+        texts: from `draw_texts`.
+        caps: half-lives, in tokens.
+        gaps: lengths of a copy.
+        n_prompts, n_tokens: of prose, on which ranks are taken; over 128 tokens.
+        seed: of the prompts.
+
+    Returns:
+        A `Recall` without task scores.
+
+    Raises:
+        ValueError: as in `cap_half_life` and `induction_gains`.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> from staterank_utils.studies.texts import draw_texts
+        >>> model, tokenizer = load_model("hybrid"), load_tokenizer("hybrid")
+        >>> texts = draw_texts(tokenizer, n_windows=1, window=32, n_copies=1, copy=32, n_calibration=1)
+        >>> found = measure_caps(model, tokenizer, texts, caps=[16], gaps=[32], n_prompts=1, n_tokens=160)
+        >>> [*found.gains], [*found.cap_rank], found.cap_nats["cap 16"].shape
+        (['intact', 'cap 16'], ['intact', 'cap 16'], (2,))
+    """
+    prompts = domain_prompts("prose", tokenizer, n_prompts=n_prompts, n_tokens=n_tokens, seed=seed)
+    gains, cap_nats, cap_rank = {}, {}, {}
+    for label, block in tqdm(_capped(model, caps).items(), desc="caps", leave=False):
+        with block():
+            gains[label] = induction_gains(model, texts, gaps)
+            cap_nats[label] = token_nats(model, texts.windows).mean(1)
+            cap_rank[label] = trace_heads(model, prompts, positions=[n_tokens // 2, n_tokens]).rank[-1]
+    return Recall(tuple(gaps), gains, cap_nats, cap_rank, {}, {}, state_size(model))
+
+
+def _capped(model: PreTrainedModel, caps: Sequence[int]) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    """Label -> a block, first one that changes nothing."""
+    return {INTACT: nullcontext} | {f"cap {cap}": partial(cap_half_life, model, cap) for cap in caps}
 
 
 def measure_recall(
@@ -146,32 +227,23 @@ def measure_recall(
         for arm in removal.arms
         if arm.share in map(float, POSITION_DOSES) and (arm.order != RANDOM or arm.draw < 4)
     }
-    short = {label: heads for label, heads in arms.items() if label.startswith((LOW, HIGH, RANDOM))}
-    blocks: dict[str, Callable[[], AbstractContextManager[None]]] = {INTACT: nullcontext}
-    blocks |= {f"cap {cap}": partial(cap_half_life, model, cap) for cap in CAPS}
-    capped = dict(blocks)
+    capped = measure_caps(model, tokenizer, texts, gaps=gaps, n_prompts=n_prompts, n_tokens=groups.n_tokens, seed=seed)
+    gains, task_nats = dict(capped.gains), {}
+    blocks = _capped(model, CAPS)
     blocks |= {label: partial(ablate_heads, model, heads) for label, heads in arms.items()}
-
-    gains, cap_nats, cap_rank, task_nats = {}, {}, {}, {}
-    prompts = domain_prompts("prose", tokenizer, n_prompts=n_prompts, n_tokens=groups.n_tokens, seed=seed)
-    positions = [groups.n_tokens // 2, groups.n_tokens]
     for label, block in tqdm(blocks.items(), desc="recall", leave=False):
         with block():
-            if label in capped or label in short:
+            if label not in gains and label.startswith((LOW, HIGH, RANDOM)):
                 gains[label] = induction_gains(model, texts, gaps)
-            if label in capped:
-                cap_nats[label] = token_nats(model, texts.windows).mean(1)
-                cap_rank[label] = trace_heads(model, prompts, positions=positions).rank[-1]
-            if label.startswith(RANDOM):
-                continue
-            task_nats[label] = np.stack(
-                [
-                    answer_nats(task, model, tokenizer, n_instances=n_graded, seed=seed + 1, batch_size=32)
-                    for task in tasks.values()
-                ]
-            )
+            if not label.startswith(RANDOM):
+                task_nats[label] = np.stack(
+                    [
+                        answer_nats(task, model, tokenizer, n_instances=n_graded, seed=seed + 1, batch_size=32)
+                        for task in tasks.values()
+                    ]
+                )
     scores = {
         name: evaluate(task, model, tokenizer, n_instances=n_scores, seed=seed, batch_size=128)
         for name, task in tasks.items()
     }
-    return Recall(tuple(gaps), gains, cap_nats, cap_rank, scores, task_nats, groups.d)
+    return replace(capped, gains=gains, scores=scores, task_nats=task_nats)

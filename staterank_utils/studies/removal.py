@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import claims
+from staterank_utils.budget import in_words, weight_bytes
 from staterank_utils.evaluation import token_nats
 from staterank_utils.layouts import state_size
 from staterank_utils.selection import SHARES, saturation_scores
@@ -28,6 +29,7 @@ MODEL, LAYERS, PROTECTED = "over the model", "layer-matched", "layer 0 protected
 SCHEMES = (MODEL, LAYERS, PROTECTED)
 RANDOM = "random"
 LOW, HIGH, JOINT = "low rank", "high rank", "joint"
+ORDERS = (LOW, HIGH, "slow decay", "fast decay", "large norm", "small norm", JOINT, "joint, norm inverted")
 BINS = {
     "under 128": (0, 128),
     "128 to 512": (128, 512),
@@ -94,17 +96,12 @@ def orders(trace: HeadTrace, *, d: int) -> dict[str, NDArray[np.int64]]:
         )
         return np.array([of_heads[head] for head in heads])
 
-    first = {
-        LOW: (stable, rank),
-        HIGH: (-stable, -rank),
-        "slow decay": (-decay,),
-        "fast decay": (decay,),
-        "large norm": (-norm,),
-        "small norm": (norm,),
-        JOINT: (-stable, -saturation(norm)),
-        "joint, norm inverted": (-stable, -saturation(norm.max() - norm)),
-    }
-    return {name: np.lexsort(keys) for name, keys in first.items()}
+    # The last key counts first.
+    keys = (
+        (stable, rank), (-stable, -rank), (-decay,), (decay,), (-norm,), (norm,),
+        (-stable, -saturation(norm)), (-stable, -saturation(norm.max() - norm)),
+    )  # fmt: skip
+    return {name: np.lexsort(of_order) for name, of_order in zip(ORDERS, keys, strict=True)}
 
 
 def chosen(
@@ -116,13 +113,13 @@ def chosen(
         order: indices of all heads, the first to go first.
         heads: (layer, head) of each.
         scheme: one of `SCHEMES`.
-        share: of all heads; layer-matched, the same number in every layer.
+        share: of all heads; layer-matched, of every layer's, to the nearest whole number.
 
     Returns:
         Indices, sorted.
 
     Raises:
-        ValueError: an unknown scheme, a dose that is no whole number of heads per layer where it must be, or more heads than there are.
+        ValueError: an unknown scheme, or more heads than there are.
 
     Example:
         >>> heads = [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -133,10 +130,9 @@ def chosen(
     for index in order:
         layers.setdefault(heads[index][0], []).append(int(index))
     if scheme == LAYERS:
-        counts = {layer: share * len(of_layer) for layer, of_layer in layers.items()}
-        if any(count != int(count) for count in counts.values()):
-            raise ValueError(f"a share of {share} is no whole number of heads in every layer: {counts}")
-        return tuple(sorted(index for layer, of_layer in layers.items() for index in of_layer[: int(counts[layer])]))
+        return tuple(
+            sorted(index for of_layer in layers.values() for index in of_layer[: round(share * len(of_layer))])
+        )
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}: choose from {', '.join(SCHEMES)}")
     allowed = [int(index) for index in order if scheme == MODEL or heads[index][0] != 0]
@@ -173,11 +169,17 @@ def random_orders(n_heads: int, n_draws: int, *, name: str) -> NDArray[np.int64]
         ((2, 4), False)
     """
     rng = np.random.default_rng(list(name.encode()))
-    return np.stack([rng.permutation(n_heads) for _ in range(n_draws)])
+    return np.array([rng.permutation(n_heads) for _ in range(n_draws)], dtype=np.int64).reshape(n_draws, n_heads)
 
 
 def all_arms(
-    heads: Sequence[Head], by_name: Mapping[str, NDArray[np.int64]], *, name: str, n_draws: int
+    heads: Sequence[Head],
+    by_name: Mapping[str, NDArray[np.int64]],
+    *,
+    name: str,
+    n_draws: int,
+    shares: Sequence[float] | None = None,
+    schemes: Sequence[str] = SCHEMES,
 ) -> tuple[Arm, ...]:
     """Every order and random draw at every dose of every scheme, in the order in which they are measured.
 
@@ -186,23 +188,31 @@ def all_arms(
         by_name: from `orders`.
         name: of the model, which seeds the random orders.
         n_draws: random orders per scheme.
+        shares: the doses of every scheme; None: those of `doses`.
+        schemes: of `SCHEMES`.
 
     Example:
         >>> heads = [(layer, head) for layer in (0, 1) for head in range(16)]
         >>> len(all_arms(heads, {"low rank": np.arange(32)}, name="a", n_draws=2))
         93
     """
+    spared = sum(layer == 0 for layer, _ in heads)
+    most = {PROTECTED: 1 - spared / len(heads)}  # layer 0 may hold more heads than a dose leaves
+    by_scheme = {
+        scheme: [share for share in (doses(scheme) if shares is None else shares) if share <= most.get(scheme, 1)]
+        for scheme in schemes
+    }
     arms = [
         Arm(scheme, order, share, 0, chosen(by_name[order], heads, scheme, share))
-        for scheme in SCHEMES
-        for share in doses(scheme)
+        for scheme in schemes
+        for share in by_scheme[scheme]
         for order in by_name
     ]
-    for scheme in SCHEMES:
+    for scheme in schemes:
         drawn = random_orders(len(heads), n_draws, name=f"{name}, {scheme}")
         arms += [
             Arm(scheme, RANDOM, share, draw, chosen(order, heads, scheme, share))
-            for share in doses(scheme)
+            for share in by_scheme[scheme]
             for draw, order in enumerate(drawn)
         ]
     return tuple(arms)
@@ -236,18 +246,25 @@ def chance_arms(heads: Sequence[Head], *, name: str, spare: float | None, first:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; the defaults are those of the ladder.
+    """How much is measured; the defaults are those of the ladder, which the registered rules ask for.
 
     Example:
-        >>> Sizes().n_draws, Sizes().n_chance
-        (16, 40)
+        >>> Sizes().n_draws, Sizes().n_chance, FEW.n_chance
+        (16, 40, 0)
     """
 
+    orders: tuple[str, ...] | None = None  # of `orders`; None: all
+    shares: tuple[float, ...] | None = None  # doses of every scheme; None: those of `doses`
     n_draws: int = 16  # random orders per scheme
     n_chance: int = claims.SECOND["C5a"].numbers["draws"]
     n_within: int = claims.SECOND["C4b"].numbers["orders"]
     within_windows: int = claims.SECOND["C4b"].numbers["windows"]  # per text
     n_groups: int = claims.SECOND["C7"].numbers["draws"]
+    secondary: bool = True  # the four domains of the first registration as well
+    schemes: tuple[str, ...] = SCHEMES
+
+
+FEW = Sizes((LOW, HIGH, JOINT), (0.125, 0.25), 1, n_chance=0, n_within=0, within_windows=0, n_groups=0, secondary=False)
 
 
 @dataclass(frozen=True)
@@ -314,6 +331,21 @@ class Removal:
             rows.setdefault((arm.scheme, arm.order, arm.share), []).append(row)
         return rows
 
+    def curve(self, scheme: str, order: str) -> dict[float, Estimate]:
+        """Added nats at every dose of an order, by the share of all heads that it takes; of random draws their mean and range."""
+        shares = self.shares(scheme, order)
+        return {self.actual(scheme, share, order): self._estimate(scheme, order, share) for share in shares}
+
+    def _estimate(self, scheme: str, order: str, share: float) -> Estimate:
+        if order == RANDOM:
+            return spread(self.draws(scheme, share).mean(1))
+        return over_texts(self.added(scheme, order, share))
+
+    @property
+    def ruin(self) -> float:
+        """Added nats at which the model is no better than a unigram model."""
+        return float(np.mean(list(self.unigram.values())) - self.intact.mean())
+
     def loss(self, scheme: str, order: str, share: float) -> float:
         """Mean loss without an arm's heads, nats per token; of random draws their mean."""
         added = self.draws(scheme, share) if order == RANDOM else self.added(scheme, order, share)
@@ -321,18 +353,20 @@ class Removal:
 
     def counts(self, scheme: str, share: float, arms: tuple[str, str] = (LOW, HIGH)) -> bool:
         """Whether a dose counts: the mean loss of both arms is below that of unigram models."""
-        ruin = float(np.mean(list(self.unigram.values())))
-        return all(self.loss(scheme, order, share) < ruin for order in arms)
+        unigram = float(np.mean(list(self.unigram.values())))
+        return all(self.loss(scheme, order, share) < unigram for order in arms)
 
     def counted(self, scheme: str) -> list[float]:
-        """The shares of `AREA` that count, over which D is taken."""
-        return [share for share in map(float, AREA) if self.counts(scheme, share)]
+        """The shares of `AREA` that were measured and count, over which D is taken."""
+        measured = self.shares(scheme)
+        return [share for share in map(float, AREA) if share in measured and self.counts(scheme, share)]
 
     def area(self, scheme: str, windows: NDArray[np.int64] | None = None) -> float:
         """D: area over shares from 1/16 to 5/16 of added nats without the highest ranks minus without the lowest."""
         where = np.arange(len(self.intact)) if windows is None else windows
         counted = self.counted(scheme)
-        return area_under([float(self.gaps(scheme, share)[where].mean()) for share in counted], counted)
+        actual = [self.actual(scheme, share) for share in counted]
+        return area_under([float(self.gaps(scheme, share)[where].mean()) for share in counted], actual)
 
     def area_interval(self, scheme: str) -> Estimate:
         """D with its interval over windows, drawn within each text."""
@@ -340,8 +374,9 @@ class Removal:
         if len(counted) < 2:
             return exactly(float("nan"))
         gaps = np.stack([self.gaps(scheme, share) for share in counted], 1)
+        actual = [self.actual(scheme, share) for share in counted]
         return bootstrap(
-            lambda *parts: area_under(np.mean([part.mean(0) for part in parts], 0), counted),
+            lambda *parts: area_under(np.mean([part.mean(0) for part in parts], 0), actual),
             *np.split(gaps, len(LOSS_TEXTS)),
         )
 
@@ -358,18 +393,30 @@ class Removal:
         counted = self.counted(LAYERS)
         columns = [i for i, share in enumerate(map(float, AREA)) if share in counted]
         gaps = (self.within[:, 0] - self.within[:, 1]).mean(-1)[:, columns]
-        areas = np.array([area_under(row, counted) for row in gaps])
+        actual = [self.actual(LAYERS, share) for share in counted]
+        areas = np.array([area_under(row, actual) for row in gaps])
         return np.concatenate([areas, -areas])
 
     def beyond_random(self) -> float:
-        """Share of the random orders' D that is smaller in absolute value than that of rank, on the same windows (C4b)."""
+        """Share of the random orders' D that is smaller in absolute value than that of rank, on the same windows (C4b).
+
+        NaN where D is undefined, with fewer than two doses that count.
+        """
         own = abs(self.area(LAYERS, self.few_windows()))
-        return float((np.abs(self.random_areas()) < own).mean())
+        return float("nan") if np.isnan(own) else float((np.abs(self.random_areas()) < own).mean())
+
+    def shares(self, scheme: str, order: str = HIGH) -> list[float]:
+        """The doses at which an order was measured, increasing."""
+        return sorted(share for of, which, share in self._rows if (of, which) == (scheme, order))
+
+    def actual(self, scheme: str, share: float, order: str = HIGH) -> float:
+        """Share of all heads that a dose takes, in whole heads."""
+        return len(self.arms[self._rows[scheme, order, share][0]].heads) / len(self.heads)
 
     def crossing(self, scheme: str) -> float | None:
         """Share of heads from which on the highest ranks cost more than the lowest (C4c); None where they never do."""
-        shares = doses(scheme)
-        actual = [len(self.arms[self._rows[scheme, HIGH, share][0]].heads) / len(self.heads) for share in shares]
+        shares = self.shares(scheme)
+        actual = [self.actual(scheme, share) for share in shares]
         gaps = [float(self.gaps(scheme, share).mean()) for share in shares]
         if gaps[0] > 0:
             return actual[0]
@@ -379,9 +426,16 @@ class Removal:
         return None
 
     def spare_share(self) -> float | None:
-        """The largest dose over the model that counts and at which rank alone adds at most 0.1 nats (C5a)."""
-        most = claims.SECOND["C5a"].numbers["spare"]
-        spare = [x for x in doses(MODEL) if self.counts(MODEL, x) and float(self.added(MODEL, HIGH, x).mean()) <= most]
+        """The largest dose over the model that counts and at which rank alone adds at most 0.1 nats (C5a).
+
+        None where there is none, or where the lowest ranks, by which a dose counts, were not removed.
+        """
+        most, measured = claims.SECOND["C5a"].numbers["spare"], set(self.shares(MODEL, LOW))
+        spare = [
+            x
+            for x in self.shares(MODEL)
+            if x in measured and self.counts(MODEL, x) and float(self.added(MODEL, HIGH, x).mean()) <= most
+        ]
         return max(spare, default=None)
 
     def leads_over_chance(self) -> dict[str, float]:
@@ -406,6 +460,58 @@ class Removal:
         enough = [keep for keep, added in zip(keeps, means[1:], strict=True) if 1 - added / means[0] >= undone]
         return min(enough, default=Fraction(1))
 
+    def places(self, order: str) -> NDArray[np.int64]:
+        """The place of each head in an order, 0 for the first to go, (head,)."""
+        return np.argsort(self.orders[order])
+
+    def costs(self, scheme: str, orders: Sequence[str]) -> list[dict[str, Any]]:
+        """Mean added nats by order and number of heads removed, one row each: "order", "n", "added"; nothing removed costs nothing."""
+        rows = []
+        for order in orders:
+            rows.append({"order": order, "n": 0, "added": 0.0})
+            for share, added in self.curve(scheme, order).items():
+                rows.append({"order": order, "n": round(share * len(self.heads)), "added": round(added.point, 4)})
+        return rows
+
+    def nearest(self, scheme: str, order: str, share: float) -> float:
+        """The measured dose of an order whose share of all heads is nearest to `share`; NaN where none was measured."""
+        doses = self.shares(scheme, order)
+        return min(doses, key=lambda dose: abs(self.actual(scheme, dose, order) - share), default=float("nan"))
+
+    def near(self, scheme: str, order: str, share: float) -> Estimate:
+        """Added nats at the dose that is nearest to a share of all heads; NaN where no dose was measured."""
+        dose = self.nearest(scheme, order, share)
+        return exactly(dose) if np.isnan(dose) else self._estimate(scheme, order, dose)
+
+    def near_in_words(self, scheme: str, orders: Sequence[str], share: float) -> str:
+        """Added nats of several orders at the doses nearest to a share, as "order number, order number"."""
+        return ", ".join(f"{order} {self.near(scheme, order, share):.2f}" for order in orders)
+
+    def undone_in_words(self, keep: float) -> str:
+        """Share of the damage that keeping a part of each group of C7 undoes, as "number (group), number (group)"."""
+        row = [0.0, *map(float, claims.SECOND["C7"].numbers["keeps"])].index(keep)
+        undone = {group: 1 - added[row].mean() / added[0].mean() for group, added in self.groups.items() if added.size}
+        return ", ".join(f"{share:.2f} ({group})" for group, share in undone.items())
+
+    def from_layer(self, layer: int, scheme: str, order: str, share: float) -> int:
+        """How many heads of a layer an arm takes, at the dose that is nearest to a share of all heads."""
+        arm = self.arms[self._rows[scheme, order, self.nearest(scheme, order, share)][0]]
+        return sum(self.heads[index][0] == layer for index in arm.heads)
+
+    def repeated(self, stored: "Removal", text: str = LOSS_TEXTS[0]) -> tuple[int, float]:
+        """How many arms were measured before on the same heads, and the largest difference of a loss, nats per token.
+
+        Args:
+            stored: an earlier measurement of the same model, on these windows and more of the same text.
+            text: on which to compare; books are the same on every machine, code is that of its Python.
+        """
+        index = LOSS_TEXTS.index(text)
+        here, there = (slice(index * of.n_windows, index * of.n_windows + self.n_windows) for of in (self, stored))
+        known = {arm.heads: row for row, arm in enumerate(stored.arms)}
+        pairs = [(row, known[arm.heads]) for row, arm in enumerate(self.arms) if arm.heads in known]
+        differences = [np.abs(self.nats[mine, here] - stored.nats[theirs, there]).max() for mine, theirs in pairs]
+        return len(pairs), float(max(differences, default=np.nan))
+
     def claims(self, name: str) -> list[Row]:
         """The rows of C5a and C7, which one model decides."""
         rows = [claims.judge_chance(name, self.leads_over_chance())]
@@ -414,6 +520,55 @@ class Removal:
         else:
             rows.append(claims.not_testable("C7", name, why="it has fewer than 16 heads of full rank"))
         return rows
+
+
+def one_model_claims(removal: Removal, name: str, keys: Sequence[str], *, seed: str = "?") -> list[Row]:
+    """Apply the rules of the second registration that speak of seeds to one model, and those of C5a and C7.
+
+    Args:
+        removal: of the model.
+        name: of the model.
+        keys: of the claims, of C4b, C4c, C5a, C5b and C7.
+        seed: of its training, as far as known.
+
+    Returns:
+        One row per key; what was not measured says so.
+
+    Example:
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> removal = load_measured("hybrid-text-0")[0].removal
+        >>> [(row["claim"], row["verdict"]) for row in one_model_claims(removal, "hybrid", ["C4b", "C4c"], seed="0")]
+        [('C4b', 'explained by layers'), ('C4c', 'holds')]
+    """
+    share = claims.SECOND["C5b"].numbers["share"]
+    whole = len(removal.shares(MODEL)) == len(doses(MODEL))
+
+    def alpha() -> Row:
+        if not removal.counts(MODEL, share, (JOINT, HIGH)):
+            return claims.not_testable("C5b", name, why="without these heads it is worse than a unigram model")
+        return claims.judge_alpha(name, {seed: removal.alpha_gap().point})
+
+    def within() -> Row:
+        if np.isnan(beyond := removal.beyond_random()):
+            return claims.not_testable("C4b", name, why="fewer than two doses count")
+        return claims.judge_within_layers(name, {seed: beyond})
+
+    def layer_zero() -> Row:
+        if not removal.shares(PROTECTED) or all(layer for layer, _ in removal.heads):
+            return claims.not_testable("C4c", name, why="its first layer has no linear head, or all of them")
+        return claims.judge_layer_zero(name, {seed: (removal.crossing(MODEL), removal.crossing(PROTECTED))})
+
+    judged = {
+        "C4b": (len(removal.within) > 0, within),
+        "C4c": (whole, layer_zero),
+        "C5a": (whole, lambda: removal.claims(name)[0]),
+        "C5b": (whole, alpha),
+        "C7": (bool(removal.groups) and whole, lambda: removal.claims(name)[1]),
+    }
+    return [
+        judge() if measured else claims.not_measured(key, name, why="it takes the full profile")
+        for key, (measured, judge) in ((key, judged[key]) for key in keys)
+    ]
 
 
 def area_under(values: Sequence[float] | NDArray[np.float64], shares: Sequence[float]) -> float:
@@ -426,7 +581,38 @@ def area_under(values: Sequence[float] | NDArray[np.float64], shares: Sequence[f
     return float(np.trapezoid(values, shares)) if len(shares) > 1 else float("nan")
 
 
-def measure_removal(model: PreTrainedModel, texts: Texts, *, name: str, sizes: Sizes = Sizes()) -> Removal:
+def planned(model: PreTrainedModel, texts: Texts, sizes: Sizes) -> str:
+    """What `measure_removal` is going to take, in words.
+
+    Args:
+        model, texts, sizes: as there.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> from staterank_utils.studies.texts import draw_texts
+        >>> texts = draw_texts(load_tokenizer("hybrid"), n_windows=1, window=64)
+        >>> planned(load_model("hybrid"), texts, FEW)
+        'weights 68.8 MB; 24 removals, each read on 2 x 64 tokens'
+    """
+    heads = all_heads(model)
+    names = ORDERS if sizes.orders is None else sizes.orders
+    arms = all_arms(
+        heads,
+        dict.fromkeys(names, np.arange(len(heads))),
+        name="",
+        n_draws=sizes.n_draws,
+        shares=sizes.shares,
+        schemes=sizes.schemes,
+    )
+    n_windows, n_tokens = texts.windows.shape
+    more = sizes.n_within * 2 * len(AREA) + sizes.n_groups * 2 * (1 + len(claims.SECOND["C7"].numbers["keeps"]))
+    more += 2 * max(sizes.n_chance - sizes.n_draws, 0)
+    return f"weights {in_words(weight_bytes(model))}; {len(arms) + more:,} removals, each read on {n_windows} x {n_tokens:,} tokens"
+
+
+def measure_removal(
+    model: PreTrainedModel, texts: Texts, *, name: str, sizes: Sizes = Sizes(), ordered: Removal | None = None
+) -> Removal:
     """Measure every arm.
 
     Args:
@@ -434,34 +620,31 @@ def measure_removal(model: PreTrainedModel, texts: Texts, *, name: str, sizes: S
         texts: from `draw_texts`.
         name: of the model, which seeds the random orders.
         sizes: how many of them.
+        ordered: an earlier measurement of the same model, whose orders and ranks are taken instead of measuring them anew.
 
     Returns:
         The losses, and all that the registered rules need.
 
     Raises:
-        ValueError: a model whose layers do not have a multiple of 16 heads each.
+        ValueError: a model without linear-attention heads.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
         >>> from staterank_utils.studies.texts import draw_texts
         >>> texts = draw_texts(load_tokenizer("hybrid"), n_windows=1, window=64, n_copies=1, copy=32, n_calibration=1)
-        >>> measure_removal(load_model("hybrid"), texts, name="hybrid")
-        Traceback (most recent call last):
-            ...
-        ValueError: doses are sixteenths of every layer's heads, and the layers have 8
+        >>> removal = measure_removal(load_model("hybrid"), texts, name="hybrid", sizes=FEW)
+        >>> len(removal.arms), removal.nats.shape  # 3 schemes, 2 doses, 3 orders and a random one; windows of books and of code
+        (24, (24, 2))
     """
     heads = all_heads(model)
-    per_layer = {sum(layer == of for of, _ in heads) for layer, _ in heads}
-    if any(n % 16 for n in per_layer):
-        raise ValueError(
-            f"doses are sixteenths of every layer's heads, and the layers have {', '.join(map(str, sorted(per_layer)))}"
-        )
     d, length = state_size(model), texts.calibration.shape[1]
-    trace = trace_heads(model, texts.calibration, positions=[length // 2, length])
-    by_name = orders(trace, d=d)
-    rank = trace.rank[-1].mean(0)
-
-    arms = all_arms(heads, by_name, name=name, n_draws=sizes.n_draws)
+    if ordered is None:
+        trace = trace_heads(model, texts.calibration, positions=[length // 2, length])
+        by_name, rank = orders(trace, d=d), trace.rank[-1].mean(0)
+    else:
+        by_name, rank = dict(ordered.orders), ordered.rank
+    measured = by_name if sizes.orders is None else {order: by_name[order] for order in sizes.orders}
+    arms = all_arms(heads, measured, name=name, n_draws=sizes.n_draws, shares=sizes.shares, schemes=sizes.schemes)
     binned = {
         arm.label
         for arm in arms
@@ -478,16 +661,19 @@ def measure_removal(model: PreTrainedModel, texts: Texts, *, name: str, sizes: S
             bins[arm.label] = _binned(losses)
     partial = Removal(
         tuple(heads), d, by_name, rank, dict(texts.unigram), whole.mean(1), arms, np.stack(nats), bins,
-        np.empty(0), sizes.within_windows, {}, _secondary(model, heads, arms, texts),
+        np.empty(0), sizes.within_windows, {}, _secondary(model, heads, arms, texts) if sizes.secondary else {},
     )  # fmt: skip
-    more = chance_arms(heads, name=name, spare=partial.spare_share(), first=sizes.n_draws, n_draws=sizes.n_chance)
+    if sizes.n_chance <= sizes.n_draws:
+        more: tuple[Arm, ...] = ()
+    else:
+        more = chance_arms(heads, name=name, spare=partial.spare_share(), first=sizes.n_draws, n_draws=sizes.n_chance)
     more_nats = [
         _without(model, heads, arm.heads, texts.windows).mean(1) for arm in tqdm(more, desc="random draws", leave=False)
     ]
     return replace(
         partial,
         arms=(*partial.arms, *more),
-        nats=np.concatenate([partial.nats, np.reshape(more_nats, (len(more), -1))]),
+        nats=np.concatenate([partial.nats, np.reshape(more_nats, (len(more), len(partial.intact)))]),
         within=_within_layers(model, texts, partial, name, sizes),
         groups=_groups(model, texts, partial, name, sizes),
     )
@@ -536,7 +722,7 @@ def _groups(
     """Added nats without all of a group but a share of it, (share kept, draw)."""
     full, keeps = claims.SECOND["C7"].numbers["full"], claims.SECOND["C7"].numbers["keeps"]
     high = np.flatnonzero(made.rank >= full * made.d)
-    if len(high) < 16:
+    if len(high) < 16 or not sizes.n_groups:
         return {"high": np.empty((0, 0)), RANDOM: np.empty((0, 0))}
     rng = np.random.default_rng(list(f"{name}, groups".encode()))
 

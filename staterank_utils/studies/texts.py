@@ -1,7 +1,7 @@
 """The texts that a study reads: held-out books and code, cut into windows that do not overlap."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,10 @@ class Texts:
     copies: Int[Tensor, "pair copy"]
     secondary: Int[Tensor, "window_of_domain token"]
     unigram: Mapping[str, float]
+
+    def few_copies(self, n: int) -> "Texts":
+        """The same texts with the first n copies of each alone."""
+        return replace(self, copies=torch.cat([part[:n] for part in self.copies.chunk(len(LOSS_TEXTS))]))
 
 
 def draw_texts(

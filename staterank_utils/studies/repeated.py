@@ -1,0 +1,453 @@
+"""What is stored of a model's very weights, and a part of it measured again on the machine at hand."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from staterank_utils import strata
+from staterank_utils.models import CHECKPOINTS, EMBEDDED, load_model
+from staterank_utils.results import embedded_folders, provenance, weights_hash, write_json
+from staterank_utils.strata import is_high
+from staterank_utils.studies.groups import (
+    DOMAINS,
+    Groups,
+    Law,
+    Turning,
+    measure_groups,
+    measure_turning,
+)
+from staterank_utils.studies.ladder import LADDER, Measured, load_measured
+from staterank_utils.studies.recall import Recall, induction_gains, measure_caps
+from staterank_utils.studies.removal import HIGH, LAYERS, LOW, RANDOM, Removal, Sizes, measure_removal
+from staterank_utils.studies.texts import LOSS_TEXTS, Texts, draw_texts
+from staterank_utils.surgery import ablate_heads
+
+
+def _where(made: Mapping[str, Any]) -> str:
+    """Where and when a stored run was made, for a sentence."""
+    return f"on {made['device']} ({made['date'][:10]}, commit {made['commit'][:7]})"
+
+
+AGREE = 0.8  # share of live intervals that must hold the stored value, and of labels that must be the same
+CLOSE = 0.05  # nats per token, by which losses on the same windows may differ
+
+
+def stored_on(model: str) -> tuple[Measured, dict[str, Any]] | None:
+    """What is stored of a model's very weights, found by their SHA-256.
+
+    Args:
+        model: an embedded name or a folder; of a hub id nothing is stored.
+
+    Returns:
+        As `load_measured`; None where no stored model has these weights.
+
+    Example:
+        >>> stored_on("hybrid")[0].name, stored_on("OWNER/NAME")
+        ('hybrid-text-0', None)
+    """
+    folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
+    if not folder.is_dir():
+        return None
+    weights = weights_hash(folder)
+    for file in sorted(LADDER.glob("*.json")):
+        if json.loads(file.read_text(encoding="utf-8"))["provenance"]["checkpoints"].get("model") == weights:
+            return load_measured(file.stem)
+    return None
+
+
+def half_lives_of(model: str) -> dict[str, Any]:
+    """The half-lives that are stored of a model's weights, as a measure of the head explorer; empty where nothing is.
+
+    Args:
+        model: as in `stored_on`.
+
+    Returns:
+        "log2 of half-life" -> over heads, of half-lives in tokens.
+
+    Example:
+        >>> half_lives_of("hybrid")["log2 of half-life"].shape, half_lives_of("OWNER/NAME")
+        ((144,), {})
+    """
+    stored = stored_on(model)
+    return {} if stored is None else {"log2 of half-life": np.log2(stored[0].groups["end"].half_life())}
+
+
+def write_chapter(
+    file: Path,
+    *,
+    parameters: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    found: Mapping[str, "RepeatedGroups | RepeatedRemoval | RepeatedRecall"],
+    answer: str = "",
+) -> None:
+    """Store what a chapter says: its verdicts, where the numbers behind them come from, and what its own run found.
+
+    Args:
+        file: a JSON file.
+        parameters: of the notebook.
+        rows: verdicts.
+        found: name of the model -> what the chapter shows of it.
+        answer: of the chapter to its question, in a sentence.
+
+    Raises:
+        ValueError: the run does not agree with what is stored of the same weights.
+        OSError: the file system's own error; an old result is then as it was.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_chapter(Path(folder, "a.json"), parameters={}, rows=[], found={})
+        ...     list(json.loads(Path(folder, "a.json").read_text()))
+        ['provenance', 'answer', 'rows', 'stored', 'live']
+    """
+    for name, repeated in found.items():
+        if repeated.made:
+            repeated.check(name)
+    content = {
+        "provenance": provenance(parameters=parameters, checkpoints=embedded_folders([*found])),
+        "answer": answer,
+        "rows": [*rows],
+        "stored": {name: repeated.made for name, repeated in found.items() if repeated.made},
+        "live": {name: repeated.numbers() for name, repeated in found.items()},
+    }
+    write_json(file, content)
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@dataclass(frozen=True)
+class RepeatedGroups:
+    """The stored ranks of a model, and a part of them measured again; or the ranks of a model of which nothing is stored.
+
+    Attributes:
+        shown: variant -> the stored ranks, or what was measured now: "end", "initial" and "shuffled", stored also some training steps.
+        law: stored of the end; None where nothing is stored.
+        turning: of the shown end.
+        live: what was measured now, of the end.
+        known_start: whether "initial" holds the very weights that training began with.
+        made: provenance of the stored run; None where nothing is stored.
+
+    Example:
+        >>> list(RepeatedGroups.__dataclass_fields__)[:4]
+        ['shown', 'law', 'turning', 'live']
+    """
+
+    shown: Mapping[str, Groups]
+    law: Law | None
+    turning: Turning
+    live: Groups
+    known_start: bool
+    made: Mapping[str, Any] | None
+
+    @property
+    def initial(self) -> Groups | None:
+        """The model before training, where its weights are known."""
+        return self.shown["initial"] if self.known_start else None
+
+    def same_labels(self) -> float:
+        """Share of labels (high or low, per head and kind of input) that the live run gives as the shown one does."""
+        end, d = self.shown["end"], self.live.d
+        labels = [[is_high(of.rank[key].mean(0), d) for of in (self.live, end)] for key in self.live.rank]
+        return float(np.mean([live == shown for live, shown in labels]))
+
+    def held(self) -> tuple[int, int]:
+        """How many live intervals hold the stored value, of how many: mean r/d and both shares per kind of input, over heads."""
+        end, held = self.shown["end"], []
+        for key in self.live.rank:
+            live, shown = (of.relative(key).mean(0) for of in (self.live, end))
+            for statistic in (np.mean, strata.share_outside, strata.two_group_share):
+                interval = strata.bootstrap(lambda heads, f=statistic: float(f(heads)), live)
+                held.append(interval.low <= statistic(shown) <= interval.high)
+        return int(sum(held)), len(held)
+
+    def numbers(self) -> dict[str, float]:
+        """What this run found in short, which later runs are compared with: mean r/d and log-decay per kind of input."""
+        live = self.live
+        return {f"r/d, {domain}": float(live.relative(domain).mean()) for domain in live.rank} | {
+            f"log-decay, {domain}": float(live.log_decay[domain].mean()) for domain in live.log_decay
+        }
+
+    def check(self, name: str) -> None:
+        """Refuse a live run that is not what is stored: of intervals and of labels, too few agree.
+
+        Raises:
+            ValueError: fewer than `AGREE` do.
+        """
+        n_held, n_intervals = self.held()
+        if (least := min(n_held / n_intervals, self.same_labels())) < AGREE:
+            raise ValueError(
+                f"this run of {name} agrees with what is stored of its weights to {least:.0%}, expected {AGREE:.0%}: are these prompts shorter or fewer than the quick profile's?"
+            )
+
+    def source(self, name: str) -> str:
+        """Where the shown numbers come from, in words."""
+        n_prompts, kinds = len(self.live.rank["prose"]), ", ".join(self.live.rank)
+        live = f"{n_prompts} prompts of {self.live.n_tokens:,} tokens"
+        if self.made is None:
+            return f"{name} was measured by this run on {live} of each kind of input ({kinds})."
+        shown, (n_held, n_intervals) = self.shown["end"], self.held()
+        return (
+            f"{name} was measured on {len(shown.rank['prose'])} prompts of {shown.n_tokens:,} tokens of each kind {_where(self.made)}. "
+            f"This run repeated {kinds} on {live}: {n_held} of {n_intervals} "
+            f"live intervals hold the stored value, and {self.same_labels():.0%} of the labels, high or low, are the same."
+        )
+
+
+def repeat_groups(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    n_prompts: int,
+    n_tokens: int,
+    domains: Sequence[str] = DOMAINS,
+    seed: int = 0,
+    revision: str | None = None,
+    device: str | None = None,
+) -> RepeatedGroups:
+    """Measure the ranks of a model beside what is stored of its weights; its controls only where nothing is stored.
+
+    Args:
+        name, revision, device: as they were given to `load_model`, by which controls are loaded.
+        model, tokenizer: from `load_model` and `load_tokenizer`.
+        n_prompts, n_tokens, domains: of the run now, as in `measure_groups`.
+        seed: of the prompts and of the controls; what is stored is of seed 0.
+
+    Raises:
+        ValueError: as in `measure_groups`.
+
+    Example:
+        >>> from staterank_utils import load_tokenizer
+        >>> model, tokenizer = load_model("hybrid"), load_tokenizer("hybrid")
+        >>> found = repeat_groups("hybrid", model, tokenizer, n_prompts=1, n_tokens=256, domains=["prose"])
+        >>> len(found.shown["end"].rank["prose"]), len(found.live.rank["prose"]), found.same_labels() > 0.9
+        (16, 1, True)
+    """
+
+    def measured_now(of: PreTrainedModel) -> Groups:
+        return measure_groups(of, tokenizer, n_prompts=n_prompts, n_tokens=n_tokens, domains=domains, seed=seed)
+
+    def control(weights: Literal["initial", "shuffled"]) -> Groups:
+        return measured_now(load_model(name, weights=weights, seed=seed, revision=revision, device=device))
+
+    live = measured_now(model)
+    stored = None if seed else stored_on(name)
+    if stored is not None:
+        measured, content = stored
+        return RepeatedGroups(
+            measured.groups, measured.laws["end"], measured.turning, live, "initial" in measured.groups, content["provenance"],
+        )  # fmt: skip
+    shown = {"end": live, "initial": control("initial"), "shuffled": control("shuffled")}
+    known = hasattr(model.config, "initialization")
+    turning = measure_turning(model, tokenizer, n_prompts=min(2, n_prompts), n_tokens=n_tokens, seed=seed)
+    return RepeatedGroups(shown, None, turning, live, known, None)
+
+
+# ---------------------------------------------------------------- removal
+
+
+@dataclass(frozen=True)
+class RepeatedRemoval:
+    """The stored removal of a model, and a part of it measured again; or the removal of a model of which nothing is stored.
+
+    Attributes:
+        shown: the stored one, or what was measured now.
+        live: what was measured now.
+        seed: of the training, "?" where it is not known.
+        made: provenance of the stored one; None where nothing is stored.
+
+    Example:
+        >>> list(RepeatedRemoval.__dataclass_fields__)
+        ['shown', 'live', 'seed', 'made']
+    """
+
+    shown: Removal
+    live: Removal
+    seed: str
+    made: Mapping[str, Any] | None
+
+    def curves(self, scheme: str, orders: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Curves of the shown removal with those of random heads first, and of the live one, None where it is the shown one."""
+        shown = {order: self.shown.curve(scheme, order) for order in (RANDOM, *orders)}
+        return shown, {order: self.live.curve(scheme, order) for order in orders} if self.made else None
+
+    def numbers(self) -> dict[str, float]:
+        """What this run found in short, which later runs are compared with: the loss of every arm, nats per token."""
+        return {"intact": float(self.live.intact.mean())} | {
+            arm.label: float(nats.mean()) for arm, nats in zip(self.live.arms, self.live.nats, strict=True)
+        }
+
+    def check(self, name: str) -> None:
+        """Refuse a live run whose losses are not those that are stored of the same windows and heads.
+
+        Raises:
+            ValueError: no arm was repeated, or a loss differs by more than `CLOSE`.
+        """
+        n_arms, difference = self.live.repeated(self.shown)
+        if not difference <= CLOSE:
+            raise ValueError(
+                f"{n_arms} arms of {name} were repeated on stored windows; the largest difference of a loss is {difference} nats per token, expected at most {CLOSE}"
+            )
+
+    def source(self, name: str) -> str:
+        """Where the shown numbers come from, in words."""
+        if self.made is None:
+            return f"{name} was measured by this run on {self.live.n_windows} windows of each text."
+        n_arms, difference = self.live.repeated(self.shown)
+        return (
+            f"{name} was measured on {self.shown.n_windows} windows of each text {_where(self.made)}. "
+            f"This run repeated {n_arms} arms on {self.live.n_windows} of them: no loss on books differs "
+            f"by more than {difference:.0e} nats per token."
+        )
+
+
+def repeat_removal(name: str, model: PreTrainedModel, texts: Texts, *, sizes: Sizes, seed: int = 0) -> RepeatedRemoval:
+    """Measure the removal of heads from a model, as far as `sizes` say, beside what is stored of its weights.
+
+    Orders and random heads are then those of the stored removal.
+
+    Args:
+        name: as it was given to `load_model`.
+        model, texts, sizes: as in `measure_removal`.
+        seed: of the texts and of random heads; what is stored is of seed 0.
+
+    Example:
+        >>> from staterank_utils.studies.removal import FEW
+        >>> from staterank_utils.studies.texts import draw_texts
+        >>> from staterank_utils import load_tokenizer
+        >>> model, tokenizer = load_model("pure"), load_tokenizer("pure")
+        >>> texts = draw_texts(tokenizer, n_windows=1, n_calibration=2)  # windows of another length have other losses
+        >>> from dataclasses import replace
+        >>> few = replace(FEW, orders=("high rank",), shares=(0.25,))
+        >>> n_arms, difference = (again := repeat_removal("pure", model, texts, sizes=few)).live.repeated(again.shown)
+        >>> n_arms, difference < 1e-3
+        (6, True)
+    """
+    stored = None if seed else stored_on(name)
+    if stored is None:
+        live = measure_removal(model, texts, name=f"{Path(name).name}, seed {seed}", sizes=sizes)
+        return RepeatedRemoval(live, live, "?", None)
+    measured, content = stored
+    live = measure_removal(model, texts, name=measured.name, sizes=sizes, ordered=measured.removal)
+    return RepeatedRemoval(measured.removal, live, f"{measured.training['seed']}", content["provenance"])
+
+
+# ---------------------------------------------------------------- recall
+
+
+@dataclass(frozen=True)
+class RepeatedRecall:
+    """The stored recall of a model, and a part of it measured again; or the recall of a model of which nothing is stored.
+
+    Attributes:
+        shown: the stored one, or what was measured now.
+        live: what was measured now.
+        seed: of the training, "?" where it is not known.
+        made: provenance of the stored one; None where nothing is stored.
+
+    Example:
+        >>> list(RepeatedRecall.__dataclass_fields__)
+        ['shown', 'live', 'seed', 'made']
+    """
+
+    shown: Recall
+    live: Recall
+    seed: str
+    made: Mapping[str, Any] | None
+
+    def difference(self) -> float:
+        """The largest difference of a gain from the stored one on the same copy of books, nats per token."""
+        n_copies = next(iter(self.live.gains.values())).shape[1] // len(LOSS_TEXTS)
+        where = [self.shown.gaps.index(gap) for gap in self.live.gaps]
+        return float(
+            max(
+                np.abs(gains[:, :n_copies] - self.shown.gains[label][where, :n_copies]).max()
+                for label, gains in self.live.gains.items()
+            )
+        )
+
+    def numbers(self) -> dict[str, float]:
+        """What this run found in short, which later runs are compared with: gains in nats per token, and mean r/d."""
+        return {f"gain, {label}": float(gains.mean()) for label, gains in self.live.gains.items()} | {
+            f"r/d, {label}": float(rank.mean() / self.live.d) for label, rank in self.live.cap_rank.items()
+        }
+
+    def check(self, name: str) -> None:
+        """Refuse a live run whose gains are not those that are stored of the same copies.
+
+        Raises:
+            ValueError: a gain differs by more than `CLOSE`.
+        """
+        if not (difference := self.difference()) <= CLOSE:
+            raise ValueError(
+                f"gains of {name} differ by {difference} nats per token from those stored of the same copies, expected at most {CLOSE}"
+            )
+
+    def source(self, name: str) -> str:
+        """Where the shown numbers come from, in words."""
+        n_copies, live = (of.gains["intact"].shape[1] // len(LOSS_TEXTS) for of in (self.shown, self.live))
+        if self.made is None:
+            return f"{name} was measured by this run on {live} copies of each text."
+        return (
+            f"{name} was measured on {n_copies} copies of each text {_where(self.made)}. "
+            f"This run repeated {len(self.live.gains)} arms on {live} of them: no gain on books differs by more "
+            f"than {self.difference():.0e} nats per token."
+        )
+
+
+def repeat_recall(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    n_copies: int,
+    n_prompts: int,
+    n_tokens: int,
+    caps: Sequence[int],
+    gaps: Sequence[int],
+    seed: int = 0,
+) -> RepeatedRecall:
+    """Measure what caps on half-lives take from recall, and a quarter of the heads, beside what is stored of a model's weights.
+
+    Args:
+        name: as it was given to `load_model`.
+        model, tokenizer: from `load_model` and `load_tokenizer`.
+        n_copies: of each text, at most 8.
+        n_prompts, n_tokens, caps, gaps, seed: of the run now, as in `measure_caps`; what is stored is of seed 0.
+
+    Raises:
+        ValueError: as in `measure_caps`.
+
+    Example:
+        >>> from staterank_utils import load_tokenizer
+        >>> model, tokenizer = load_model("hybrid"), load_tokenizer("hybrid")
+        >>> found = repeat_recall("hybrid", model, tokenizer, n_copies=1, n_prompts=1, n_tokens=160, caps=[16], gaps=[64])
+        >>> found.difference() < 1e-3, found.shown.gains["intact"].shape
+        (True, (5, 16))
+    """
+    texts = draw_texts(tokenizer, seed=seed).few_copies(n_copies)
+    texts = replace(texts, windows=texts.windows[:: len(texts.windows) // len(LOSS_TEXTS)])
+    live = measure_caps(
+        model, tokenizer, texts, caps=caps, gaps=gaps, n_prompts=n_prompts, n_tokens=n_tokens, seed=seed
+    )
+    stored = None if seed else stored_on(name)
+    if stored is None:
+        return RepeatedRecall(live, live, "?", None)
+    measured, content = stored
+    removal, gains = measured.removal, dict(live.gains)
+    for arm in removal.arms:
+        if (
+            (arm.scheme, arm.share) == (LAYERS, 0.25)
+            and arm.order in (LOW, HIGH)
+            and arm.label in measured.recall.gains
+        ):
+            with ablate_heads(model, [removal.heads[index] for index in arm.heads]):
+                gains[arm.label] = induction_gains(model, texts, gaps)
+    live = replace(live, gains=gains)
+    return RepeatedRecall(measured.recall, live, f"{measured.training['seed']}", content["provenance"])

@@ -1,0 +1,150 @@
+"""What a notebook is asked for by its parameters: models, sizes, where its result goes."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from IPython.display import HTML
+from myst_nb import glue
+from transformers import PreTrainedModel
+
+from staterank_utils import markdown, plotting
+from staterank_utils.models import load_model, load_tokenizer
+from staterank_utils.results import check_parameters, whole_or_not
+from staterank_utils.studies.repeated import RepeatedGroups, RepeatedRecall, RepeatedRemoval, write_chapter
+
+TEXTS = ("model", "revision", "device", "profile", "results_folder")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parameters of a notebook, checked.
+
+    Attributes:
+        models: embedded names, folders or hub ids, in the order given.
+        where: "revision" and "device", as `load_model` takes them.
+        quick: whether the profile is "quick".
+        sizes: name of a size -> its value, and "seed".
+        file: where the result is stored; None where it is not.
+        parameters: what the result says it was made with.
+
+    Example:
+        >>> run = setup({"model": "hybrid, pure", "profile": "quick", "seed": 0}, "page", n_prompts=(2, 16))
+        >>> run.models, run.sizes, run.file
+        (('hybrid', 'pure'), {'n_prompts': 2, 'seed': 0}, None)
+    """
+
+    models: tuple[str, ...]
+    where: Mapping[str, str | None]
+    quick: bool
+    sizes: Mapping[str, int]
+    file: Path | None
+    parameters: Mapping[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """Of prompts, draws and controls."""
+        return self.sizes["seed"]
+
+    def load(self, name: str) -> tuple[PreTrainedModel, Any]:
+        """One of the models, and its tokenizer.
+
+        Args:
+            name: from `models`.
+
+        Raises:
+            ValueError, OSError: as in `load_model` and `load_tokenizer`.
+        """
+        revision, device = self.where["revision"], self.where["device"]
+        return load_model(name, revision=revision, device=device), load_tokenizer(name, revision=revision)
+
+    def keep(self, figure: str, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Store the numbers behind a figure as FIGURE.csv beside the result, if that is stored.
+
+        Args:
+            figure: its name on the page.
+            rows: its numbers; None: those that the current figure of pyplot shows.
+
+        Raises:
+            ValueError: there are none.
+            OSError: the file system's own error.
+        """
+        if self.file is None:
+            return
+        shown = plotting.figure_data(plt.gcf()) if rows is None else rows
+        if not shown:
+            raise ValueError(f"{figure} shows no numbers: draw it before its numbers are kept")
+        columns = dict.fromkeys(key for row in shown for key in row)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_or_not(self.file.with_name(f"{figure}.csv")) as partial, partial.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, [*columns])
+            writer.writeheader()
+            writer.writerows(shown)
+
+    def conclude(
+        self,
+        said: Mapping[str, str],
+        rows: Sequence[Mapping[str, Any]],
+        found: Mapping[str, RepeatedGroups | RepeatedRemoval | RepeatedRecall],
+        *,
+        badges: Sequence[str],
+    ) -> None:
+        """Put texts and badges where the page names them, and store the result if it is to be stored.
+
+        Args:
+            said: name on the page -> text; of "answer" the first sentence is `answer` on the page, the rest `more`.
+            rows: verdicts.
+            found: name of the model -> what the page shows of it.
+            badges: the claims whose verdicts stand under the answer, as `badges` on the page.
+
+        Raises:
+            ValueError, OSError: as in `write_chapter`.
+        """
+        short, stop, more = said["answer"].partition(". ")
+        for key, text in {**said, "answer": short + stop.strip(), "more": more}.items():
+            glue(key, text, display=False)
+        glue("badges", HTML(markdown.badges(rows, badges)), display=False)
+        if self.file:
+            write_chapter(self.file, parameters=self.parameters, rows=rows, found=found, answer=said["answer"])
+
+
+def setup(namespace: dict[str, Any], page: str, **sizes: tuple[int, int]) -> Run:
+    """Check the parameters of a notebook, and read them.
+
+    Args:
+        namespace: `globals()` of the notebook, in the cell after its parameters.
+        page: name of the notebook; its result is `RESULTS_FOLDER/PAGE.json`.
+        sizes: name of a parameter -> its value in the quick and in the full profile; a parameter of 0 takes these.
+
+    Raises:
+        ValueError, TypeError: as in `check_parameters`; no model; or a size under 0.
+
+    Example:
+        >>> setup({"model": "pure", "n_prompts": 3, "profile": "full"}, "page", n_prompts=(2, 16)).sizes["n_prompts"]
+        3
+    """
+    check_parameters(namespace, texts=TEXTS, numbers=("seed", *sizes))
+    given = {name: namespace.get(name, "") for name in TEXTS}
+    models = tuple(name.strip() for name in given["model"].split(",") if name.strip())
+    if not models:
+        raise ValueError(
+            f"parameter 'model' names no model, got {given['model']!r}: give an embedded name, a folder or a hub id"
+        )
+    quick = given["profile"] == "quick"
+    chosen = {name: namespace.get(name, 0) or values[0 if quick else 1] for name, values in sizes.items()}
+    if wrong := [name for name, value in chosen.items() if value < 1]:
+        raise ValueError(
+            f"parameter {wrong[0]!r} must be at least 1, or 0 for what the profile says, got {chosen[wrong[0]]}"
+        )
+    chosen["seed"] = namespace.get("seed", 0)
+    return Run(
+        models,
+        {"revision": given["revision"] or None, "device": given["device"] or None},
+        quick,
+        chosen,
+        Path(given["results_folder"], f"{page}.json") if given["results_folder"] else None,
+        {"model": given["model"], "revision": given["revision"], "profile": given["profile"], **chosen},
+    )  # fmt: skip
