@@ -13,17 +13,6 @@
 #     name: python3
 # ---
 
-# %% [markdown]
-# # Do heads fall into two groups?
-#
-# *State Rank Stratification, claims C1, C1b and C1c of {doc}`the registered list <../book/claims>`.* The paper reports that the
-# heads of a linear-attention model fall into two groups: some keep a state of nearly rank 0, the others climb to an upper bound.
-# On this page you see, for models that your own machine has just run:
-#
-# - the effective rank of every head of every layer, token by token, beside the bound min(*t*, *d*);
-# - whether the distribution over heads has two groups, by three registered criteria, and for which thresholds and rank measures;
-# - whether the grouping is there before training, and in a model whose weights were shuffled.
-
 # %% tags=["remove-cell"]
 import importlib.util
 import os
@@ -32,361 +21,250 @@ from IPython import get_ipython
 
 if importlib.util.find_spec("staterank_utils") is None:
     # On Colab: fetch the repository, with its models, and work in it.
-    get_ipython().system("git clone --depth 1 https://github.com/staterank/staterank-book")
-    get_ipython().system("pip install -q ./staterank-book myst-nb")
-    os.chdir("staterank-book")
+    repository = "https://github.com/staterank/staterank-book"
+    print(f"fetching {repository}")
+    get_ipython().system(
+        f"git clone --depth 1 {repository} book && pip install -q './book[notebooks]'"
+    )
+    os.chdir("book")
 
-# %%
-from pathlib import Path
+# %% [markdown]
+# # Do heads fall into two groups?
+#
+# **{glue:text}`answer`** {glue:text}`more`
+#
+# {glue:}`badges`
 
-import numpy as np
-from IPython.display import Markdown
-from myst_nb import glue
-from staterank_utils import (
-    Spectrum,
-    claims,
-    domain_prompts,
-    load_model,
-    load_tokenizer,
-    markdown,
-    plotting,
-    results,
-    singular_values,
-    strata,
-    trace_states,
-)
-from staterank_utils.budget import budget
-from staterank_utils.strata import bootstrap
-
-plotting.use_style()
-
-# %% tags=["parameters"]
+# %% tags=["parameters", "hide-input"]
 model = "hybrid, pure"  # embedded names, folders or hub ids, separated by commas
 revision = ""  # commit or tag, for hub ids
 device = ""  # "": the GPU if there is one; "cpu", "cuda", or "auto": spread over all GPUs
 profile = "quick"  # "quick" or "full"
 seed = 0
 n_prompts = 0  # prompts; 0: what the profile says
-n_tokens = 2048  # T, tokens a prompt
+n_tokens = 0  # T, tokens per prompt; 0: what the profile says
 results_folder = ""  # where the result is stored; "": nowhere
 
-# %%
-results.check_parameters(
-    globals(),
-    texts="model revision device profile results_folder".split(),
-    numbers="seed n_prompts n_tokens".split(),
-)
-MODELS = [name.strip() for name in model.split(",")]
-WHERE = {"revision": revision or None, "device": device or None}
-N_PROMPTS = n_prompts or {"quick": 6, "full": 16}[profile]
-N_SHUFFLES = {"quick": 2, "full": 8}[profile]
-POSITIONS = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if t < n_tokens] + [
-    n_tokens
-]
-PARAMETERS = {
-    "model": model,
-    "revision": revision,
-    "profile": profile,
-    "seed": seed,
-    "n_prompts": N_PROMPTS,
-    "n_tokens": n_tokens,
+# %% tags=["hide-input"]
+import numpy as np
+from IPython.display import Markdown
+from staterank_utils import claims, markdown, memory, plotting, strata
+from staterank_utils.studies.groups import evidence, first_claims
+from staterank_utils.studies.repeated import repeat_groups
+from staterank_utils.studies.setup import setup
+
+run = setup(globals(), "01_stratification", n_prompts=(2, 16), n_tokens=(1024, 2048))
+plotting.use_style()
+loaded = {name: run.load(name) for name in run.models}
+found = {
+    name: repeat_groups(name, *of, domains=["prose"], **run.sizes, **run.where)
+    for name, of in loaded.items()
 }
+shown = {name: groups.shown for name, groups in found.items()}
+
+# %% mystnb={"figure": {"caption": "Left: half-lives of heads; in the grey window the law gives ranks between 0.2 d and 0.8 d. Right: r/d, sorted. Circles: every sixth head, this run.", "name": "fig-rank-distribution"}, "image": {"alt": "Per model a histogram of half-lives that spreads over several decades across a narrow grey window, and sorted curves of relative rank, most heads at the bottom or at 1."}} tags=["hide-input"]
+VARIANTS = {"trained": "end", "before training": "initial", "shuffled": "shuffled"}
+_, panels = plotting.panel_grid(len(run.models), 2, width=10, row_height=2.6, sharey=False)
+for (left, right), (name, groups) in zip(panels, shown.items(), strict=True):
+    d = groups["end"].d
+    halves = {label: groups[VARIANTS[label]].half_life() for label in list(VARIANTS)[:2]}
+    window = [memory.half_life_at(share * d) for share in strata.GAP]
+    plotting.plot_half_lives(left, halves, window=window)
+    left.set_title(f"{name}: {len(groups['end'].heads)} heads, d = {d}", fontsize="medium")
+    curves = {label: groups[key].relative("prose").mean(0) for label, key in VARIANTS.items()}
+    live = found[name].live.relative("prose").mean(0) if found[name].made else None
+    plotting.plot_rank_distribution(right, curves, live=live)
+run.keep("fig-rank-distribution")
 
 # %% [markdown]
-# ## How many directions does a state use?
+# Read the left panels first. Each head forgets at its own rate: half-lives spread over decades, without a gap. A head has a rank between the
+# groups only if its half-life hits the grey window, which is narrow: {glue:text}`window` tokens. Most heads miss it on one side or the other. That
+# makes heaps at both ends of the right panels.
+#
+# *State Rank Stratification* is the first finding of the paper: some heads keep a state of nearly rank 0, the others climb to an upper
+# bound.
+#
+# ```{admonition} Where the numbers come from
+# :class: dropdown
+# {glue:text}`sources`
+# ```
+#
+# ## How is rank measured?
 #
 # Each head $h$ of a linear-attention layer carries a matrix $S_h(t)$ of size $d_k \times d_v$, which it rewrites at every token.
 # The paper counts the singular values that are not negligible beside the largest (its Eq. 6, as reported by an independent
 # reader):
 #
-# $$ r_h(t) = \#\{\, i : \sigma_i(S_h(t)) > \varepsilon\, \sigma_1(S_h(t)) \,\}, \qquad \varepsilon = 10^{-4}. $$ (eq-effective-rank)
+# $$ r_h(t) = \#\{\, i : \sigma_i(S_h(t)) > \varepsilon\, \sigma_1 \,\}, \quad \varepsilon = 10^{-4}. $$ (eq-effective-rank)
 #
-# We read {glue:text}`setting`. Each prompt is read once; at the positions below the state of every head is reduced to its singular
-# values, and nothing else is kept.
-
-
-# %%
-def measure(name, positions, weights="trained", shuffle=0):
-    """Singular values (layer, prompt, position, head, d) on technical prose."""
-    prompts = domain_prompts(
-        "prose",
-        load_tokenizer(name, revision=WHERE["revision"]),
-        n_prompts=N_PROMPTS,
-        n_tokens=n_tokens,
-        seed=seed,
-    )
-    network = load_model(name, weights=weights, seed=seed + shuffle, **WHERE)
-    if positions is POSITIONS:
-        print(f"{name}:\n{budget(network, prompts, positions=positions)}")
-    return trace_states(network, prompts, positions=positions, reduce=singular_values)
-
-
-traces = {name: measure(name, POSITIONS) for name in MODELS}
-ranks = {name: Spectrum(trace.values).effective_rank().double() for name, trace in traces.items()}
-
-# %% tags=["hide-input"]
-glue(
-    "setting",
-    f"{N_PROMPTS} prompts of {n_tokens:,} tokens of technical prose (Python's reference manual, which no embedded model was trained on; seed {seed})",
-    display=False,
-)
-
-# %% [markdown]
-# ## Does rank climb to the bound, or stay at the bottom?
+# Write $d$ for the largest rank a state can have, $\min(d_k, d_v)$. Ranks are taken on technical prose, Python's reference manual, which no embedded
+# model was trained on, so that their loss on it is near that of token frequencies. Why a half-life predicts a rank is the subject of {doc}`00_what_rank_measures`.
 #
-# After $t$ tokens at most $t$ directions can have been written, so $r_h(t) \le \min(t, d)$: the dotted line. A head that keeps what
-# it is told climbs along it; a head that forgets fast stays near the bottom, however long the text. The paper draws this for one
-# layer of 32 heads; here are all layers.
-
-# %% mystnb={"figure": {"caption": "Effective rank of every head against the number of tokens read, one panel per layer, mean over prompts of technical prose. Solid blue lines with dots are heads that end at or over d/2, dashed orange lines with squares heads that end under it; the dotted black line is the bound min(t, d). Two bundles that part early are what the claim predicts; lines spread evenly over the height would speak against it.", "name": "fig-ranks-over-time"}, "image": {"alt": "Panels of lines rising from rank 1 at one token, some along the bound min(t, d), others levelling off below it."}} tags=["hide-input"]
-plotting.plot_all_ranks(traces, {name: table.mean(1).numpy() for name, table in ranks.items()})
-
-# %% [markdown]
-# On this run, of the heads at the end: {glue:text}`groups_at_end`.
-#
-# The bound itself (claim C1b, the paper's Theorem 3.1) is a fact of linear algebra: a sum of $t$ matrices of rank 1. What can break
-# it is arithmetic, since rounding writes in directions that no token chose, and it can show only while $t < d$; from $t = d$ on the bound
-# is the size of the matrix. So the same prompts are read once more, and every head is looked at after every token until then:
-# {glue:text}`bound_violations` violations.
-
-
-# %%
-def before_the_bound(name):
-    """Ranks (layer, prompt, position, head) at every position t < d, and t for each."""
-    positions = range(1, min(traces[name].d, n_tokens + 1))
-    early = Spectrum(measure(name, positions).values).effective_rank().numpy()
-    return early, np.array(positions)[:, None]
-
-
-early = {name: before_the_bound(name) for name in MODELS}
-violations = {name: int(np.greater(*early[name]).sum()) for name in MODELS}
-
-# %% tags=["hide-input"]
-counted = (f"{violations[name]} in {early[name][0].size:,} ({name})" for name in MODELS)
-glue("bound_violations", "; ".join(counted), display=False)
-
-
-def at_end_text(name):
-    last = ranks[name][:, :, -1].mean(1).flatten().numpy() / traces[name].d
-    low, high = (last < strata.GAP[0]).sum(), (last > strata.GAP[1]).sum()
-    return f"{low} under 0.2 d, {high} over 0.8 d, {last.size - low - high} between ({name})"
-
-
-glue("groups_at_end", "; ".join(at_end_text(name) for name in MODELS), display=False)
-
-# %% [markdown]
 # ## Are there two groups?
 #
 # The eye finds groups everywhere, so three numbers were registered before any embedded model was trained, on the distribution of
-# $r/d$ over heads at the last token: Sarle's coefficient over 5/9 (the value of a uniform distribution), Hartigan's dip test with
-# $p < 0.05$ against a single group, and at least two thirds of the heads outside (0.2, 0.8). The first two are weak alone (a skewed
-# single group can pass Sarle's; many ties help the dip test), so all three must hold, each with its whole interval.
-
-
-# %%
-def heads_at_end(name, table):
-    """r/d at the last position: (prompt, head), all layers together."""
-    return table[:, :, -1].movedim(1, 0).flatten(1).numpy() / traces[name].d
-
-
-relative = {name: heads_at_end(name, table) for name, table in ranks.items()}
-evidence = {name: strata.two_groups(values) for name, values in relative.items()}
-
-# %% [markdown]
-# ## Is it training that makes the groups?
+# $r/d$ over heads at the last token:
 #
-# Two controls could kill the claim. The *initial* model has the weights it had before its first step (for a
-# model that is not embedded: fresh weights of its class, so that only their distribution can be compared). The *shuffled* one has the
-# trained weights in random order inside each tensor: the same distribution of weights, nothing learned. If they stratify as well,
-# stratification is a property of the recurrence and its gates, not of what pre-training wrote into them.
-
-# %%
-CONTROLS = {"initial": ("initial", 0)}
-CONTROLS |= {f"shuffled {i + 1}": ("shuffled", i) for i in range(N_SHUFFLES)}
-
-
-def control(name, weights, shuffle):
-    trace = measure(name, [n_tokens], weights, shuffle)
-    return heads_at_end(name, Spectrum(trace.values).effective_rank().double())
-
-
-control_relative = {
-    name: {kind: control(name, *how) for kind, how in CONTROLS.items()} for name in MODELS
-}
-
-# %% mystnb={"figure": {"caption": "Relative effective rank r/d of all heads at the last token, sorted, mean over prompts of technical prose: trained weights (solid), the same model before training (dashed) and with weights shuffled once (dotted). Two groups look like a step with little in the grey gap (0.2, 0.8); a straight diagonal is no grouping at all.", "name": "fig-rank-distribution"}, "image": {"alt": "Sorted curves of relative rank for trained, initial and shuffled weights, with the gap between 0.2 and 0.8 shaded."}} tags=["hide-input"]
-for name, ax in plotting.model_panels(MODELS).items():
-    curves = {"trained": relative[name], **control_relative[name]}
-    shown = {label: curves[label].mean(0) for label in ("trained", "initial", "shuffled 1")}
-    plotting.plot_rank_distribution(ax, shown)
-
+# - Sarle's coefficient over 5/9, the value of a uniform distribution;
+# - Hartigan's dip test with $p < 0.05$ against a single group;
+# - at least two thirds of the heads outside (0.2, 0.8).
+#
+# The first two are weak alone: a skewed single group can pass Sarle's, and many ties help the dip test. So all three must hold, each with
+# its whole interval.
+#
+# Two controls could kill the claim. *Before training*: the weights that the training began with (for a model that is not embedded, fresh
+# weights of its class). *Shuffled*: the trained weights in random order inside each tensor. If they pass as well, groups are a property of
+# the recurrence and its gates.
 
 # %% tags=["hide-input"]
-def evidence_row(name, label, values):
-    found = strata.two_groups(values)
-    numbers = [f"{estimate.point:.3f}" for estimate in found.values()]
-    ends = [f"{(values.mean(0) < 0.2).sum()}", f"{(values.mean(0) > 0.8).sum()}"]
-    return (name, label, *numbers, *ends, claims.judge("C1", name, found)["verdict"])
-
-
-table = [
-    evidence_row(name, *item)
-    for name in MODELS
-    for item in [("trained", relative[name]), *control_relative[name].items()]
-]
-HEAD = (
-    "model",
-    "weights",
-    "Sarle",
-    "dip p",
-    "share outside",
-    "under 0.2 d",
-    "over 0.8 d",
-    "C1's rule",
-)
-Markdown(markdown.markdown_table(HEAD, table))
+numbers = {
+    (name, label): evidence(shown[name][key])
+    for name in run.models
+    for label, key in VARIANTS.items()
+}
+rows, passing, untrained = [], [], []
+for (name, label), of in numbers.items():
+    rule = claims.judge(
+        "C1", name, strata.two_groups(shown[name][VARIANTS[label]].relative("prose"))
+    )
+    rows.append((name, label, *(f"{number:.3f}" for number in of.values()), rule["verdict"]))
+    if label == "before training":
+        untrained.append({"claim": "C1", "model": name, "verdict": rule["verdict"]})
+    if label != "trained" and rule["verdict"] == claims.HOLDS:
+        passing.append(f"{label} ({name})")
+HEAD = ("model", "weights", *next(iter(numbers.values())), "C1's rule")
+Markdown(markdown.markdown_table(HEAD, rows))
 
 # %% [markdown]
-# Read the table by its rows; the last column applies the registered rule to each. A control that passes takes the claim's news away:
-# that there are groups is then not what training decided; *who is in which* may be. A trained model that fails where a control passes
-# has lost groups in training. That is claim C1c, and its measure is the Spearman correlation between the ranks
-# of the same heads before and after training, on the same prompts ({numref}`fig-init`): {glue:text}`rho_initial`.
+# *Share outside* counts the heads outside (0.2, 0.8); a single group of full rank scores 1 in it. The *two-group share* is the smaller of the
+# shares below 0.2 and above 0.8, so it needs both. *By law* says what decays alone give.
+#
+# Controls that pass C1 as well: {glue:text}`controls_pass`. Where one does, or where only its interval misses, the rule hardly tells a trained model
+# from an untrained one. The two-group share tells them apart; training changed it {glue:text}`two_group_change`.
+#
+# Whether training decided *who is in which group* is claim C1c. Its measure is the Spearman correlation between the ranks of the same heads
+# before and after training, on the same prompts: {glue:text}`rho_initial`. The higher it is, the more of the order was there before
+# training.
 
+# %% mystnb={"figure": {"caption": "r/d of each head before training (horizontal) and after (vertical), same prompts. Dots end high, squares low. On the dotted diagonal training changed nothing.", "name": "fig-init"}, "image": {"alt": "Scatter of relative rank before against after training with a dotted diagonal, one panel per model."}} tags=["hide-input"]
+for name, ax in plotting.model_panels(run.models, height=4.2).items():
+    before, after = (shown[name][key].relative("prose").mean(0) for key in ("initial", "end"))
+    ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
+    high = after >= strata.LOW_UNDER
+    names = {"xlabel": "r / d before training", "ylabel": "r / d after"}
+    plotting.plot_head_pairs(ax, before, after, high, **names)
+run.keep("fig-init")
+
+# %% [markdown]
+# ## How do ranks grow?
+#
+# After $t$ tokens at most $t$ directions can have been written, so $r_h(t) \le \min(t, d)$: the dotted line below. The paper draws this
+# for one layer of 32 heads; here are all layers, read by this run, {glue:text}`setting`. Each prompt is read once. At the positions below the
+# state of every head is reduced to its singular values, and nothing else is kept:
 
 # %%
-def before_and_after(name):
-    """(prompt, 2, head)"""
-    return np.stack([control_relative[name]["initial"], relative[name]], 1)
+from staterank_utils import Spectrum, domain_prompts, singular_values, trace_states
 
-
-rho_initial = {
-    name: bootstrap(lambda x: strata.spearman(*x.mean(0)), before_and_after(name))
-    for name in MODELS
-}
-glue(
-    "rho_initial",
-    "; ".join(f"{estimate} ({name})" for name, estimate in rho_initial.items()),
-    display=False,
-)
-
-# %% mystnb={"figure": {"caption": "Relative effective rank of each head before training (horizontal) and after it (vertical), at the last token, mean over the same prompts. Dots are heads that end high, squares heads that end low. On the dotted diagonal training changed nothing; a cloud without direction is a grouping that training made.", "name": "fig-init"}, "image": {"alt": "Scatter of relative rank before against after training with a dotted diagonal."}} tags=["hide-input"]
-for name, ax in plotting.model_panels(MODELS, height=4.2).items():
-    before, after = before_and_after(name).mean(0)
-    ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
-    plotting.plot_head_pairs(
-        ax,
-        before,
-        after,
-        after >= strata.LOW_UNDER,
-        xlabel="r / d before training",
-        ylabel="r / d after",
+T = run.sizes["n_tokens"]
+positions = [2**i for i in range(11) if 2**i < T] + [T]
+traces, prompts = {}, {}
+for name, (network, tokenizer) in loaded.items():
+    prompts[name] = domain_prompts("prose", tokenizer, **run.sizes)
+    traces[name] = trace_states(
+        network, prompts[name], positions=positions, reduce=singular_values
     )
 
+# %% mystnb={"figure": {"caption": "Effective rank of every head against tokens read, one panel per layer, mean over prompts, this run. Solid with dots: heads that end high. Dashed with squares: low. Dotted: min(t, d).", "name": "fig-ranks-over-time"}, "image": {"alt": "Panels of lines rising from rank 1 at one token, some along the bound min(t, d), others levelling off below it."}} tags=["hide-input"]
+spectra = {name: Spectrum(trace.values) for name, trace in traces.items()}
+ranks = {name: spectrum.effective_rank().double().mean(1) for name, spectrum in spectra.items()}
+plotting.plot_all_ranks(traces, {name: table.numpy() for name, table in ranks.items()})
+run.keep("fig-ranks-over-time")
+
 # %% [markdown]
+# The bound (claim C1b, the paper's Theorem 3.1) is a fact of linear algebra: a sum of $t$ matrices of rank 1. What can break
+# it is arithmetic, since rounding writes in directions that no token chose, and it can show only while $t < d$. So this run looks at every head
+# after every token until then: {glue:text}`bound_violations` violations.
+#
 # ## Does it depend on the threshold?
 #
-# $\varepsilon = 10^{-4}$ is a choice. A head of full rank at one threshold may be nearly empty at another, because singular values
-# fall off smoothly rather than to zero. {numref}`fig-eps` moves $\varepsilon$ over four decades. In float32 a state carries noise of
-# about $10^{-7}\sigma_1$, so $10^{-6}$ is as low as a threshold can go and still mean the state. Heads that end at or over $d/2$, from
-# the largest threshold to the smallest: {glue:text}`high_by_eps`.
+# $\varepsilon = 10^{-4}$ is a choice. Singular values fall off smoothly, so a head of full rank at one threshold may be nearly empty at
+# another. In float32 a state carries noise of about $10^{-7}\sigma_1$, so $10^{-6}$ is as low as a threshold can go.
 
-# %% mystnb={"figure": {"caption": "The sorted distribution of r/d over heads (trained weights, last token, mean over prompts) for five thresholds. The registered threshold 1e-4 is the thick line. If the two ends stay where they are, the groups do not hang on the threshold; if a whole bundle sinks, its rank was in small singular values.", "name": "fig-eps"}, "image": {"alt": "Five sorted curves of relative rank, one for each threshold from 1e-2 to 1e-6."}} tags=["hide-input"]
-THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-spectra = {name: Spectrum(trace.values) for name, trace in traces.items()}
-high_by_eps = {}
-for name, ax in plotting.model_panels(MODELS).items():
-    tables = {eps: spectra[name].effective_rank(rel_tol=eps).double() for eps in THRESHOLDS}
-    curves = {eps: heads_at_end(name, table).mean(0) for eps, table in tables.items()}
+# %% mystnb={"figure": {"caption": "Sorted r/d over heads at the last token for five thresholds, this run. The thick line is the registered threshold. If a bundle sinks, its rank was in small singular values.", "name": "fig-eps"}, "image": {"alt": "Five sorted curves of relative rank, one for each threshold from 1e-2 to 1e-6."}} tags=["hide-input"]
+at_end = {name: Spectrum(trace.values[:, :, -1]) for name, trace in traces.items()}
+high_by_eps, violations = [], []
+for name, ax in plotting.model_panels(run.models).items():
+    d, curves = traces[name].d, {}
+    for eps in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+        table = at_end[name].effective_rank(rel_tol=eps).double()
+        curves[eps] = (table.mean(1) / d).flatten().numpy()
     plotting.plot_thresholds(ax, curves, registered=1e-4)
-    high_by_eps[name] = ", ".join(
-        f"{(curve >= strata.LOW_UNDER).sum()}" for curve in curves.values()
-    )
-
-# %% tags=["hide-input"]
-glue(
-    "high_by_eps",
-    "; ".join(f"{counts} ({name})" for name, counts in high_by_eps.items()),
-    display=False,
-)
-
-# %% [markdown]
-# Two measures need no threshold. The *stable rank* $\|S\|_F^2/\sigma_1^2$ weighs a direction by its energy; the *entropy rank*
-# $\exp H(\sigma/\sum\sigma)$ by its share of the nuclear norm. Both are far smaller numbers than a count. What matters is whether they
-# order the heads the same way; the table gives the Spearman correlation with the registered measure (exploratory).
-
-
-# %%
-def order_row(name, label, values):
-    x = heads_at_end(name, values.double()).mean(0) * traces[name].d
-    rho, sarle = strata.spearman(x, relative[name].mean(0)), strata.sarle_coefficient(x)
-    return name, label, f"{rho:.3f}", f"{x.min():.1f} to {x.max():.1f}", f"{sarle:.3f}"
-
-
-def measures_of(spectrum):
-    yield from (
-        (f"effective rank, ε = {eps:.0e}", spectrum.effective_rank(rel_tol=eps))
-        for eps in THRESHOLDS
-    )
-    yield from (
-        ("entropy rank", spectrum.entropy_rank()),
-        ("stable rank", spectrum.stable_rank()),
-    )
-
-
-table = [order_row(name, *measure) for name in MODELS for measure in measures_of(spectra[name])]
-Markdown(
-    markdown.markdown_table(
-        ("model", "measure", "Spearman with r", "range over heads", "Sarle"), table
-    )
-)
+    counts = ", ".join(f"{(curve >= strata.LOW_UNDER).sum()}" for curve in curves.values())
+    high_by_eps.append(f"{counts} ({name})")
+    every = range(1, min(d, T) + 1)
+    texts = prompts[name][:, : every[-1]]
+    early = trace_states(loaded[name][0], texts, positions=every, reduce=singular_values).values
+    early = Spectrum(early).effective_rank().numpy()
+    broken = (early > np.array(every)[:, None]).sum()
+    violations.append(f"{broken} in {early.size:,} states ({name})")
+run.keep("fig-eps")
 
 # %% [markdown]
+# High heads, from the largest threshold to the smallest: {glue:text}`high_by_eps`. Two measures need no threshold. The *stable rank*
+# $\|S\|_F^2/\sigma_1^2$ weighs a direction by its energy, the *entropy rank* $\exp H(\sigma/\sum\sigma)$ by its share of the nuclear
+# norm. Spearman of the entropy rank with the effective rank: {glue:text}`entropy_rank`; of the stable rank: {glue:text}`stable_rank`
+# (exploratory).
+#
 # ## Verdicts
 #
-# Claim, registered measure and threshold, the paper's figure, what was measured here with its 95 % interval, and the verdict that
-# follows by the rule printed on {doc}`the claims page <../book/claims>`.
+# By {doc}`the registered rules <../book/claims>`, on the measurement that the first figure shows: for an embedded model the stored one
+# ({doc}`ladder <../book/ladder>`).
 
-
-# %%
-def acquired(name):
-    """C1c needs the weights that this very model started from."""
-    if hasattr(load_model(name, **WHERE).config, "initialization"):
-        return claims.judge("C1c", name, {"rho": rho_initial[name]})
-    return claims.not_testable("C1c", name, why="its weights before training are not known")
-
-
+# %% tags=["hide-input"]
 verdicts = []
-for name in MODELS:
-    verdicts.append(claims.judge("C1", name, evidence[name]))
-    verdicts.append(claims.judge("C1b", name, {"violations": strata.exactly(violations[name])}))
-    verdicts.append(acquired(name))
+for name, groups in found.items():
+    end, initial = groups.shown["end"], groups.initial
+    c1, c1c = first_claims(name, end, initial=initial, keys=("C1", "C1c"))
+    verdicts += [c1, groups.turning.claims(name)[0], c1c]
 Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
-checkpoints = results.embedded_folders(MODELS)
-if results_folder:
-    made = results.provenance(parameters=PARAMETERS, checkpoints=checkpoints)
-    results.write_json(
-        Path(results_folder, "01_stratification.json"), {"provenance": made, "rows": verdicts}
-    )
-FULL = {**PARAMETERS, "profile": "full", "n_prompts": 16}
-Markdown(results.stored_beside("01_stratification", parameters=FULL, checkpoints=checkpoints))
+outside, spearmans, changes, windows, others = [], [], [], set(), {}
+for name, groups in shown.items():
+    before, after = numbers[name, "before training"], numbers[name, "trained"]
+    both = [groups[key].rank["prose"].mean(0) for key in ("initial", "end")]
+    outside.append(f"{after['share outside']:.0%} ({name})")
+    spearmans.append(f"{strata.spearman(*both):.2f} ({name})")
+    pair = [f"{of['two-group share']:.2f}" for of in (before, after)]
+    changes.append(f"from {pair[0]} to {pair[1]} ({name})")
+    ends = (memory.half_life_at(share * groups["end"].d) for share in strata.GAP)
+    windows.add(" to ".join(f"{tokens:.1f}" for tokens in ends))
+    for key in ("entropy_rank", "stable_rank"):
+        tables = (getattr(at_end[name], key)(), at_end[name].effective_rank())
+        rho = strata.spearman(*(x.double().mean(1).flatten() for x in tables))
+        others.setdefault(key, []).append(f"{rho:.2f} ({name})")
+said = {key: "; ".join(values) for key, values in others.items()} | {
+    "answer": f"Two groups, by the registered rule: {markdown.yes_or_no(verdicts, 'C1')}. Heads with a rank under 0.2 d or over 0.8 d: {', '.join(outside)}. Before training: {markdown.yes_or_no(untrained, 'C1')}.",
+    "sources": " ".join(groups.source(name) for name, groups in found.items()),
+    "controls_pass": ", ".join(passing) or "none",
+    "two_group_change": "; ".join(changes),
+    "window": " or ".join(sorted(windows)),
+    "rho_initial": "; ".join(spearmans),
+    "bound_violations": "; ".join(violations),
+    "setting": "{n_prompts} prompts of {n_tokens:,} tokens (seed {seed})".format(**run.sizes),
+    "high_by_eps": "; ".join(high_by_eps),
+}
+run.conclude(said, verdicts, found, badges=("C1", "C1b", "C1c"))
 
 # %% [markdown]
-# In answer to the three points at the top:
+# ## What this does not say
 #
-# - **Every head of every layer** stays within min(*t*, *d*): {glue:text}`bound_violations`.
-# - **Two groups**: {glue:text}`answer_groups`.
-# - **Before training**: the order of heads at initialisation correlates with the final one at {glue:text}`rho_initial`, so the verdict
-#   on "acquired in training" is: {glue:text}`answer_acquired`.
+# The paper shows one layer of Qwen3-Next-80B-A3B. Here are all layers of models some thousands of times smaller, on one domain. Nothing
+# follows for the large model until this page is run on it:
 #
-# ```{admonition} Differs from the paper
-# The paper shows one layer of Qwen3-Next-80B-A3B; here are all layers of models some thousands of times smaller, of one training seed
-# each, on one domain. Nothing follows for the large model until this page is run on it:
-# `papermill notebooks/01_stratification.ipynb out.ipynb -p model Qwen/Qwen3-Next-80B-A3B-Instruct -p revision main -p profile full`.
-# That the initial and the shuffled model must be shown beside the trained one is our addition.
+# ```bash
+# papermill notebooks/01_stratification.ipynb mine.ipynb -p profile full \
+#     -p model Qwen/Qwen3-Next-80B-A3B-Instruct -p revision main
 # ```
-
-# %% tags=["hide-input"]
-glue("answer_groups", markdown.by_model(verdicts, "C1"), display=False)
-glue("answer_acquired", markdown.by_model(verdicts, "C1c"), display=False)
+#
+# The controls are our additions.
