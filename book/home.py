@@ -1,0 +1,161 @@
+"""The home page and the top of the ladder: findings by models as tiles, and one sentence per chapter."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from staterank_utils.claims import FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY
+from staterank_utils.markdown import MARKS, verdict_class
+
+# What the home page shows: finding, notebook, the claim that decides it.
+FINDINGS = (
+    ("Rank is memory length, cut at d", "00_what_rank_measures", "C0a"),
+    ("Heads fall into two groups", "01_stratification", "C1"),
+    ("Their order is kept over time", "02_input_invariance", "C2"),
+    ("Groups do not depend on natural input", "02_input_invariance", "C3"),
+    ("Rank matters beyond the choice of layers", "03_ablation_asymmetry", "C4b"),
+    ("High-rank heads are redundant with each other", "03_ablation_asymmetry", "C7"),
+    ("Long memory is spare where attention recalls", "05_memory_and_recall", "C6"),
+    ("The paper's score prunes better than chance", "04_joint_rank_norm_pruning", "C5a"),
+)
+WORDS = {"holds": "yes", "partly": "in part", "fails": "no", "open": "open"}
+ORDER = tuple(dict.fromkeys(notebook for _, notebook, _ in FINDINGS))  # of the chapters
+
+
+def tile(verdict: str | None, link: str, *, about: str) -> str:
+    """One verdict as a coloured cell with a mark and a word, a link.
+
+    Args:
+        verdict: in the words of `claims`; None where nothing is known.
+        link: where it leads.
+        about: what it says, for those who cannot see the table.
+    """
+    kind = "open" if verdict is None else verdict_class(verdict)
+    mark, word = MARKS[kind], WORDS[kind]
+    title = f"{about}: {verdict or NOT_MEASURED}"
+    return f'<td><a class="tile {kind}" href="{escape(link)}" title="{escape(title)}" aria-label="{escape(title)}"><b>{mark}</b> {word}</a></td>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table whose rows are made of ready cells."""
+    columns = "".join(f"<th>{each}</th>" for each in head)
+    lines = "\n".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
+    return (
+        f'<div class="tiles">\n<table>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table>\n</div>'
+    )
+
+
+def counted(verdicts: Sequence[str]) -> str:
+    """How many verdicts of each kind, with their marks."""
+    kinds = [verdict_class(verdict) for verdict in verdicts]
+    return " ".join(f"{MARKS[kind]}&nbsp;{kinds.count(kind)}" for kind in MARKS if kind in kinds) or "not testable"
+
+
+def verdicts_of(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """(claim, model) -> verdict."""
+    return {(row["claim"], row["model"]): row["verdict"] for row in rows}
+
+
+def home_tiles(results: Path, models: Sequence[str], ladder: Mapping[str, Sequence[str]]) -> str:
+    """Findings by models, and in the last column by how many of the ladder's.
+
+    Args:
+        results: folder with one JSON per notebook.
+        models: names of the embedded models.
+        ladder: claim -> verdicts over models or groups of models that could be tested.
+    """
+    known: dict[tuple[str, str], str] = {}
+    for notebook in ORDER:
+        file = results / f"{notebook}.json"
+        if file.exists():
+            known |= verdicts_of(json.loads(file.read_text(encoding="utf-8"))["rows"])
+    both = " and ".join(models)  # of claims that a pair decides
+    rows = []
+    for finding, notebook, key in FINDINGS:
+        link = f"../notebooks/{notebook}.html"
+        cells = [f'<th scope="row"><a href="{link}">{escape(finding)}</a></th>']
+        cells += [
+            tile(known.get((key, model), known.get((key, both))), f"{link}#verdicts", about=f"{finding}, {model}")
+            for model in models
+        ]
+        cells.append(f'<td><a class="count" href="ladder.html">{counted(ladder.get(key, ()))}</a></td>')
+        rows.append(cells)
+    return table(("finding", *models, "ladder"), rows)
+
+
+def ladder_verdicts(
+    alone: Mapping[str, Sequence[Mapping[str, Any]]], over: Sequence[Mapping[str, Any]]
+) -> dict[str, list[str]]:
+    """Claim -> the verdicts that could be reached, over the models of the ladder, or over groups of them where several decide.
+
+    Args:
+        alone: model -> its rows.
+        over: rows that several models decide.
+    """
+    found: dict[str, list[str]] = {}
+    for row in [*(row for rows in alone.values() for row in rows), *over]:
+        if row["verdict"] not in (NOT_TESTABLE, NOT_MEASURED):
+            found.setdefault(row["claim"], []).append(row["verdict"])
+    return found
+
+
+def ladder_tiles(alone: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Models by the findings that one model decides.
+
+    Args:
+        alone: model -> its rows.
+    """
+    known = {(row["claim"], name): row["verdict"] for name, rows in alone.items() for row in rows}
+    shown = [(finding, notebook, key) for finding, notebook, key in FINDINGS if any(key == claim for claim, _ in known)]
+    head = [
+        "model",
+        *(f'<a href="../notebooks/{notebook}.html">{escape(finding)}</a>' for finding, notebook, _ in shown),
+    ]
+    rows = [
+        [f'<th scope="row"><code>{escape(name)}</code></th>']
+        + [tile(known.get((key, name)), "claims.html", about=f"{finding}, {name}") for finding, _, key in shown]
+        for name in alone
+    ]
+    return table(head, rows)
+
+
+def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """When the findings hold, in two sentences.
+
+    Args:
+        alone: model -> its rows.
+    """
+    found = ladder_verdicts(alone, ())
+    shown = [(finding, found[key]) for finding, _, key in FINDINGS if key in found]
+    always = [finding for finding, verdicts in shown if set(verdicts) == {HOLDS}]
+    never = [finding for finding, verdicts in shown if HOLDS not in verdicts]
+    mixed = [
+        f"{finding} ({verdicts.count(HOLDS)} of {len(verdicts)})"
+        for finding, verdicts in shown
+        if finding not in always + never
+    ]
+    parts = {"On every model that was tested": always, "On some": mixed, "On none": never}
+    return " ".join(f"{where}: {'; '.join(each)}." for where, each in parts.items() if each)
+
+
+def answers(results: Path) -> str:
+    """The question and the answer of every chapter, as a list.
+
+    Args:
+        results: folder with one JSON per notebook.
+    """
+    lines = []
+    for notebook in ORDER:
+        file = results / f"{notebook}.json"
+        if file.exists():
+            answer = json.loads(file.read_text(encoding="utf-8"))["answer"]
+            lines.append(f"- {{doc}}`../notebooks/{notebook}` {answer}")
+    return "\n".join(lines) or "*No chapter was run.*"
+
+
+def legend() -> str:
+    """What the tiles mean, in the words of the rules."""
+    words = {"holds": HOLDS, "partly": PARTLY, "fails": FAILS, "open": "not testable on this model, or not measured"}
+    return ", ".join(f"{MARKS[kind]} {WORDS[kind]}: {word}" for kind, word in words.items()) + "."

@@ -1,0 +1,57 @@
+"""Tiles and answers of the home page and of the ladder."""
+
+import json
+from pathlib import Path
+
+from book import home
+from staterank_utils.claims import FAILS, HOLDS, NOT_TESTABLE, PARTLY
+
+
+def row(claim: str, model: str, verdict: str) -> dict:
+    return {"claim": claim, "model": model, "verdict": verdict}
+
+
+def test_a_tile_says_its_verdict_by_colour_mark_and_word() -> None:
+    tiles = {verdict: home.tile(verdict, "x.html", about="C1") for verdict in (HOLDS, PARTLY, FAILS, NOT_TESTABLE)}
+    assert len({cell.split('class="tile ')[1].split('"')[0] for cell in tiles.values()}) == 4
+    assert "<b>✓</b> yes" in tiles[HOLDS]
+    assert "<b>✗</b> no" in tiles[FAILS]
+    assert home.tile("explained by layers", "x.html", about="C4b").count("fails") == 1
+    assert "not measured" in home.tile(None, "x.html", about="C1")
+
+
+def test_home_shows_what_results_say_and_counts_the_ladder(tmp_path: Path) -> None:
+    rows = [row("C1", "hybrid", HOLDS), row("C1", "pure", PARTLY)]
+    (tmp_path / "01_stratification.json").write_text(json.dumps({"rows": rows, "answer": "Yes."}))
+    (tmp_path / "05_memory_and_recall.json").write_text(
+        json.dumps({"rows": [row("C6", "hybrid and pure", FAILS)], "answer": "No."})
+    )
+    lines = home.home_tiles(tmp_path, ["hybrid", "pure"], {"C1": [HOLDS, HOLDS, FAILS]}).splitlines()
+    [groups] = [line for line in lines if "two groups" in line]
+    assert groups.index("tile holds") < groups.index("tile partly") < groups.index("✓&nbsp;2 ✗&nbsp;1")
+    [pair] = [line for line in lines if "Long memory" in line]
+    assert pair.count("tile fails") == 2  # a pair decides for both
+    assert home.answers(tmp_path).splitlines() == [
+        "- {doc}`../notebooks/01_stratification` Yes.",
+        "- {doc}`../notebooks/05_memory_and_recall` No.",
+    ]
+
+
+def test_the_ladder_says_what_always_sometimes_and_never_holds() -> None:
+    rows = {
+        "a": [row("C1", "a", HOLDS), row("C2", "a", HOLDS), row("C7", "a", FAILS)],
+        "b": [row("C1", "b", PARTLY), row("C2", "b", HOLDS), row("C7", "b", NOT_TESTABLE)],
+    }
+    said = home.ladder_answer(rows)
+    assert "On every model that was tested: Their order is kept over time." in said
+    assert "On some: Heads fall into two groups (1 of 2)." in said
+    assert "On none: High-rank heads are redundant with each other." in said
+
+
+def test_every_finding_names_a_notebook_and_a_registered_claim() -> None:
+    from staterank_utils.claims import CLAIMS, SECOND
+
+    notebooks = {file.stem for file in (Path(__file__).parents[1] / "notebooks").glob("*.py")}
+    assert set(home.ORDER) == notebooks
+    assert {notebook for _, notebook, _ in home.FINDINGS} <= notebooks
+    assert {key for *_, key in home.FINDINGS} <= {*CLAIMS, *SECOND}
