@@ -7,6 +7,7 @@ STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
 BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py
+PAGES := tests/test_pages.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
 CORES ?= 2
@@ -14,7 +15,7 @@ WAVE ?= 1
 GPUS ?= 1
 LADDER := _build/ladder
 
-.PHONY: help book test test-architectures test-gpu conformance check notebooks bench full quick figure sweep ladder clean
+.PHONY: help book pdf test test-architectures test-pages test-gpu conformance check notebooks bench quick figure sweep ladder clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,11 +34,17 @@ book: .venv/installed ## run the notebooks (PROFILE=quick) and build the site in
 	$(BIN)/jupyter-book build $(STAGE) --path-output . --all -n -W --keep-going
 	@echo "the book is in _build/html/index.html"
 
+pdf: .venv/installed ## print the built book as _build/state-rank.pdf: needs chromium, and `make book` before
+	$(BIN)/python -m book.pdf --stage $(STAGE)
+
 test: .venv/installed ## run the tests that need no GPU, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(BEYOND:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(patsubst %,--ignore=%,$(BEYOND) $(PAGES))
 
 test-architectures: .venv/installed ## run every architecture's checks on its tiny model, a sweep, and lm-evaluation-harness
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(BEYOND)
+
+test-pages: .venv/installed ## look at the built book in a browser: needs chromium, and `make book` before
+	$(BIN)/python -m pytest -n 2 $(PAGES)
 
 test-gpu: .venv/installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
@@ -57,10 +64,6 @@ notebooks: .venv/installed ## write the .ipynb of every notebooks/*.py
 bench: .venv/installed ## time tracing, spectra, ablating and pruning against what one would do otherwise (STORE=1 keeps the tables)
 	$(BIN)/python -m benchmarks $(if $(STORE),--store)
 
-full: .venv/installed ## run the notebooks with the full profile (ONLY="NAME ..." some of them) and store their results
-	$(BIN)/python -m book.assemble --stage _build/full --profile full $(if $(ONLY),--only $(ONLY))
-	mkdir -p results/full && cp _build/full/results/[0-9]*.json results/full/
-
 quick: book ## build the book and store what its quick runs gave, which tests hold later builds to
 	mkdir -p results/quick && cp $(STAGE)/results/[0-9]*.json results/quick/
 
@@ -72,8 +75,9 @@ sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/exampl
 	$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --cores $(CORES) --rerun-incomplete
 
 ladder: .venv/installed ## train and measure a wave of the ladder (WAVE=1 BOOKS=folder of texts GPUS=1), or resume it
-	$(BIN)/snakemake --snakefile sweep/Ladder --config wave=$(WAVE) books=$(BOOKS) --directory $(LADDER) --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete
-	mkdir -p results/ladder && cp $(LADDER)/results/* results/ladder/
+	@n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $(GPUS) -le $$n ] || { echo "GPUS=$(GPUS), and this machine has $$n" >&2; exit 1; }
+	status=0; $(BIN)/snakemake --snakefile sweep/Ladder --config wave=$(WAVE) books=$(abspath $(BOOKS)) --directory $(LADDER) --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete || status=$$?; \
+	mkdir -p results/ladder && find $(LADDER)/results -type f -exec cp {} results/ladder/ \; ; exit $$status
 
 clean: ## remove what was built, keep the environment
 	rm -rf _build

@@ -99,7 +99,7 @@ def whole_path(config: PreTrainedConfig, device: str, *, n_tokens: int, position
     per_thousand = 1000 / n_tokens
     return {
         "layers": f"{len(layers)} linear of {config.num_hidden_layers}",
-        "states": f"{len(layers)} x {layers[0][2].n_heads(layers[0][1])} of {traced.d_k} x {traced.d_v}",
+        "states": f"{len(layers)} x {layers[0].n_heads} of {traced.d_k} x {traced.d_v}",
         "weights, GB": f"{weight_bytes(model) / 1e9:.1f}",
         "forward, s per 1,000 tokens": f"{plain * per_thousand:.3f}",
         "trace, s per 1,000 tokens": f"{seconds * per_thousand:.3f}",

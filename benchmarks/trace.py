@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = options(__doc__, argv, repeats=15)
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     prompt = domain_prompts("prose", tokenizer, n_prompts=1, n_tokens=POSITIONS[-1], seed=0)
-    layers = [index for index, _, _ in linear_layers(model)]
+    layers = [layer.index for layer in linear_layers(model)]
 
     @torch.inference_mode()
     def forward(n_tokens: int = POSITIONS[-1]) -> list[torch.Tensor]:
