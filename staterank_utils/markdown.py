@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND
+from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND, THIRD, SecondClaim
 
 
 def registered_table() -> str:
@@ -21,16 +21,16 @@ def registered_table() -> str:
     return markdown_table(("", "claim", "measure", "holds", "holds in part"), rows)
 
 
-def second_table() -> str:
-    """The claims of the second registration as a Markdown table.
+def rules_table(registered: Mapping[str, SecondClaim]) -> str:
+    """The claims of the second or third registration as a Markdown table.
 
     Example:
-        >>> table = second_table().splitlines()
+        >>> table = rules_table(SECOND).splitlines()
         >>> table[0], len(table) - 2 == len(SECOND)
         ('|  | claim | measure | holds | holds in part | else |', True)
     """
     fields = ("statement", "measure", "holds", "partly", "otherwise")
-    rows = [(f"**{key}**", *(claim.text(field) for field in fields)) for key, claim in SECOND.items()]
+    rows = [(f"**{key}**", *(claim.text(field) for field in fields)) for key, claim in registered.items()]
     return markdown_table(("", "claim", "measure", "holds", "holds in part", "else"), rows)
 
 
@@ -88,11 +88,11 @@ def _outcome(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _printed(key: str) -> tuple[str, str, str, str]:
-    """Statement, measure, rule and the paper's figure of a claim of either registration."""
+    """Statement, measure, rule and the paper's figure of a claim of any registration."""
     if key in CLAIMS:
         claim = CLAIMS[key]
         return claim.statement, claim.measure, claim.holds, claim.paper
-    second = SECOND[key]
+    second = (SECOND | THIRD)[key]
     return second.text("statement"), second.text("measure"), second.text("holds"), "–"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from staterank_utils import claims, markdown
-from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND, Criterion, verdict
+from staterank_utils.claims import CLAIMS, FAILS, HOLDS, PARTLY, SECOND, THIRD, Criterion, verdict
 from staterank_utils.strata import Estimate
 
 NAN = float("nan")
@@ -180,6 +180,39 @@ REGISTERED_RULES = {
     "C5b": ("> 0, every seed", "> 0, most seeds"),
     "C10": ("DeltaNet < 0.05, all others >= 0.10", "DeltaNet lowest"),
 }
+
+
+def test_the_third_registration_prints_the_numbers_that_judge() -> None:
+    claim = THIRD["C11"]
+    assert claim.text("holds") == (
+        "without the lowest: below every random draw and < 50% of the intact gain; without the highest: above the mean random draw; in every model"
+    )
+    assert "without 25% of the heads of every layer" in claim.text("measure")
+    assert "each of 4 random draws" in claim.text("measure")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "random", "expected"),
+    [
+        (0.1, 0.8, 0.5, HOLDS),
+        (0.45, 0.8, 0.5, FAILS),  # more than half is left
+        (0.1, 0.8, 0.05, FAILS),  # a random draw takes more
+        (0.1, 0.4, 0.5, FAILS),  # the highest ranks take more than random ones
+    ],
+)
+def test_recalling_heads_are_judged_by_every_part_of_the_rule(low, high, random, expected) -> None:
+    assert claims.judge_recalling_heads({"a": (0.8, low, high, [random] * 4)})["verdict"] == expected
+
+
+def test_models_that_hardly_recall_are_left_out_and_named() -> None:
+    holding, without = (0.8, 0.1, 0.8, [0.5] * 4), (0.2, 0.1, 0.2, [0.2] * 4)
+    row = claims.judge_recalling_heads({"a": holding, "b": without})
+    assert (row["verdict"], row["note"]) == (HOLDS, "; hardly recalls and left out: b")
+    assert claims.judge_recalling_heads({"b": without})["verdict"] == claims.NOT_TESTABLE
+    failing = (0.8, 0.7, 0.8, [0.5] * 4)
+    assert claims.judge_recalling_heads({"a": holding, "b": holding, "c": failing})["verdict"] == PARTLY
+    with pytest.raises(ValueError, match="C11 compares with 4 random draws; a has fewer"):
+        claims.judge_recalling_heads({"a": (0.8, 0.1, 0.8, [0.5])})
 
 
 def test_the_second_registration_prints_the_numbers_that_judge() -> None:

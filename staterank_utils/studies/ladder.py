@@ -6,7 +6,7 @@ were computed from, per head, prompt and window; `load_measured` makes the same 
 
 import json
 import lzma
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,7 @@ class Measured:
             *self.removal.claims(self.name),
             *(self._by_tasks(key) for key in ("C4", "C4a", "C5")),
         ]
-        order = [*claims.CLAIMS, *claims.SECOND]
-        return sorted(rows, key=lambda row: order.index(row["claim"]))
+        return sorted(rows, key=lambda row: claims.ORDER.index(row["claim"]))
 
     def _by_tasks(self, key: str) -> Row:
         """A claim that is judged by tasks: a model that masters fewer than two cannot be tested, any other was not, here."""
@@ -182,9 +181,9 @@ class Measured:
         """What the table and the text of the ladder quote, beside the claims."""
         end = self.groups["end"].relative("prose").mean(0)
         by_heads = {
-            "Sarle": bootstrap(strata.sarle_coefficient, end),
-            "share outside": bootstrap(strata.share_outside, end),
-            "two-group share": bootstrap(strata.two_group_share, end),
+            "Sarle": _over_heads(strata.sarle_coefficient, end),
+            "share outside": _over_heads(strata.share_outside, end),
+            "two-group share": _over_heads(strata.two_group_share, end),
         }
         return {
             "over heads": {label: _listed(estimate) for label, estimate in by_heads.items()},
@@ -207,6 +206,14 @@ class Measured:
             "task nats": {label: table.mean(1).tolist() for label, table in self.recall.task_nats.items()},
             "positions": {label: table.tolist() for label, table in self.removal.bins.items()},
         }  # fmt: skip
+
+
+def _over_heads(statistic: Callable[..., float], heads: NDArray[np.float64]) -> Estimate:
+    """A statistic of heads with its interval; without one where drawn heads may all be alike."""
+    try:
+        return bootstrap(statistic, heads)
+    except strata.UndefinedError:
+        return Estimate(statistic(heads), float("nan"), float("nan"))
 
 
 def _listed(estimate: Estimate) -> list[float]:
@@ -502,7 +509,7 @@ def recall_without(models: Iterable[Measured]) -> list[RecallWithout]:
         recall, removal = measured.recall, measured.removal
         if not recall.removal_labels():
             continue
-        shares = tuple(map(float, POSITION_DOSES))
+        shares = tuple(share for share in map(float, POSITION_DOSES) if f"{LOW}, {share:.1%}, {LAYERS}" in recall.gains)
 
         def gains(order: str, recall: Recall = recall, shares: tuple[float, ...] = shares) -> NDArray[np.float64]:
             return np.array([recall.gain(f"{order}, {share:.1%}, {LAYERS}").point for share in shares])
@@ -606,7 +613,7 @@ def stored_models() -> dict[str, tuple[Measured, dict[str, Any]]]:
 
 
 def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
-    """The rows that only several models decide: C0b, C1e, C4b, C4c, C5b and C6, hybrid and pure apart where the rule says so.
+    """The rows that only several models decide: C0b, C1d, C1e, C4b, C4c, C5b, C6 and C11, hybrid and pure apart where the rule says so.
 
     Args:
         models: name of the recipe, KIND-DATA-SEED -> what was measured.
@@ -641,6 +648,22 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
                 [[each[key] for each in of_data[data]] for data in of_data] for key in ("outside", "two groups")
             )
             rows.append(claims.judge_tasks(kind, *outside, two_groups=(two[0], two[1])))
+        broad, narrow, first = (by_kind.get((kind, data), {}) for data in ("text", "narrow", "softmaxfirst"))
+        if both := sorted(set(broad) & set(narrow)):
+            pairs = {seed: (broad[seed], narrow[seed]) for seed in both}
+            two_groups = {
+                seed: np.subtract(*(of_shares[of.name]["two groups"] for of in pair)) for seed, pair in pairs.items()
+            }
+            bits = {
+                seed: np.subtract(*(of.training["bits_per_byte_held_out_books"] for of in pair))
+                for seed, pair in pairs.items()
+            }
+            rows.append(claims.judge_gates(kind, two_groups, bits))
+        if both := sorted(set(broad) & set(first)):
+            replaced = {
+                seed: (broad[seed].removal.crossing(MODEL), first[seed].removal.crossing(MODEL)) for seed in both
+            }
+            rows.append(claims.judge_layer_zero(f"{kind}, softmax as layer 0", replaced))
     share = claims.SECOND["C5b"].numbers["share"]
     for (kind, data), seeds in by_kind.items():
         label = f"{kind}-{data}"
@@ -665,6 +688,18 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
             rows.append(row | {"note": row["note"] + (f"; seed {', '.join(ruined)} does not count" if ruined else "")})
         else:
             rows.append(claims.not_testable("C5b", label, why="the joint score is worse than a unigram model"))
+    known = claims.THIRD["C11"].numbers["known"]
+    later = [model for name, model in models.items() if name.startswith("hybrid") and name not in known]
+    if without := recall_without(later):
+        at = [of.shares.index(claims.THIRD["C11"].numbers["share"]) for of in without]
+        rows.append(
+            claims.judge_recalling_heads(
+                {
+                    of.name: (of.intact, of.gain[LOW][i], of.gain[HIGH][i], list(of.random[i]))
+                    for of, i in zip(without, at, strict=True)
+                }
+            )
+        )
     testable = False
     for data in sorted({data for _, data in by_kind}, key=lambda data: (data != "text", data)):
         hybrid, pure = (by_kind.get((kind, data), {}) for kind in ("hybrid", "pure"))
@@ -679,5 +714,4 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
             )
             testable = testable or (data == "text" and row["verdict"] != claims.NOT_TESTABLE)
             rows.append(row)
-    order = list(claims.SECOND)
-    return sorted(rows, key=lambda row: order.index(row["claim"]))
+    return sorted(rows, key=lambda row: claims.ORDER.index(row["claim"]))
