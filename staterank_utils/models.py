@@ -5,8 +5,10 @@ import hashlib
 import importlib.util
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -328,13 +330,38 @@ def verify_weights(folder: Path) -> None:
 # ---------------------------------------------------------------- weights as controls
 
 
+@dataclass(frozen=True)
+class Gates:
+    """How the decay of heads begins: log a = -A softplus(dt), before any input.
+
+    Attributes:
+        rate: bounds between which A is drawn, uniform.
+        step: bounds between which softplus(dt) is drawn, uniform in its logarithm.
+
+    Example:
+        >>> gates = GATES["normal weights, narrow gates"]
+        >>> round(math.log(2) / (gates.rate[0] * gates.step[0]), 3)  # half-life of every head, tokens
+        2.4
+    """
+
+    rate: tuple[float, float]
+    step: tuple[float, float]
+
+
+GATES = {
+    "normal weights, Mamba-2 gates": Gates((1.0, 16.0), (1e-3, 1e-1)),
+    "normal weights, narrow gates": Gates((4.0, 4.0), (math.log(2) / 2.4 / 4,) * 2),
+    # of Qwen3-Next itself: dt = 1 for every head
+    "normal weights, gates of the class": Gates((0.01, 16.0), (math.log1p(math.e),) * 2),
+}
+
+
 def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     """A model with the weights it had before training.
 
-    An embedded configuration names its own seed and scheme (`initialization`), and gets the same bits on every machine:
-    normal weights of standard deviation `initializer_range` from NumPy's PCG64, gates as in Mamba-2 (decay rate A uniform
-    in [1, 16], step dt log-uniform in [0.001, 0.1]), everything rounded to bfloat16. Any other configuration gets its
-    class's own initialization with torch's generator at `seed`.
+    A configuration of this project names its own seed and scheme (`initialization`), and gets the same bits on every machine:
+    normal weights of standard deviation `initializer_range` from NumPy's PCG64, gates as `GATES` says, everything rounded to
+    bfloat16. Any other configuration gets its class's own initialization with torch's generator at `seed`.
 
     Args:
         config: of the model.
@@ -342,6 +369,9 @@ def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel
 
     Returns:
         The model in float32 on the CPU.
+
+    Raises:
+        ValueError: a scheme that is not one of `GATES`.
 
     Example:
         >>> config = AutoConfig.from_pretrained(CHECKPOINTS / "hybrid")
@@ -355,13 +385,16 @@ def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel
     scheme = getattr(config, "initialization", None)
     if scheme is None:
         return model
+    if scheme["scheme"] not in GATES:
+        raise ValueError(f"unknown initialization {scheme['scheme']!r}: expected one of {', '.join(map(repr, GATES))}")
+    gates = GATES[scheme["scheme"]]
     rng = np.random.Generator(np.random.PCG64(scheme["seed"]))
     for name, parameter in sorted(model.named_parameters()):
         shape = tuple(parameter.shape)
         if name.endswith("A_log"):
-            value = np.log(rng.uniform(1.0, 16.0, shape))
+            value = np.log(rng.uniform(*gates.rate, shape))
         elif name.endswith("dt_bias"):
-            step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), shape))
+            step = np.exp(rng.uniform(*np.log(gates.step), shape))
             value = step + np.log(-np.expm1(-step))  # inverse of softplus
         elif parameter.ndim >= 2:
             scale = 1 / np.sqrt(shape[-1]) if "conv1d" in name else config.initializer_range

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 
 from staterank_utils import Spectrum, domain_prompts, load_model, prune_heads, singular_values, trace_states
 from staterank_utils.dispatch import Kernel
-from staterank_utils.models import CHECKPOINTS, EMBEDDED, initial_model
+from staterank_utils.models import CHECKPOINTS, EMBEDDED, GATES, initial_model
 from staterank_utils.studies.repeated import stored_on
 from training import train as training
 from training.corpus import encode, read_books, write_corpus
@@ -28,7 +29,7 @@ from training.fast_forward import (
     recurrence_of,
 )
 from training.mixture import Mixture
-from training.recipes import LINEAR, RECIPES, SOFTMAX, WAVES, find_recipe
+from training.recipes import LINEAR, RECIPES, SCHEMES, SOFTMAX, WAVES, find_recipe
 from training.train import Run, rate, train
 
 TOKENIZER = str(CHECKPOINTS / "hybrid")
@@ -135,14 +136,18 @@ def test_the_ladder_s_recipes_are_those_of_its_waves() -> None:
         assert name == recipe.name
         assert sum(recipe.rows.values()) == pytest.approx(1)
         assert sum(recipe.tasks.values()) == pytest.approx(1)
+        assert recipe.gates in SCHEMES
+        assert SCHEMES[recipe.gates] in GATES
         assert recipe.n_linear_heads == (144 if name.startswith("hybrid") else 192)
     with pytest.raises(ValueError, match="there is no recipe 'hybrid': choose from hybrid-text-0, "):
         find_recipe("hybrid")
 
 
 def test_a_recipe_without_a_model_class_is_refused(tokenizer) -> None:
-    with pytest.raises(ValueError, match="no model class for rule 'KDA' with gates 'broad'"):
+    with pytest.raises(ValueError, match="no model class for rule 'KDA'"):
         replace(TINY, rule="KDA").configuration(tokenizer)
+    with pytest.raises(ValueError, match="unknown gates 'wide': choose from broad, narrow, default"):
+        replace(TINY, gates="wide").configuration(tokenizer)
     with pytest.raises(ValueError, match="no recurrence for the update rule 'KDA'"):
         recurrence_of("KDA")
 
@@ -309,6 +314,22 @@ def test_books_of_a_clone_are_held_out_by_author_and_title(tmp_path: Path) -> No
         (tmp_path / name).write_text(name)
     assert list(read_books(tmp_path, held_out=True)) == ["Jane Austen/Pride and Prejudice.md", "valid.txt"]
     assert list(read_books(tmp_path, held_out=False)) == ["Jane Austen/Emma.md"]
+
+
+def test_gates_begin_where_the_recipe_says(tokenizer) -> None:
+    def half_lives(gates: str) -> torch.Tensor:
+        layer = initial_model(replace(TINY, gates=gates).configuration(tokenizer)).model.layers[0].linear_attn
+        return math.log(2) / (layer.A_log.exp() * torch.nn.functional.softplus(layer.dt_bias)).detach()
+
+    assert half_lives("narrow").numpy() == pytest.approx(2.4, rel=0.02)  # rounded to bfloat16
+    assert half_lives("default").min() < 0.5
+    assert half_lives("broad").max() > 10
+    strange = replace(TINY).configuration(tokenizer)
+    strange.initialization = {"scheme": "zeros", "seed": 0}
+    with pytest.raises(
+        ValueError, match="unknown initialization 'zeros': expected one of 'normal weights, Mamba-2 gates'"
+    ):
+        initial_model(strange)
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

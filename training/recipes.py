@@ -12,10 +12,16 @@ from transformers import Qwen3NextConfig
 
 LINEAR, SOFTMAX = "linear_attention", "full_attention"
 HYBRID = (LINEAR, LINEAR, LINEAR, SOFTMAX) * 3
+SOFTMAX_FIRST = (SOFTMAX, LINEAR, LINEAR, LINEAR) * 3
 PURE = (LINEAR,) * 12
 TEXT = {"books": 0.75, "code": 0.25, "tasks": 0.0}
 TASKS_63 = {"books": 0.28, "code": 0.09, "tasks": 0.63}
 TASKS_10 = {"books": 0.675, "code": 0.225, "tasks": 0.10}
+SCHEMES = {  # of `staterank_utils.models.GATES`
+    "broad": "normal weights, Mamba-2 gates",  # half-lives from 0.4 to 700 tokens
+    "narrow": "normal weights, narrow gates",  # half-lives of 2.4 tokens: by the law, ranks of d/2
+    "default": "normal weights, gates of the class",  # half-lives under a token
+}
 TASKS = {"needle": 0.18, "arithmetic": 0.09, "recall": 0.11, "copying": 0.62}
 
 
@@ -37,8 +43,7 @@ class Recipe:
         steps: of the optimizers.
         batch_rows, n_tokens: size of a step.
         rule: update rule of the linear layers.
-        gates: their initialisation; "broad" is that of Mamba-2, decay rate uniform in [1, 16] and step log-uniform in
-            [0.001, 0.1].
+        gates: their initialisation, one of `SCHEMES`.
         hidden, intermediate, softmax_heads, key_value_heads, key_heads, value_heads, head_size: sizes.
 
     Example:
@@ -84,10 +89,10 @@ class Recipe:
         Raises:
             ValueError: a rule or gates that no model class here has.
         """
-        if (self.rule, self.gates) != ("gated delta", "broad"):
-            raise ValueError(
-                f"{self.name}: no model class for rule {self.rule!r} with gates {self.gates!r}; there is one for 'gated delta' with 'broad'"
-            )
+        if self.rule != "gated delta":
+            raise ValueError(f"{self.name}: no model class for rule {self.rule!r}; there is one for 'gated delta'")
+        if self.gates not in SCHEMES:
+            raise ValueError(f"{self.name}: unknown gates {self.gates!r}: choose from {', '.join(SCHEMES)}")
         n_layers = len(self.layer_types)
         return Qwen3NextConfig(
             vocab_size=len(tokenizer), hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=n_layers,
@@ -96,7 +101,7 @@ class Recipe:
             linear_key_head_dim=self.head_size, linear_value_head_dim=self.head_size, num_experts=0,
             mlp_only_layers=list(range(n_layers)), tie_word_embeddings=True, max_position_embeddings=4096,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, use_cache=SOFTMAX in self.layer_types,
-            initialization={"scheme": "normal weights, Mamba-2 gates", "seed": self.seed}, architectures=["Qwen3NextForCausalLM"],
+            initialization={"scheme": SCHEMES[self.gates], "seed": self.seed}, architectures=["Qwen3NextForCausalLM"],
         )  # fmt: skip
 
 
@@ -115,7 +120,12 @@ def _recipes() -> dict[str, Recipe]:
                 made[recipe.name] = recipe
         wide = Recipe(f"{kind}-wide-0", types, 0, hidden=320)
         made[wide.name] = wide
-    return made
+    for gates, n_seeds in {"narrow": 2, "default": 1}.items():
+        for seed in range(n_seeds):
+            recipe = Recipe(f"hybrid-{gates}-{seed}", HYBRID, seed, gates=gates)
+            made[recipe.name] = recipe
+    first = Recipe("hybrid-softmaxfirst-0", SOFTMAX_FIRST, 0)
+    return made | {first.name: first}
 
 
 RECIPES = _recipes()
@@ -123,6 +133,7 @@ WAVES = {
     1: ("hybrid-text-0", "hybrid-text-1", "hybrid-text-2", "pure-text-0"),
     2: ("pure-text-1", "pure-text-2", "hybrid-tasks63-0", "hybrid-tasks63-1"),
     3: ("pure-tasks63-0", "pure-tasks63-1", "hybrid-tasks10-0", "pure-tasks10-0"),
+    5: ("hybrid-narrow-0", "hybrid-narrow-1", "hybrid-default-0", "hybrid-softmaxfirst-0"),
 }  # the wide pair is of no wave: it is a candidate for embedding, and `--recipes` trains it
 
 
