@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from book import home
-from book.ladder import first_pair, ladder_tables, stored_models
+from book.ladder import first_pair, ladder_figures, ladder_tables, stored_models
 from staterank_utils import claims, interactive, markdown
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED
@@ -243,6 +243,7 @@ def main() -> None:
         **{f"card_{name}": model_card(name) for name in EMBEDDED},
     }
     (stage / "book" / "generated").mkdir()
+    ladder_figures(stage / "book" / "generated", stage / "results")
     for name, text in generated.items():
         (stage / "book" / "generated" / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     if arguments.figure:

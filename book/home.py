@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from staterank_utils.claims import FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY
+from staterank_utils.claims import ENOUGH_SEEDS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, has_few_seeds
 from staterank_utils.markdown import MARKS, verdict_class
 
 # What the home page shows: finding, notebook, the claim that decides it.
@@ -18,23 +18,25 @@ FINDINGS = (
     ("Rank matters beyond the choice of layers", "03_ablation_asymmetry", "C4b"),
     ("High-rank heads are redundant with each other", "03_ablation_asymmetry", "C7"),
     ("Long memory is spare where attention recalls", "05_memory_and_recall", "C6"),
+    ("A hybrid recalls with its heads of lowest rank", "05_memory_and_recall", "C11"),
     ("The paper's score prunes better than chance", "04_joint_rank_norm_pruning", "C5a"),
 )
 WORDS = {"holds": "yes", "partly": "in part", "fails": "no", "open": "open"}
 ORDER = tuple(dict.fromkeys(notebook for _, notebook, _ in FINDINGS))  # of the chapters
 
 
-def tile(verdict: str | None, link: str, *, about: str) -> str:
+def tile(verdict: str | None, link: str, *, about: str, otherwise: str = NOT_MEASURED) -> str:
     """One verdict as a coloured cell with a mark and a word, a link.
 
     Args:
         verdict: in the words of `claims`; None where nothing is known.
         link: where it leads.
         about: what it says, for those who cannot see the table.
+        otherwise: why nothing is known.
     """
     kind = "open" if verdict is None else verdict_class(verdict)
     mark, word = MARKS[kind], WORDS[kind]
-    title = f"{about}: {verdict or NOT_MEASURED}"
+    title = f"{about}: {verdict or otherwise}"
     return f'<td><a class="tile {kind}" href="{escape(link)}" title="{escape(title)}" aria-label="{escape(title)}"><b>{mark}</b> {word}</a></td>'
 
 
@@ -53,9 +55,9 @@ def counted(verdicts: Sequence[str]) -> str:
     return " ".join(f"{MARKS[kind]}&nbsp;{kinds.count(kind)}" for kind in MARKS if kind in kinds) or "not testable"
 
 
-def verdicts_of(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """(claim, model) -> verdict."""
-    return {(row["claim"], row["model"]): row["verdict"] for row in rows}
+def verdicts_of(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str | None]:
+    """(claim, model) -> verdict; None where it rests on fewer training seeds than the home page asks for."""
+    return {(row["claim"], row["model"]): None if has_few_seeds(row) else row["verdict"] for row in rows}
 
 
 def home_tiles(results: Path, models: Sequence[str], ladder: Mapping[str, Sequence[str]]) -> str:
@@ -66,7 +68,7 @@ def home_tiles(results: Path, models: Sequence[str], ladder: Mapping[str, Sequen
         models: names of the embedded models.
         ladder: claim -> verdicts over models or groups of models that could be tested.
     """
-    known: dict[tuple[str, str], str] = {}
+    known: dict[tuple[str, str], str | None] = {}
     for notebook in ORDER:
         file = results / f"{notebook}.json"
         if file.exists():
@@ -76,10 +78,10 @@ def home_tiles(results: Path, models: Sequence[str], ladder: Mapping[str, Sequen
     for finding, notebook, key in FINDINGS:
         link = f"../notebooks/{notebook}.html"
         cells = [f'<th scope="row"><a href="{link}">{escape(finding)}</a></th>']
-        cells += [
-            tile(known.get((key, model), known.get((key, both))), f"{link}#verdicts", about=f"{finding}, {model}")
-            for model in models
-        ]
+        for model in models:
+            where = (key, model) if (key, model) in known else (key, both)
+            why = f"fewer than {ENOUGH_SEEDS} training seeds" if where in known else NOT_MEASURED
+            cells.append(tile(known.get(where), f"{link}#verdicts", about=f"{finding}, {model}", otherwise=why))
         cells.append(f'<td><a class="count" href="ladder.html">{counted(ladder.get(key, ()))}</a></td>')
         rows.append(cells)
     return table(("finding", *models, "ladder"), rows)
@@ -96,7 +98,7 @@ def ladder_verdicts(
     """
     found: dict[str, list[str]] = {}
     for row in [*(row for rows in alone.values() for row in rows), *over]:
-        if row["verdict"] not in (NOT_TESTABLE, NOT_MEASURED):
+        if row["verdict"] not in (NOT_TESTABLE, NOT_MEASURED) and not has_few_seeds(row):
             found.setdefault(row["claim"], []).append(row["verdict"])
     return found
 
@@ -157,5 +159,10 @@ def answers(results: Path) -> str:
 
 def legend() -> str:
     """What the tiles mean, in the words of the rules."""
-    words = {"holds": HOLDS, "partly": PARTLY, "fails": FAILS, "open": "not testable on this model, or not measured"}
+    words = {
+        "holds": HOLDS,
+        "partly": PARTLY,
+        "fails": FAILS,
+        "open": f"not testable on this model, not measured, or of fewer than {ENOUGH_SEEDS} training seeds where a claim speaks of seeds",
+    }
     return ", ".join(f"{MARKS[kind]} {WORDS[kind]}: {word}" for kind, word in words.items()) + "."

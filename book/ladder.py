@@ -1,24 +1,41 @@
 """The page of the ladder: tables made from the stored results of every model that was trained and measured."""
 
+import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from staterank_utils import plotting, strata
 from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND
 from staterank_utils.markdown import brief_table, markdown_table
 from staterank_utils.models import EMBEDDED
-from staterank_utils.results import STORED
+from staterank_utils.results import STORED, whole_or_not
 from staterank_utils.strata import Estimate
 from staterank_utils.studies import ladder
 from staterank_utils.studies.ladder import Measured, ladder_claims
-from staterank_utils.studies.removal import HIGH, LOW, RANDOM, SCHEMES
+from staterank_utils.studies.removal import HIGH, LAYERS, LOW, MODEL, PROTECTED, RANDOM, SCHEMES
 from staterank_utils.tasks import NATURAL_DOMAINS
 from training.recipes import RECIPES
 
 CANDIDATES = ("tasks10", "text", "wide")  # in this order; the first pair that holds C1 and C3 is embedded
 SHORT = {HOLDS: "holds", PARTLY: "in part", FAILS: "no", NOT_TESTABLE: "–", NOT_MEASURED: "–"}
 DOSE = 0.25
+FIGURES = {MODEL: "ladder-model", LAYERS: "ladder-layers", PROTECTED: "ladder-protected"}
+# What the lines of the trajectories are: the data that hybrids of the same size learnt from, and how their gates began.
+PATHS: Mapping[str, Mapping[str, Any]] = {
+    "text": {"color": plotting.BLUE, "linestyle": "-", "marker": "o"},
+    "tasks63": {"color": plotting.ORANGE, "linestyle": "--", "marker": "s"},
+    "narrow": {"color": plotting.GREEN, "linestyle": "-.", "marker": "^"},
+    "default": {"color": plotting.PURPLE, "linestyle": ":", "marker": "v"},
+}
 
 
 @cache
@@ -34,21 +51,164 @@ def first_pair() -> dict[str, dict[str, Any]]:
     return {f"{name}-9m": {"rows": [row for row in rows if row["model"] == name]} for name in EMBEDDED}
 
 
+def by_design(models: Mapping[str, Measured]) -> dict[str, list[Measured]]:
+    """Models that differ in the seed alone: KIND-DATA -> one per seed."""
+    found: dict[str, list[Measured]] = {}
+    for name, measured in models.items():
+        found.setdefault(name.rpartition("-")[0], []).append(measured)
+    return found
+
+
+def ladder_figures(pictures: Path, numbers: Path) -> None:
+    """Draw the figures of the page, and write the numbers behind each as CSV.
+
+    Args:
+        pictures, numbers: folders that exist.
+    """
+    models = {name: measured for name, (measured, _) in stored_models().items()}
+    designs = by_design(models)
+
+    @contextmanager
+    def kept(name: str, n_rows: int, n_columns: int, *, height: float) -> Iterator[NDArray[Any]]:
+        with plt.rc_context():
+            plotting.use_style()
+            figure, axes = plotting.panel_grid(n_rows, n_columns, width=9.5, row_height=height)
+            yield axes
+            plotting.legend_above(figure)
+            with whole_or_not(pictures / f"{name}.png") as partial:
+                figure.savefig(partial, format="png")
+            rows = plotting.figure_data(figure)
+            plt.close(figure)
+        with whole_or_not(numbers / f"{name}.csv") as partial, partial.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    n_columns = 4
+    n_rows = -(-len(designs) // n_columns)
+    for scheme, name in FIGURES.items():
+        with kept(name, n_rows, n_columns, height=2.3) as axes:
+            for ax in axes.flat[len(designs) :]:
+                ax.set_axis_off()
+            for ax, (design, seeds) in zip(axes.flat, designs.items(), strict=False):
+                _doses(ax, seeds, scheme)
+                ax.set_title(design, fontsize="small")
+            for ax in axes[:, 0]:
+                ax.set_ylabel("added nats")
+    with kept("ladder-shares", 1, 2, height=3.4) as axes:
+        for ax, (label, statistic) in zip(
+            axes.flat, {"share outside (0.2, 0.8)": strata.share_outside, "two-group share": strata.two_group_share}.items(), strict=True
+        ):  # fmt: skip
+            for data, looks in PATHS.items():
+                for seed, measured in enumerate(designs.get(f"hybrid-{data}", ())):
+                    path, d = measured.trajectory, measured.groups["end"].d
+                    values = [statistic(rank / d) for rank in path.rank]
+                    ax.plot(path.steps, values, label=data if not seed else None, markersize=4, **looks)
+            ax.set_xscale("symlog", linthresh=20)
+            ax.set(title=label, xlabel="training step", ylim=(0, 1))
+    with kept("ladder-half-lives", 1, len(PATHS), height=3.0) as axes:
+        for ax, data in zip(axes.flat, PATHS, strict=True):
+            for measured in designs.get(f"hybrid-{data}", ())[:1]:
+                path = measured.trajectory
+                quantiles = np.quantile(np.log(2) / -path.log_decay, [0.1, 0.5, 0.9], axis=1)
+                ax.plot(path.steps, quantiles[1], label="median head", color=plotting.BLUE, marker="o", markersize=4)
+                ax.fill_between(
+                    path.steps,
+                    quantiles[0],
+                    quantiles[2],
+                    label="10 % to 90 % of heads",
+                    color=plotting.BLUE,
+                    alpha=0.2,
+                    linewidth=0,
+                )
+            ax.set_xscale("symlog", linthresh=20)
+            ax.set(title=data, xlabel="training step", yscale="log")
+        axes[0, 0].set_ylabel("half-life, tokens")
+
+
+def _doses(ax: Axes, seeds: Iterable[Measured], scheme: str) -> None:
+    """Added nats by dose, one line per seed and order; random draws as their mean."""
+    for number, measured in enumerate(seeds):
+        removal = measured.removal
+        for order in (RANDOM, LOW, HIGH):
+            curve = removal.curve(scheme, order)
+            looks = {"linewidth": 1.2, "markersize": 2.5, **plotting.ORDER_LOOKS.get(order, plotting.RANDOM)}
+            label = {RANDOM: "random heads", LOW: "lowest ranks", HIGH: "highest ranks"}[order]
+            ax.plot(
+                [0.0, *(100 * share for share in curve)], [0.0, *(estimate.point for estimate in curve.values())],
+                label=None if number else label, **looks,
+            )  # fmt: skip
+    ax.set(xlim=(0, 40), ylim=(-0.1, 3.0), xlabel="heads removed, %")
+
+
+def _what_decides(models: Mapping[str, Measured]) -> str:
+    """What the first layer and the gates do to the asymmetry, in sentences."""
+    designs = by_design(models)
+
+    def arms(design: str) -> str:
+        means = [
+            np.mean([seed.removal.added(LAYERS, order, DOSE).mean() for seed in designs[design]])
+            for order in (LOW, HIGH)
+        ]
+        random = np.mean([seed.removal.draws(LAYERS, DOSE).mean() for seed in designs[design]])
+        return f"{means[0]:.2f} nats per token without the lowest ranks, {means[1]:.2f} without the highest, {random:.2f} without random heads"
+
+    def alone(design: str) -> str:
+        beyond = [seed.removal.beyond_random() for seed in designs[design]]
+        return f"D of rank lies beyond {min(beyond):.0%} of random orders within layers"
+
+    said = {
+        "hybrid-text": "Layer 0 linear, gates broad",
+        "hybrid-softmaxfirst": "Layer 0 softmax, gates broad",
+        "hybrid-narrow": "Layer 0 linear, all gates at first with a half-life of 2.4 tokens",
+        "hybrid-default": "Layer 0 linear, gates as the class of Qwen3-Next sets them, half-lives mostly under a token",
+    }
+    lines = [
+        f"- *{what}* (`{design}`, {len(designs[design])} {'seed' if len(designs[design]) == 1 else 'seeds'}): {arms(design)}; {alone(design)}."
+        for design, what in said.items()
+        if design in designs
+    ]
+    return "\n".join(lines)
+
+
+def _inherited(models: Mapping[str, Measured], over: Iterable[Mapping[str, Any]]) -> str:
+    """What became of gates that all began alike, in a sentence."""
+    designs = by_design(models)
+    end = {
+        data: [
+            strata.two_group_share(seed.groups["end"].relative("prose").mean(0)) for seed in designs[f"hybrid-{data}"]
+        ]
+        for data in ("text", "narrow")
+    }
+    start = [
+        strata.two_group_share(seed.trajectory.rank[0] / seed.groups["end"].d) for seed in designs["hybrid-narrow"]
+    ]
+    [row] = [row for row in over if row["claim"] == "C1d"]
+    return (
+        f"Two-group share of hybrids whose gates all begin alike: {max(start):.2f} before training, {np.mean(end['narrow']):.2f} after it; with "
+        f"broad gates {np.mean(end['text']):.2f} after it. That the groups are inherited from the gates (C1d): **{row['verdict']}**{row['note']}."
+    )
+
+
 def ladder_tables() -> dict[str, str]:
     """The generated parts of the page, by name."""
     models = stored_models()
     data = {name: content for name, (_, content) in models.items()}
     missing = [name for name in RECIPES if name not in models]
+    measured = {name: of for name, (of, _) in models.items()}
+    over = ladder_claims(measured)
     return {
         "ladder_models": f"{len(models)} of {len(RECIPES)} models are trained and measured."
         + (f" Not yet: {', '.join(f'`{name}`' for name in missing)}." if missing else ""),
         "ladder_first": _by_model(data | first_pair(), CLAIMS),
         "ladder_second": _by_model(data, SECOND),
-        "ladder_over": brief_table(ladder_claims({name: measured for name, (measured, _) in models.items()})),
+        "ladder_over": brief_table(over),
+        "ladder_decides": _what_decides(measured),
+        "ladder_inherited": _inherited(measured, over),
         "ladder_numbers": _numbers(data),
         "ladder_causal": _causal(data),
         "ladder_removal": _removal(data),
-        "ladder_signs": _signs({name: measured for name, (measured, _) in models.items()}),
+        "ladder_signs": _signs(measured),
         "ladder_secondary": _secondary(data),
         "ladder_recall": _recall(data),
         "ladder_pair": _pair(data),
@@ -105,7 +265,7 @@ def _numbers(data: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append(
             (
                 f"`{name}`",
-                f"{content['training']['bits_per_byte_held_out_books']:.3f}",
+                f"{content['training'][ladder.HELD_OUT]:.3f}",
                 _interval(numbers["over heads"]["share outside"]),
                 _interval(numbers["over heads"]["two-group share"]),
                 f"{end['outside by law']:.2f}, {end['two groups by law']:.2f}",
@@ -185,16 +345,12 @@ def _secondary(data: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, content in data.items():
         losses = content["numbers"]["secondary"]
-        for scheme in SCHEMES if losses else ():
+        for scheme in SCHEMES:
             for order in (LOW, HIGH):
                 without = losses[f"{order}, {DOSE:.1%}, {scheme}"]
                 added = [x - intact for x, intact in zip(without, losses["intact"], strict=True)]
                 rows.append((f"`{name}`", scheme, order, *map(_or_dash, added)))
-    if not rows:
-        return "*These domains were added to the measuring program later; no stored model has them yet.*"
-    without = [f"`{name}`" for name, content in data.items() if not content["numbers"]["secondary"]]
-    said = f"\n\nNot measured on {', '.join(without)}, which came before these rows." if without else ""
-    return markdown_table(("model", "scheme", "removed", *NATURAL_DOMAINS), rows) + said
+    return markdown_table(("model", "scheme", "removed", *NATURAL_DOMAINS), rows)
 
 
 def _or_dash(number: float | None) -> str:

@@ -863,6 +863,16 @@ def _every_seed(key: str, model: str, values: Mapping[str, float], met: Mapping[
     return _row(key, model, _by_seed(values), judgement, n_seeds=len(met))
 
 
+def has_few_seeds(row: Mapping[str, Any]) -> bool:
+    """Whether a row speaks of training seeds and has too few of them for the home page.
+
+    Example:
+        >>> has_few_seeds(judge_alpha("hybrid", {"0": 0.4})), has_few_seeds(judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)}))
+        (True, False)
+    """
+    return row.get("n_seeds", ENOUGH_SEEDS) < ENOUGH_SEEDS
+
+
 def _by_seed(values: Mapping[str, float]) -> dict[str, float]:
     return {f"seed {seed}": value for seed, value in values.items()}
 
@@ -875,11 +885,12 @@ def _share(met: Iterable[bool]) -> float:
 def _row(
     key: str, model: str, numbers: Mapping[str, float | Estimate], judgement: str, *, n_seeds: int | None = None
 ) -> dict[str, Any]:
-    """A row of numbers, those without an interval as points; fewer than three seeds are said."""
+    """A row of numbers, those without an interval as points; fewer than three seeds are said, and any number is kept."""
     few = n_seeds is not None and n_seeds < ENOUGH_SEEDS
     note = f"; {n_seeds} seed{'s' if n_seeds != 1 else ''}" if few else ""
     criteria = [
         {"label": label, **_rounded(x if isinstance(x, Estimate) else exactly(float(x)))}
         for label, x in numbers.items()
     ]
-    return {"claim": key, "model": model, "criteria": criteria, "verdict": judgement, "note": note}
+    row = {"claim": key, "model": model, "criteria": criteria, "verdict": judgement, "note": note}
+    return row if n_seeds is None else row | {"n_seeds": n_seeds}

@@ -394,7 +394,7 @@ def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel
         if name.endswith("A_log"):
             value = np.log(rng.uniform(*gates.rate, shape))
         elif name.endswith("dt_bias"):
-            step = np.exp(rng.uniform(*np.log(gates.step), shape))
+            step = np.exp(rng.uniform(math.log(gates.step[0]), math.log(gates.step[1]), shape))
             value = step + np.log(-np.expm1(-step))  # inverse of softplus
         elif parameter.ndim >= 2:
             scale = 1 / np.sqrt(shape[-1]) if "conv1d" in name else config.initializer_range

@@ -1,10 +1,15 @@
 """Tiles and answers of the home page and of the ladder."""
 
+import csv
 import json
 from pathlib import Path
 
+import pytest
+
 from book import home
-from staterank_utils.claims import FAILS, HOLDS, NOT_TESTABLE, PARTLY
+from book.ladder import by_design, ladder_figures, stored_models
+from staterank_utils.claims import FAILS, HOLDS, NOT_TESTABLE, PARTLY, judge_alpha
+from staterank_utils.studies.removal import HIGH, LAYERS
 
 
 def row(claim: str, model: str, verdict: str) -> dict:
@@ -37,6 +42,29 @@ def test_home_shows_what_results_say_and_counts_the_ladder(tmp_path: Path) -> No
     ]
 
 
+def test_verdicts_of_few_seeds_stay_off_the_home_page(tmp_path: Path) -> None:
+    few, enough = (judge_alpha("hybrid", dict.fromkeys("012"[:n], 0.4)) | {"claim": "C4b"} for n in (1, 3))
+    (tmp_path / "03_ablation_asymmetry.json").write_text(json.dumps({"rows": [few], "answer": "No."}))
+    over = home.ladder_verdicts({}, [few, enough])
+    assert over == {"C4b": [HOLDS]}
+    [line] = [line for line in home.home_tiles(tmp_path, ["hybrid"], over).splitlines() if "choice of layers" in line]
+    assert "tile open" in line
+    assert "fewer than 3 training seeds" in line
+
+
+def test_the_figures_of_the_ladder_show_what_is_stored(tmp_path: Path) -> None:
+    ladder_figures(tmp_path, tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".csv"}
+    with (tmp_path / "ladder-layers.csv").open() as stream:
+        drawn = {(row["panel"], row["series"], float(row["x"])): float(row["y"]) for row in csv.DictReader(stream)}
+    measured, _ = stored_models()["hybrid-softmaxfirst-0"]
+    expected = measured.removal.added(LAYERS, HIGH, 0.25).mean()
+    assert drawn["hybrid-softmaxfirst", "highest ranks", 25.0] == pytest.approx(expected)
+    assert len({panel for panel, *_ in drawn}) == len(
+        by_design({name: of for name, (of, _) in stored_models().items()})
+    )
+
+
 def test_the_ladder_says_what_always_sometimes_and_never_holds() -> None:
     rows = {
         "a": [row("C1", "a", HOLDS), row("C2", "a", HOLDS), row("C7", "a", FAILS)],
@@ -49,9 +77,9 @@ def test_the_ladder_says_what_always_sometimes_and_never_holds() -> None:
 
 
 def test_every_finding_names_a_notebook_and_a_registered_claim() -> None:
-    from staterank_utils.claims import CLAIMS, SECOND
+    from staterank_utils.claims import ORDER
 
     notebooks = {file.stem for file in (Path(__file__).parents[1] / "notebooks").glob("*.py")}
     assert set(home.ORDER) == notebooks
     assert {notebook for _, notebook, _ in home.FINDINGS} <= notebooks
-    assert {key for *_, key in home.FINDINGS} <= {*CLAIMS, *SECOND}
+    assert {key for *_, key in home.FINDINGS} <= set(ORDER)

@@ -56,6 +56,7 @@ from staterank_utils.studies.texts import LOSS_TEXTS, draw_texts
 from staterank_utils.tasks import NATURAL_DOMAINS
 
 LADDER = STORED / "ladder"
+HELD_OUT = "bits_per_byte_held_out_books"  # of a training
 VARIANTS = ("initial", "shuffled", "step-500", "step-2000")  # beside the end
 NOT_MEASURED = "the ladder measures losses on text; chapters 3 and 4 score tasks on any model that masters them"
 
@@ -495,20 +496,18 @@ class RecallWithout:
 
 
 def recall_without(models: Iterable[Measured]) -> list[RecallWithout]:
-    """Recall of measured models without some heads of every layer; models of which this was not measured are left out.
+    """Recall of measured models without some heads of every layer.
 
     Args:
         models: from `load_measured`.
 
     Example:
-        >>> recall_without([load_measured("hybrid-text-1")[0]])  # was measured before these arms were added
-        []
+        >>> round(recall_without([load_measured("hybrid-text-1")[0]])[0].intact, 1)
+        0.6
     """
     found = []
     for measured in models:
         recall, removal = measured.recall, measured.removal
-        if not recall.removal_labels():
-            continue
         shares = tuple(share for share in map(float, POSITION_DOSES) if f"{LOW}, {share:.1%}, {LAYERS}" in recall.gains)
 
         def gains(order: str, recall: Recall = recall, shares: tuple[float, ...] = shares) -> NDArray[np.float64]:
@@ -584,6 +583,46 @@ def recall_over_models(found: Iterable[RecallWithout], *, share: float = 0.25) -
     )
 
 
+def recalling_heads(found: Iterable[RecallWithout]) -> list[Row]:
+    """The row of C11, from the hybrids on which it was not measured before it was registered; empty where there are none.
+
+    Args:
+        found: from `recall_without`.
+
+    Example:
+        >>> recalling_heads(recall_without([load_measured("hybrid-text-0")[0]]))
+        []
+    """
+    share, known = (claims.THIRD["C11"].numbers[name] for name in ("share", "known"))
+    kept = {}
+    for of in found:
+        if of.name.startswith("hybrid") and of.name not in known:
+            at = of.shares.index(share)
+            kept[of.name] = (of.intact, of.gain[LOW][at], of.gain[HIGH][at], list(of.random[at]))
+    return [claims.judge_recalling_heads(kept)] if kept else []
+
+
+def later_hybrids(found: Iterable[RecallWithout]) -> str:
+    """What C11 says of hybrids that were measured after it was registered, in a sentence.
+
+    Args:
+        found: from `recall_without`.
+
+    Example:
+        >>> later_hybrids([])
+        'No hybrid was measured since C11 was registered.'
+    """
+    rows = recalling_heads(found)
+    if not rows:
+        return "No hybrid was measured since C11 was registered."
+    numbers = [number for number in rows[0]["criteria"] if number["label"].endswith("lowest")]
+    left = ", ".join(f"{number['point']:.0%} ({number['label'].split(',')[0]})" for number in numbers)
+    return (
+        f"C11, on the {len(numbers)} hybrids measured since: {rows[0]['verdict']}{rows[0]['note']}. Without the lowest ranks, the share of the "
+        f"gain that is left is {left}."
+    )
+
+
 def memory_of_lowest(name: str, measured: Measured, *, share: float = 0.25) -> str:
     """How long the heads of lowest rank of every layer remember, in words.
 
@@ -607,7 +646,7 @@ def stored_models() -> dict[str, tuple[Measured, dict[str, Any]]]:
 
     Example:
         >>> next(iter(stored_models()))
-        'hybrid-tasks10-0'
+        'hybrid-default-0'
     """
     return {file.stem: load_measured(file.stem) for file in sorted(LADDER.glob("*.json"))}
 
@@ -650,14 +689,11 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
             rows.append(claims.judge_tasks(kind, *outside, two_groups=(two[0], two[1])))
         broad, narrow, first = (by_kind.get((kind, data), {}) for data in ("text", "narrow", "softmaxfirst"))
         if both := sorted(set(broad) & set(narrow)):
-            pairs = {seed: (broad[seed], narrow[seed]) for seed in both}
             two_groups = {
-                seed: np.subtract(*(of_shares[of.name]["two groups"] for of in pair)) for seed, pair in pairs.items()
+                seed: of_shares[broad[seed].name]["two groups"] - of_shares[narrow[seed].name]["two groups"]
+                for seed in both
             }
-            bits = {
-                seed: np.subtract(*(of.training["bits_per_byte_held_out_books"] for of in pair))
-                for seed, pair in pairs.items()
-            }
+            bits = {seed: broad[seed].training[HELD_OUT] - narrow[seed].training[HELD_OUT] for seed in both}
             rows.append(claims.judge_gates(kind, two_groups, bits))
         if both := sorted(set(broad) & set(first)):
             replaced = {
@@ -688,18 +724,7 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
             rows.append(row | {"note": row["note"] + (f"; seed {', '.join(ruined)} does not count" if ruined else "")})
         else:
             rows.append(claims.not_testable("C5b", label, why="the joint score is worse than a unigram model"))
-    known = claims.THIRD["C11"].numbers["known"]
-    later = [model for name, model in models.items() if name.startswith("hybrid") and name not in known]
-    if without := recall_without(later):
-        at = [of.shares.index(claims.THIRD["C11"].numbers["share"]) for of in without]
-        rows.append(
-            claims.judge_recalling_heads(
-                {
-                    of.name: (of.intact, of.gain[LOW][i], of.gain[HIGH][i], list(of.random[i]))
-                    for of, i in zip(without, at, strict=True)
-                }
-            )
-        )
+    rows += recalling_heads(recall_without(models.values()))
     testable = False
     for data in sorted({data for _, data in by_kind}, key=lambda data: (data != "text", data)):
         hybrid, pure = (by_kind.get((kind, data), {}) for kind in ("hybrid", "pure"))
