@@ -190,6 +190,28 @@ def _inherited(models: Mapping[str, Measured], over: Iterable[Mapping[str, Any]]
     )
 
 
+def _repeats(data: Mapping[str, Mapping[str, Any]]) -> str:
+    """Models that were trained twice from the same seed, on two kinds of GPU: what came out differently."""
+    rows, said = [], []
+    for file in sorted((ladder.LADDER / "repeats").glob("*.json")):
+        other = json.loads(file.read_text(encoding="utf-8"))
+        first, second = ({row["claim"]: row for row in content["rows"]} for content in (data[file.stem], other))
+        both = [claim for claim in first if claim in second]
+        differ = [claim for claim in both if first[claim]["verdict"] != second[claim]["verdict"]]
+        devices = " and ".join(content["training"]["device"] for content in (data[file.stem], other))
+        bits = ", ".join(f"{content['training'][ladder.HELD_OUT]:.4f}" for content in (data[file.stem], other))
+        said.append(f"`{file.stem}` ({devices}; bits per byte {bits}): {len(differ)} of {len(both)} verdicts differ.")
+        rows += [(f"`{file.stem}`", claim, *map(_found, (first[claim], second[claim]))) for claim in differ]
+    table = markdown_table(("model", "claim", "in these tables", "the other training"), rows) if rows else ""
+    return "\n".join([" ".join(said), "", table])
+
+
+def _found(row: Mapping[str, Any]) -> str:
+    """A verdict with its numbers."""
+    numbers = ", ".join(f"{number['label']} {number['point']:.3g}" for number in row["criteria"])
+    return f"{SHORT[row['verdict']]}: {numbers}"
+
+
 def ladder_tables() -> dict[str, str]:
     """The generated parts of the page, by name."""
     models = stored_models()
@@ -212,6 +234,7 @@ def ladder_tables() -> dict[str, str]:
         "ladder_secondary": _secondary(data),
         "ladder_recall": _recall(data),
         "ladder_pair": _pair(data),
+        "ladder_repeats": _repeats(data),
     }
 
 

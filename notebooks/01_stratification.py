@@ -260,7 +260,10 @@ run.conclude(said, verdicts, found, badges=("C1", "C1b", "C1c"))
 # ## What this does not say
 #
 # The paper shows one layer of Qwen3-Next-80B-A3B. Here are all layers of models some thousands of times smaller, on one domain. Nothing
-# follows for the large model until this page is run on it:
+# follows for the large model until this page is run on it. And one training is one draw: `hybrid` trained again from the same seed on another GPU got a
+# weaker verdict here ({doc}`ladder <../book/ladder>`).
+#
+# To run it:
 #
 # ```bash
 # papermill notebooks/01_stratification.ipynb mine.ipynb -p profile full \

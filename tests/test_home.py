@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from book import home
-from book.ladder import by_design, ladder_figures, stored_models
+from book.ladder import by_design, ladder_figures, ladder_tables, stored_models
 from staterank_utils.claims import FAILS, HOLDS, NOT_TESTABLE, PARTLY, judge_alpha
+from staterank_utils.studies.ladder import LADDER, load_measured
 from staterank_utils.studies.removal import HIGH, LAYERS
 
 
@@ -63,6 +64,24 @@ def test_the_figures_of_the_ladder_show_what_is_stored(tmp_path: Path) -> None:
     assert len({panel for panel, *_ in drawn}) == len(
         by_design({name: of for name, (of, _) in stored_models().items()})
     )
+
+
+def test_a_repeated_training_is_the_same_recipe_with_other_weights() -> None:
+    shown = stored_models()
+    repeats = {name: load_measured(name, LADDER / "repeats")[1] for name in ("hybrid-text-0", "hybrid-text-1")}
+    for name, other in repeats.items():
+        content = shown[name][1]
+        assert other["training"]["recipe"] == content["training"]["recipe"]
+        assert other["provenance"]["checkpoints"] != content["provenance"]["checkpoints"]
+    said = ladder_tables()["ladder_repeats"]
+    assert [name in said for name in repeats] == [True, True]
+    changed = [
+        row["claim"]
+        for row, again in zip(shown["hybrid-text-0"][1]["rows"], repeats["hybrid-text-0"]["rows"], strict=True)
+        if row["verdict"] != again["verdict"]
+    ]
+    assert f"{len(changed)} of 16 verdicts differ" in said
+    assert all(f"| `hybrid-text-0` | {claim} |" in said for claim in changed)
 
 
 def test_the_ladder_says_what_always_sometimes_and_never_holds() -> None:
