@@ -1,7 +1,7 @@
 """The registered claims, and how a measurement becomes a verdict.
 
 `CLAIMS` was fixed on 2026-11-23, before any embedded model was trained, `SECOND` on 2026-11-27, before any model of the ladder was
-trained, and `THIRD` on 2026-11-28, before any model of its waves 4 to 6 was trained; the book prints all. A threshold is never moved after a look. Other measures may be added and are then marked
+trained, and `THIRD` on 2026-11-28, before any model that its claims judge was trained; the book prints all. A threshold is never moved after a look. Other measures may be added and are then marked
 exploratory.
 """
 
@@ -287,14 +287,31 @@ THIRD = {
         {"share": 0.25, "draws": 4, "gain": 0.3, "left": 0.50,
          "known": ("hybrid-text-0", "hybrid-text-2", "hybrid-tasks63-0", "hybrid-tasks63-1", "hybrid-tasks10-0", "hybrid-wide-0")},
     ),
+    "C12": SecondClaim(
+        "heads of high rank are spare where layer 0 is a softmax layer",
+        "softmaxfirst, seeds other than {seen}, layer-matched: D, against random orders within layers as in C4b; added nats at {share:.0%} without "
+        "the highest ranks, against each random draw",
+        "D < 0 and abs(D) beyond {beyond:.1%} of theirs, and below every draw, in every seed", "D < 0 in every seed", FAILS,
+        {"design": "softmaxfirst", "seen": 0, "share": 0.25, "beyond": 0.975, "sign": -1},
+    ),
+    "C13": SecondClaim(
+        "heads of high rank are the costly ones where gates begin as the class sets them",
+        "default, seeds other than {seen}, layer-matched: D, against random orders within layers as in C4b; added nats at {share:.0%} without "
+        "the highest ranks, against each random draw",
+        "D > 0 and abs(D) beyond {beyond:.1%} of theirs, and above every draw, in every seed", "D > 0 in every seed", FAILS,
+        {"design": "default", "seen": 0, "share": 0.25, "beyond": 0.975, "sign": 1},
+    ),
 }  # fmt: skip
 
 ORDER = (*CLAIMS, *SECOND, *THIRD)  # of claims, wherever they are listed
 
 THIRD_TERMS = """\
-What was known: in all six hybrids of waves 1 to 3 on which it was measured, the gain was lost without the lowest ranks and kept without the
-highest. That was seen first and so is exploratory. The rule is for models that came later. Beside it stands, as a rival explanation, what
-the same removals add to the loss on text that is read once: a model that is damaged more may recall less for that reason alone."""
+- *C11*, before any model of wave 5 was trained. What was known: in all six hybrids of waves 1 to 3 on which it was measured, the gain was lost
+  without the lowest ranks and kept without the highest. That was seen first and so is exploratory. The rule is for models that came later.
+  Beside it stands, as a rival explanation, what the same removals add to the loss on text that is read once: a model that is damaged more may
+  recall less for that reason alone.
+- *C12* and *C13*, after wave 5, before any second seed of its designs was trained. What was known: `hybrid-softmaxfirst-0` and
+  `hybrid-default-0` do what these claims say. The seeds that were seen first are left out."""
 
 
 @dataclass(frozen=True)
@@ -814,6 +831,36 @@ def judge_recalling_heads(kept: Mapping[str, tuple[float, float, float, Sequence
     row = _row("C11", "later hybrids", numbers, judgement)
     left_out = sorted(set(kept) - set(testable))
     return row | {"note": f"; hardly recalls and left out: {', '.join(left_out)}" if left_out else ""}
+
+
+def judge_direction(key: str, seeds: Mapping[str, tuple[float, float, float, Sequence[float]]]) -> dict[str, Any]:
+    """Apply the registered rule of C12 or C13: are heads of high rank spare, or the costly ones, within layers?
+
+    Args:
+        key: "C12" or "C13".
+        seeds: seed -> D, share of the random orders' D that is smaller in absolute value, added nats without the highest ranks, and without
+            each draw of random heads. Seeds that were seen before the claim was registered are left out.
+
+    Returns:
+        A row as `judge` gives it.
+
+    Example:
+        >>> judge_direction("C12", {"1": (-0.2, 1.0, 0.1, [0.4, 0.5])})["verdict"]
+        'holds'
+        >>> judge_direction("C12", {"0": (-0.2, 1.0, 0.1, [0.4, 0.5])})["verdict"]
+        'not measured'
+    """
+    design, seen, beyond, sign = (THIRD[key].numbers[name] for name in ("design", "seen", "beyond", "sign"))
+    later = {seed: found for seed, found in seeds.items() if seed != str(seen)}
+    if not later:
+        return not_measured(key, design, why="no seed was trained since it was registered")
+    met = [
+        sign * area > 0 and share >= beyond and sign * high > max(sign * draw for draw in random)
+        for area, share, high, random in later.values()
+    ]
+    same = all(sign * area > 0 for area, *_ in later.values())
+    numbers = {f"D, seed {seed}": area for seed, (area, *_) in later.items()}
+    return _row(key, design, numbers, HOLDS if all(met) else PARTLY if same else FAILS, n_seeds=len(later))
 
 
 def judge_redundancy(model: str, high: Fraction, random: Fraction) -> dict[str, Any]:

@@ -353,6 +353,7 @@ GATES = {
     "normal weights, narrow gates": Gates((4.0, 4.0), (math.log(2) / 2.4 / 4,) * 2),
     # of Qwen3-Next itself: dt = 1 for every head
     "normal weights, gates of the class": Gates((0.01, 16.0), (math.log1p(math.e),) * 2),
+    "normal weights, open gates": Gates((0.0, 0.0), (1e-3, 1e-1)),  # log a = 0, also under training
 }
 
 
@@ -392,7 +393,8 @@ def initial_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel
     for name, parameter in sorted(model.named_parameters()):
         shape = tuple(parameter.shape)
         if name.endswith("A_log"):
-            value = np.log(rng.uniform(*gates.rate, shape))
+            with np.errstate(divide="ignore"):  # of no decay the logarithm is -inf
+                value = np.log(rng.uniform(*gates.rate, shape))
         elif name.endswith("dt_bias"):
             step = np.exp(rng.uniform(math.log(gates.step[0]), math.log(gates.step[1]), shape))
             value = step + np.log(-np.expm1(-step))  # inverse of softplus

@@ -204,6 +204,24 @@ def test_recalling_heads_are_judged_by_every_part_of_the_rule(low, high, random,
     assert claims.judge_recalling_heads({"a": (0.8, low, high, [random] * 4)})["verdict"] == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "area", "beyond", "high", "expected"),
+    [
+        ("C12", -0.2, 1.0, 0.1, HOLDS),
+        ("C12", -0.2, 0.9, 0.1, PARTLY),  # random orders reach as far
+        ("C12", -0.2, 1.0, 0.5, PARTLY),  # a random draw costs less
+        ("C12", 0.2, 1.0, 0.1, FAILS),
+        ("C13", 0.2, 1.0, 0.9, HOLDS),
+        ("C13", 0.2, 1.0, 0.5, PARTLY),
+        ("C13", -0.2, 1.0, 0.9, FAILS),
+    ],
+)
+def test_the_direction_within_layers_is_judged_by_every_part(key, area, beyond, high, expected) -> None:
+    row = claims.judge_direction(key, {"0": (9.0, 0.0, 9.0, [0.0]), "1": (area, beyond, high, [0.4, 0.6])})
+    assert (row["verdict"], row["n_seeds"], row["note"]) == (expected, 1, "; 1 seed")
+    assert [number["label"] for number in row["criteria"]] == ["D, seed 1"]
+
+
 def test_models_that_hardly_recall_are_left_out_and_named() -> None:
     holding, without = (0.8, 0.1, 0.8, [0.5] * 4), (0.2, 0.1, 0.2, [0.2] * 4)
     row = claims.judge_recalling_heads({"a": holding, "b": without})

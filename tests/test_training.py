@@ -146,7 +146,7 @@ def test_the_ladder_s_recipes_are_those_of_its_waves() -> None:
 def test_a_recipe_without_a_model_class_is_refused(tokenizer) -> None:
     with pytest.raises(ValueError, match="no model class for rule 'KDA'"):
         replace(TINY, rule="KDA").configuration(tokenizer)
-    with pytest.raises(ValueError, match="unknown gates 'wide': choose from broad, narrow, default"):
+    with pytest.raises(ValueError, match="unknown gates 'wide': choose from broad, narrow, default, open"):
         replace(TINY, gates="wide").configuration(tokenizer)
     with pytest.raises(ValueError, match="no recurrence for the update rule 'KDA'"):
         recurrence_of("KDA")
@@ -324,6 +324,7 @@ def test_gates_begin_where_the_recipe_says(tokenizer) -> None:
     assert half_lives("narrow").numpy() == pytest.approx(2.4, rel=0.02)  # rounded to bfloat16
     assert half_lives("default").min() < 0.5
     assert half_lives("broad").max() > 10
+    assert torch.isinf(half_lives("open")).all()
     strange = replace(TINY).configuration(tokenizer)
     strange.initialization = {"scheme": "zeros", "seed": 0}
     with pytest.raises(

@@ -16,11 +16,13 @@ SOFTMAX_FIRST = (SOFTMAX, LINEAR, LINEAR, LINEAR) * 3
 PURE = (LINEAR,) * 12
 TEXT = {"books": 0.75, "code": 0.25, "tasks": 0.0}
 TASKS_63 = {"books": 0.28, "code": 0.09, "tasks": 0.63}
+TASKS_25 = {"books": 0.5625, "code": 0.1875, "tasks": 0.25}
 TASKS_10 = {"books": 0.675, "code": 0.225, "tasks": 0.10}
 SCHEMES = {  # of `staterank_utils.models.GATES`
     "broad": "normal weights, Mamba-2 gates",  # half-lives from 0.4 to 700 tokens
     "narrow": "normal weights, narrow gates",  # half-lives of 2.4 tokens: by the law, ranks of d/2
     "default": "normal weights, gates of the class",  # half-lives under a token
+    "open": "normal weights, open gates",  # nothing decays, and no gradient reaches A: the rule is that of DeltaNet
 }
 TASKS = {"needle": 0.18, "arithmetic": 0.09, "recall": 0.11, "copying": 0.62}
 
@@ -120,12 +122,23 @@ def _recipes() -> dict[str, Recipe]:
                 made[recipe.name] = recipe
         wide = Recipe(f"{kind}-wide-0", types, 0, hidden=320)
         made[wide.name] = wide
-    for gates, n_seeds in {"narrow": 2, "default": 1}.items():
+    several: dict[str, tuple[int, dict[str, Any]]] = {
+        "narrow": (2, {"gates": "narrow"}),
+        "default": (3, {"gates": "default"}),
+        "softmaxfirst": (3, {"layer_types": SOFTMAX_FIRST}),
+        "deltanet": (1, {"gates": "open"}),
+        "tasks25": (1, {"rows": MappingProxyType(TASKS_25)}),
+        "tasks63light": (1, {"rows": MappingProxyType(TASKS_63)}),  # answers weigh as other tokens do
+    }
+    for name, (n_seeds, options) in several.items():
         for seed in range(n_seeds):
-            recipe = Recipe(f"hybrid-{gates}-{seed}", HYBRID, seed, gates=gates)
+            settings: dict[str, Any] = {"layer_types": HYBRID, "seed": seed} | options
+            recipe = Recipe(f"hybrid-{name}-{seed}", **settings)
             made[recipe.name] = recipe
-    first = Recipe("hybrid-softmaxfirst-0", SOFTMAX_FIRST, 0)
-    return made | {first.name: first}
+    for kind, types in layers.items():
+        recipe = Recipe(f"{kind}-long-0", types, 0, steps=6000)
+        made[recipe.name] = recipe
+    return made
 
 
 RECIPES = _recipes()
@@ -133,7 +146,15 @@ WAVES = {
     1: ("hybrid-text-0", "hybrid-text-1", "hybrid-text-2", "pure-text-0"),
     2: ("pure-text-1", "pure-text-2", "hybrid-tasks63-0", "hybrid-tasks63-1"),
     3: ("pure-tasks63-0", "pure-tasks63-1", "hybrid-tasks10-0", "pure-tasks10-0"),
+    4: ("hybrid-long-0", "pure-long-0", "hybrid-tasks25-0", "hybrid-tasks63light-0"),
     5: ("hybrid-narrow-0", "hybrid-narrow-1", "hybrid-default-0", "hybrid-softmaxfirst-0"),
+    6: ("hybrid-deltanet-0",),  # the other update rules arrive with their model classes
+    7: (
+        "hybrid-default-1",
+        "hybrid-default-2",
+        "hybrid-softmaxfirst-1",
+        "hybrid-softmaxfirst-2",
+    ),  # the leads of wave 5, on more seeds
 }  # the wide pair is of no wave: it is a candidate for embedding, and `--recipes` trains it
 
 

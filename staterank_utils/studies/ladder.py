@@ -652,7 +652,7 @@ def stored_models() -> dict[str, tuple[Measured, dict[str, Any]]]:
 
 
 def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
-    """The rows that only several models decide: C0b, C1d, C1e, C4b, C4c, C5b, C6 and C11, hybrid and pure apart where the rule says so.
+    """The rows that only several models decide: C0b, C1d, C1e, C4b, C4c, C5b, C6 and C11 to C13, hybrid and pure apart where the rule says so.
 
     Args:
         models: name of the recipe, KIND-DATA-SEED -> what was measured.
@@ -725,6 +725,17 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
         else:
             rows.append(claims.not_testable("C5b", label, why="the joint score is worse than a unigram model"))
     rows += recalling_heads(recall_without(models.values()))
+    for key in ("C12", "C13"):
+        design, dose = (claims.THIRD[key].numbers[name] for name in ("design", "share"))
+        of_seed = {
+            seed: (
+                of.removal.area(LAYERS), of.removal.beyond_random(), float(of.removal.added(LAYERS, HIGH, dose).mean()),
+                of.removal.draws(LAYERS, dose).mean(1).tolist(),
+            )
+            for seed, of in by_kind.get(("hybrid", design), {}).items()
+        }  # fmt: skip
+        if of_seed:
+            rows.append(claims.judge_direction(key, of_seed))
     testable = False
     for data in sorted({data for _, data in by_kind}, key=lambda data: (data != "text", data)):
         hybrid, pure = (by_kind.get((kind, data), {}) for kind in ("hybrid", "pure"))
