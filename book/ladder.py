@@ -155,7 +155,8 @@ def _what_decides(models: Mapping[str, Measured]) -> str:
 
     def alone(design: str) -> str:
         beyond = [seed.removal.beyond_random() for seed in designs[design]]
-        return f"D of rank lies beyond {min(beyond):.0%} of random orders within layers"
+        between = f"{min(beyond):.0%}" if len(beyond) == 1 else f"{min(beyond):.0%} to {max(beyond):.0%}"
+        return f"the D of rank is larger than that of {between} of random orders within layers"
 
     said = {
         "hybrid-text": "Layer 0 linear, gates broad",
