@@ -75,7 +75,7 @@ sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/exampl
 	$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --cores $(CORES) --rerun-incomplete
 
 ladder: .venv/installed ## train and measure a wave of the ladder (WAVE=1 BOOKS=folder of texts GPUS=1), or resume it
-	@n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $(GPUS) -le $$n ] || { echo "GPUS=$(GPUS), and this machine has $$n" >&2; exit 1; }
+	@n=$$({ nvidia-smi -L 2>/dev/null || true; } | wc -l); [ $(GPUS) -le $$n ] || { echo "GPUS=$(GPUS), and this machine has $$n" >&2; exit 1; }
 	status=0; $(BIN)/snakemake --snakefile sweep/Ladder --config wave=$(WAVE) books=$(abspath $(BOOKS)) --directory $(LADDER) --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete || status=$$?; \
 	mkdir -p results/ladder && find $(LADDER)/results -type f -exec cp {} results/ladder/ \; ; exit $$status
 

@@ -156,7 +156,7 @@ def _what_decides(models: Mapping[str, Measured]) -> str:
     def alone(design: str) -> str:
         beyond = [seed.removal.beyond_random() for seed in designs[design]]
         between = f"{min(beyond):.0%}" if len(beyond) == 1 else f"{min(beyond):.0%} to {max(beyond):.0%}"
-        return f"the D of rank is larger than that of {between} of random orders within layers"
+        return f"the D of rank, without its sign, is larger than that of {between} of random orders within layers"
 
     said = {
         "hybrid-text": "Layer 0 linear, gates broad",
@@ -169,6 +169,20 @@ def _what_decides(models: Mapping[str, Measured]) -> str:
         for design, what in said.items()
         if design in designs
     ]
+    linear_first = [
+        of
+        for name, of in models.items()
+        if name.startswith("hybrid") and RECIPES[name].gates == "broad" and of.removal.heads[0][0] == 0
+    ]
+    groups = {
+        "the lowest ranks": [of.removal.added(PROTECTED, LOW, DOSE).mean() for of in linear_first],
+        "the highest": [of.removal.added(PROTECTED, HIGH, DOSE).mean() for of in linear_first],
+        "random heads": [of.removal.draws(PROTECTED, DOSE).mean() for of in linear_first],
+    }
+    ranges = ", ".join(f"{min(costs):.2f} to {max(costs):.2f} without {group}" for group, costs in groups.items())
+    lines.append(
+        f"- *Layer 0 linear but protected, gates broad* ({len(linear_first)} hybrids, a quarter of all heads from the other layers): {ranges}."
+    )
     return "\n".join(lines)
 
 
@@ -188,6 +202,19 @@ def _inherited(models: Mapping[str, Measured], over: Iterable[Mapping[str, Any]]
     return (
         f"Two-group share of hybrids whose gates all begin alike: {max(start):.2f} before training, {np.mean(end['narrow']):.2f} after it; with "
         f"broad gates {np.mean(end['text']):.2f} after it. That the groups are inherited from the gates (C1d): **{row['verdict']}**{row['note']}."
+    )
+
+
+def _capped(models: Mapping[str, Measured]) -> str:
+    """What the cap takes from the recall of hybrids, by how their gates began, in a sentence."""
+    taken: dict[str, list[float]] = {}
+    for name, measured in models.items():
+        if name.startswith("hybrid"):
+            taken.setdefault(RECIPES[name].gates, []).append(measured.recall.taken().point)
+    each = [f"{min(shares):.0%} to {max(shares):.0%} ({gates} gates, {len(shares)})" for gates, shares in taken.items()]
+    return (
+        f"Of the gain of hybrids the cap takes, by how their gates began and over how many models: {'; '.join(each)}. The pure models have too small a "
+        "gain to compare, so C6 is not testable."
     )
 
 
@@ -236,6 +263,7 @@ def ladder_tables() -> dict[str, str]:
         "ladder_recall": _recall(data),
         "ladder_pair": _pair(data),
         "ladder_repeats": _repeats(data),
+        "ladder_capped": _capped(measured),
     }
 
 

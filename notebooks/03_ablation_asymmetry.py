@@ -283,7 +283,7 @@ run.conclude(said, verdicts, removed, badges=("C4b", "C4c", "C7", "C4"))
 # takes losses on text. The schemes and the random orders are ours. A replication on a pure model of 1.3 billion parameters found the opposite
 # of the paper at every share, and its high-rank heads recall from context; what recalls in these models is on {doc}`05_memory_and_recall`. Both
 # models here begin with a linear layer. With a softmax layer in front, one model of {doc}`the ladder <../book/ladder>` shows the paper's
-# asymmetry at full strength. On another model:
+# asymmetry beyond any random order. On another model:
 #
 # ```bash
 # papermill notebooks/03_ablation_asymmetry.ipynb mine.ipynb -p model OWNER/NAME -p revision COMMIT

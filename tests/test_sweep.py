@@ -1,6 +1,7 @@
 """A sweep over the embedded and two tiny models: killed in the middle, resumed, gathered into one table."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,13 @@ def test_a_wave_of_the_ladder_is_one_job_per_recipe(tmp_path: Path) -> None:
         assert f"results/{name}.json" in done.stdout
     assert done.stdout.count("resources: ") >= 4
     assert "gpu=1" in done.stdout
+
+
+def test_a_wave_on_more_gpus_than_there_are_is_refused() -> None:
+    command = ["make", "--old-file", ".venv/installed", "ladder", "GPUS=99", "BOOKS=."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert re.search(r"GPUS=99, and this machine has \d+$", done.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
