@@ -151,7 +151,7 @@ class Measured:
     recall: Recall
 
     def claims(self) -> list[Row]:
-        """The rows that this model alone decides, in the order of both registrations."""
+        """The rows that this model alone decides, in the order of the registrations."""
         end = self.groups["end"]
         rows = [
             *first_claims(self.name, end, initial=self.groups.get("initial")),
