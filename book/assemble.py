@@ -27,11 +27,10 @@ import torch
 from tqdm import tqdm
 
 from book import home
-from book.ladder import first_pair, ladder_figures, ladder_tables, stored_models
+from book.ladder import first_pair, ladder_figures, ladder_tables, over_models, stored_models
 from staterank_utils import claims, interactive, markdown
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED
-from staterank_utils.studies.ladder import ladder_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ("trace", "spectra", "ablate", "prune", "large")
@@ -219,9 +218,8 @@ def main() -> None:
             archive.write(source, source.name)
     (stage / "book" / "_static" / "vega.js").write_text(interactive.bundle(), encoding="utf-8")
     stored = {name: content["rows"] for name, (_, content) in stored_models().items()}
-    over = ladder_claims({name: measured for name, (measured, _) in stored_models().items()})
     generated = {
-        "tiles": home.home_tiles(stage / "results", EMBEDDED, home.ladder_verdicts(stored, over)),
+        "tiles": home.home_tiles(stage / "results", EMBEDDED, home.ladder_verdicts(stored, over_models())),
         "tiles_ladder": home.ladder_tiles(stored | {name: content["rows"] for name, content in first_pair().items()}),
         "ladder_answer": f"**{home.ladder_answer(stored)}**",
         "tiles_legend": home.legend(),

@@ -1,6 +1,5 @@
-"""The page of the ladder: tables made from the stored results of every model that was trained and measured."""
+"""The page of the ladder: tables and figures made from the stored results of every model that was trained and measured."""
 
-import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +16,14 @@ from staterank_utils import plotting, strata
 from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND
 from staterank_utils.markdown import brief_table, markdown_table
 from staterank_utils.models import EMBEDDED
-from staterank_utils.results import STORED, whole_or_not
+from staterank_utils.results import STORED, whole_or_not, write_table
 from staterank_utils.strata import Estimate
 from staterank_utils.studies import ladder
-from staterank_utils.studies.ladder import Measured, ladder_claims
+from staterank_utils.studies.groups import Row, half_lives_from, shares
+from staterank_utils.studies.ladder import Measured, by_design, ladder_claims
 from staterank_utils.studies.removal import HIGH, LAYERS, LOW, MODEL, PROTECTED, RANDOM, SCHEMES
 from staterank_utils.tasks import NATURAL_DOMAINS
-from training.recipes import RECIPES
+from training.recipes import LINEAR, RECIPES
 
 CANDIDATES = ("tasks10", "text", "wide")  # in this order; the first pair that holds C1 and C3 is embedded
 SHORT = {HOLDS: "holds", PARTLY: "in part", FAILS: "no", NOT_TESTABLE: "–", NOT_MEASURED: "–"}
@@ -51,12 +51,19 @@ def first_pair() -> dict[str, dict[str, Any]]:
     return {f"{name}-9m": {"rows": [row for row in rows if row["model"] == name]} for name in EMBEDDED}
 
 
-def by_design(models: Mapping[str, Measured]) -> dict[str, list[Measured]]:
-    """Models that differ in the seed alone: KIND-DATA -> one per seed."""
-    found: dict[str, list[Measured]] = {}
-    for name, measured in models.items():
-        found.setdefault(name.rpartition("-")[0], []).append(measured)
-    return found
+@cache
+def over_models() -> list[Row]:
+    """The rows that several stored models decide."""
+    return ladder_claims(_measured())
+
+
+def _measured() -> dict[str, Measured]:
+    return {name: measured for name, (measured, _) in stored_models().items()}
+
+
+def designs() -> dict[str, list[Measured]]:
+    """Stored models that differ in the seed alone: KIND-DATA -> one per seed."""
+    return {"-".join(design): list(seeds.values()) for design, seeds in by_design(_measured()).items()}
 
 
 def ladder_figures(pictures: Path, numbers: Path) -> None:
@@ -65,8 +72,7 @@ def ladder_figures(pictures: Path, numbers: Path) -> None:
     Args:
         pictures, numbers: folders that exist.
     """
-    models = {name: measured for name, (measured, _) in stored_models().items()}
-    designs = by_design(models)
+    by_name = designs()
 
     @contextmanager
     def kept(name: str, n_rows: int, n_columns: int, *, height: float) -> Iterator[NDArray[Any]]:
@@ -79,18 +85,14 @@ def ladder_figures(pictures: Path, numbers: Path) -> None:
                 figure.savefig(partial, format="png")
             rows = plotting.figure_data(figure)
             plt.close(figure)
-        with whole_or_not(numbers / f"{name}.csv") as partial, partial.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(numbers / f"{name}.csv", rows)
 
-    n_columns = 4
-    n_rows = -(-len(designs) // n_columns)
+    n_rows, n_columns = plotting.panel_rows(len(by_name))
     for scheme, name in FIGURES.items():
         with kept(name, n_rows, n_columns, height=2.3) as axes:
-            for ax in axes.flat[len(designs) :]:
+            for ax in axes.flat[len(by_name) :]:
                 ax.set_axis_off()
-            for ax, (design, seeds) in zip(axes.flat, designs.items(), strict=False):
+            for ax, (design, seeds) in zip(axes.flat, by_name.items(), strict=False):
                 _doses(ax, seeds, scheme)
                 ax.set_title(design, fontsize="small")
             for ax in axes[:, 0]:
@@ -100,7 +102,7 @@ def ladder_figures(pictures: Path, numbers: Path) -> None:
             axes.flat, {"share outside (0.2, 0.8)": strata.share_outside, "two-group share": strata.two_group_share}.items(), strict=True
         ):  # fmt: skip
             for data, looks in PATHS.items():
-                for seed, measured in enumerate(designs.get(f"hybrid-{data}", ())):
+                for seed, measured in enumerate(by_name.get(f"hybrid-{data}", ())):
                     path, d = measured.trajectory, measured.groups["end"].d
                     values = [statistic(rank / d) for rank in path.rank]
                     ax.plot(path.steps, values, label=data if not seed else None, markersize=4, **looks)
@@ -108,9 +110,9 @@ def ladder_figures(pictures: Path, numbers: Path) -> None:
             ax.set(title=label, xlabel="training step", ylim=(0, 1))
     with kept("ladder-half-lives", 1, len(PATHS), height=3.0) as axes:
         for ax, data in zip(axes.flat, PATHS, strict=True):
-            for measured in designs.get(f"hybrid-{data}", ())[:1]:
+            for measured in by_name.get(f"hybrid-{data}", ())[:1]:
                 path = measured.trajectory
-                quantiles = np.quantile(np.log(2) / -path.log_decay, [0.1, 0.5, 0.9], axis=1)
+                quantiles = np.quantile(half_lives_from(path.log_decay), [0.1, 0.5, 0.9], axis=1)
                 ax.plot(path.steps, quantiles[1], label="median head", color=plotting.BLUE, marker="o", markersize=4)
                 ax.fill_between(
                     path.steps,
@@ -141,74 +143,63 @@ def _doses(ax: Axes, seeds: Iterable[Measured], scheme: str) -> None:
     ax.set(xlim=(0, 40), ylim=(-0.1, 3.0), xlabel="heads removed, %")
 
 
-def _what_decides(models: Mapping[str, Measured]) -> str:
+def _what_decides() -> str:
     """What the first layer and the gates do to the asymmetry, in sentences."""
-    designs = by_design(models)
+    by_name = designs()
+    groups = {LOW: "the lowest ranks", HIGH: "the highest", RANDOM: "random heads"}
 
-    def arms(design: str) -> str:
-        means = [
-            np.mean([seed.removal.added(LAYERS, order, DOSE).mean() for seed in designs[design]])
-            for order in (LOW, HIGH)
-        ]
-        random = np.mean([seed.removal.draws(LAYERS, DOSE).mean() for seed in designs[design]])
-        return f"{means[0]:.2f} nats per token without the lowest ranks, {means[1]:.2f} without the highest, {random:.2f} without random heads"
-
-    def alone(design: str) -> str:
-        beyond = [seed.removal.beyond_random() for seed in designs[design]]
-        between = f"{min(beyond):.0%}" if len(beyond) == 1 else f"{min(beyond):.0%} to {max(beyond):.0%}"
-        return f"the D of rank, without its sign, is larger than that of {between} of random orders within layers"
+    def costs(models: Iterable[Measured], scheme: str) -> dict[str, list[float]]:
+        return {group: [of.removal.cost(scheme, order, DOSE) for of in models] for order, group in groups.items()}
 
     said = {
         "hybrid-text": "Layer 0 linear, gates broad",
         "hybrid-softmaxfirst": "Layer 0 softmax, gates broad",
-        "hybrid-narrow": "Layer 0 linear, all gates at first with a half-life of 2.4 tokens",
+        "hybrid-narrow": f"Layer 0 linear, all gates at first with a half-life of {SECOND['C1d'].numbers['half_life']} tokens",
         "hybrid-default": "Layer 0 linear, gates as the class of Qwen3-Next sets them, half-lives mostly under a token",
     }
-    lines = [
-        f"- *{what}* (`{design}`, {len(designs[design])} {'seed' if len(designs[design]) == 1 else 'seeds'}): {arms(design)}; {alone(design)}."
-        for design, what in said.items()
-        if design in designs
-    ]
+    lines = []
+    for design, what in said.items():
+        seeds = by_name[design]
+        means = ", ".join(f"{np.mean(cost):.2f} without {group}" for group, cost in costs(seeds, LAYERS).items())
+        beyond = [of.removal.beyond_random() for of in seeds]
+        between = f"{min(beyond):.0%}" if len(beyond) == 1 else f"{min(beyond):.0%} to {max(beyond):.0%}"
+        lines.append(
+            f"- *{what}* (`{design}`, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}): nats per token, {means}; the D of rank, without "
+            f"its sign, is larger than that of {between} of random orders within layers."
+        )
     linear_first = [
         of
-        for name, of in models.items()
-        if name.startswith("hybrid") and RECIPES[name].gates == "broad" and of.removal.heads[0][0] == 0
+        for name, of in _measured().items()
+        if name.startswith("hybrid") and RECIPES[name].gates == "broad" and RECIPES[name].layer_types[0] == LINEAR
     ]
-    groups = {
-        "the lowest ranks": [of.removal.added(PROTECTED, LOW, DOSE).mean() for of in linear_first],
-        "the highest": [of.removal.added(PROTECTED, HIGH, DOSE).mean() for of in linear_first],
-        "random heads": [of.removal.draws(PROTECTED, DOSE).mean() for of in linear_first],
-    }
-    ranges = ", ".join(f"{min(costs):.2f} to {max(costs):.2f} without {group}" for group, costs in groups.items())
+    ranges = ", ".join(
+        f"{min(cost):.2f} to {max(cost):.2f} without {group}" for group, cost in costs(linear_first, PROTECTED).items()
+    )
     lines.append(
         f"- *Layer 0 linear but protected, gates broad* ({len(linear_first)} hybrids, a quarter of all heads from the other layers): {ranges}."
     )
     return "\n".join(lines)
 
 
-def _inherited(models: Mapping[str, Measured], over: Iterable[Mapping[str, Any]]) -> str:
+def _inherited() -> str:
     """What became of gates that all began alike, in a sentence."""
-    designs = by_design(models)
-    end = {
-        data: [
-            strata.two_group_share(seed.groups["end"].relative("prose").mean(0)) for seed in designs[f"hybrid-{data}"]
-        ]
+    by_name = designs()
+    broad, narrow = (
+        np.mean([shares(of.groups["end"])["two groups"] for of in by_name[f"hybrid-{data}"]])
         for data in ("text", "narrow")
-    }
-    start = [
-        strata.two_group_share(seed.trajectory.rank[0] / seed.groups["end"].d) for seed in designs["hybrid-narrow"]
-    ]
-    [row] = [row for row in over if row["claim"] == "C1d"]
+    )
+    start = max(strata.two_group_share(of.trajectory.rank[0] / of.groups["end"].d) for of in by_name["hybrid-narrow"])
+    [row] = [row for row in over_models() if row["claim"] == "C1d"]
     return (
-        f"Two-group share of hybrids whose gates all begin alike: {max(start):.2f} before training, {np.mean(end['narrow']):.2f} after it; with "
-        f"broad gates {np.mean(end['text']):.2f} after it. That the groups are inherited from the gates (C1d): **{row['verdict']}**{row['note']}."
+        f"Two-group share of hybrids whose gates all begin alike: {start:.2f} before training, {narrow:.2f} after it; with "
+        f"broad gates {broad:.2f} after it. That the groups are inherited from the gates (C1d): **{row['verdict']}**{row['note']}."
     )
 
 
-def _capped(models: Mapping[str, Measured]) -> str:
+def _capped() -> str:
     """What the cap takes from the recall of hybrids, by how their gates began, in a sentence."""
     taken: dict[str, list[float]] = {}
-    for name, measured in models.items():
+    for name, measured in _measured().items():
         if name.startswith("hybrid"):
             taken.setdefault(RECIPES[name].gates, []).append(measured.recall.taken().point)
     each = [f"{min(shares):.0%} to {max(shares):.0%} ({gates} gates, {len(shares)})" for gates, shares in taken.items()]
@@ -237,7 +228,7 @@ def _repeats(data: Mapping[str, Mapping[str, Any]]) -> str:
 def _found(row: Mapping[str, Any]) -> str:
     """A verdict with its numbers."""
     numbers = ", ".join(f"{number['label']} {number['point']:.3g}" for number in row["criteria"])
-    return f"{SHORT[row['verdict']]}: {numbers}"
+    return f"{_short(row['verdict'])}: {numbers}"
 
 
 def ladder_tables() -> dict[str, str]:
@@ -245,25 +236,23 @@ def ladder_tables() -> dict[str, str]:
     models = stored_models()
     data = {name: content for name, (_, content) in models.items()}
     missing = [name for name in RECIPES if name not in models]
-    measured = {name: of for name, (of, _) in models.items()}
-    over = ladder_claims(measured)
     return {
         "ladder_models": f"{len(models)} of {len(RECIPES)} models are trained and measured."
         + (f" Not yet: {', '.join(f'`{name}`' for name in missing)}." if missing else ""),
         "ladder_first": _by_model(data | first_pair(), CLAIMS),
         "ladder_second": _by_model(data, SECOND),
-        "ladder_over": brief_table(over),
-        "ladder_decides": _what_decides(measured),
-        "ladder_inherited": _inherited(measured, over),
+        "ladder_over": brief_table(over_models()),
+        "ladder_decides": _what_decides(),
+        "ladder_inherited": _inherited(),
         "ladder_numbers": _numbers(data),
         "ladder_causal": _causal(data),
         "ladder_removal": _removal(data),
-        "ladder_signs": _signs(measured),
+        "ladder_signs": _signs(),
         "ladder_secondary": _secondary(data),
         "ladder_recall": _recall(data),
         "ladder_pair": _pair(data),
         "ladder_repeats": _repeats(data),
-        "ladder_capped": _capped(measured),
+        "ladder_capped": _capped(),
     }
 
 
@@ -345,13 +334,13 @@ def _removal(data: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(head, rows)
 
 
-def _signs(models: Mapping[str, Measured]) -> str:
+def _signs() -> str:
     """In how many models low-rank heads cost more, per scheme and kind."""
     rows = []
     for scheme in SCHEMES:
         cells = []
         for kind in ("hybrid", "pure"):
-            areas = [of.removal.area(scheme) for name, of in models.items() if name.startswith(kind)]
+            areas = [of.removal.area(scheme) for name, of in _measured().items() if name.startswith(kind)]
             cells.append(f"{sum(area < 0 for area in areas)} of {len(areas)}")
         rows.append((scheme, *cells))
     return markdown_table(("models in which D is negative", "hybrid", "pure"), rows)

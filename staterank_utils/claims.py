@@ -6,7 +6,7 @@ exploratory.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
@@ -819,10 +819,10 @@ def judge_recalling_heads(kept: Mapping[str, tuple[float, float, float, Sequence
     if not testable:
         return not_testable("C11", "later hybrids", why=f"no intact gain reaches {least} nats per token")
     met = {
-        name: low < min(random) and low < left * intact and high > sum(random) / len(random)
+        name: bool(low < min(random) and low < left * intact and high > sum(random) / len(random))
         for name, (intact, low, high, random) in testable.items()
     }
-    judgement = HOLDS if all(met.values()) else PARTLY if 2 * sum(met.values()) > len(met) else FAILS
+    judgement = _all_or_most(met.values(), THIRD["C11"].otherwise)
     numbers = {
         f"{name}, without {group}": gain / intact
         for name, (intact, low, high, _) in testable.items()
@@ -906,8 +906,13 @@ def judge_need_of_decay(shares: Mapping[str, float], *, without: str) -> dict[st
 
 
 def _every_seed(key: str, model: str, values: Mapping[str, float], met: Mapping[str, bool]) -> dict[str, Any]:
-    judgement = HOLDS if all(met.values()) else PARTLY if 2 * sum(met.values()) > len(met) else SECOND[key].otherwise
+    judgement = _all_or_most(met.values(), SECOND[key].otherwise)
     return _row(key, model, _by_seed(values), judgement, n_seeds=len(met))
+
+
+def _all_or_most(met: Collection[bool], otherwise: str) -> str:
+    """The verdict of a rule that asks for every seed or model, and in part for most."""
+    return HOLDS if all(met) else PARTLY if 2 * sum(met) > len(met) else otherwise
 
 
 def has_few_seeds(row: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Write and read results with what is needed to trust them: where, when, from what, with which parameters."""
 
 import contextlib
+import csv
 import difflib
 import hashlib
 import json
@@ -84,6 +85,32 @@ def whole_or_not(path: Path) -> Iterator[Path]:
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, whole or not at all; a column that a row lacks is empty there.
+
+    Args:
+        path: of the file; the folder above it is there.
+        rows: column -> value; the columns stand in the order in which they first appear.
+
+    Raises:
+        ValueError: there are no rows.
+        OSError: the file system's own error.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_table(Path(folder) / "a.csv", [{"x": 1}, {"x": 2, "y": 3}])
+        ...     (Path(folder) / "a.csv").read_text().splitlines()
+        ['x,y', '1,', '2,3']
+    """
+    if not rows:
+        raise ValueError(f"there is nothing to write into {path.name}: expected at least one row")
+    with whole_or_not(path) as partial, partial.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> dict[str, Any]:

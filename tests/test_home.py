@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from book import home
-from book.ladder import by_design, ladder_figures, ladder_tables, stored_models
+from book.ladder import designs, ladder_figures, ladder_tables, stored_models
 from staterank_utils.claims import FAILS, HOLDS, NOT_TESTABLE, PARTLY, judge_alpha
 from staterank_utils.studies.ladder import LADDER, load_measured
 from staterank_utils.studies.removal import HIGH, LAYERS
@@ -61,9 +61,7 @@ def test_the_figures_of_the_ladder_show_what_is_stored(tmp_path: Path) -> None:
     measured, _ = stored_models()["hybrid-softmaxfirst-0"]
     expected = measured.removal.added(LAYERS, HIGH, 0.25).mean()
     assert drawn["hybrid-softmaxfirst", "highest ranks", 25.0] == pytest.approx(expected)
-    assert len({panel for panel, *_ in drawn}) == len(
-        by_design({name: of for name, (of, _) in stored_models().items()})
-    )
+    assert len({panel for panel, *_ in drawn}) == len(designs())
 
 
 def test_a_repeated_training_is_the_same_recipe_with_other_weights() -> None:

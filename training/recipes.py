@@ -108,36 +108,31 @@ class Recipe:
 
 
 def _recipes() -> dict[str, Recipe]:
-    layers = {"hybrid": HYBRID, "pure": PURE}
-    data: dict[str, dict[str, Any]] = {
-        "text": {},
-        "tasks63": {"rows": MappingProxyType(TASKS_63), "answer_weight": 4.0},
-        "tasks10": {"rows": MappingProxyType(TASKS_10)},
+    tasks63 = MappingProxyType(TASKS_63)
+    # name -> how many seeds, and what differs from the base
+    both: dict[str, tuple[int, dict[str, Any]]] = {
+        "text": (3, {}),
+        "tasks63": (2, {"rows": tasks63, "answer_weight": 4.0}),
+        "tasks10": (1, {"rows": MappingProxyType(TASKS_10)}),
+        "wide": (1, {"hidden": 320}),
+        "long": (1, {"steps": 6000}),
     }
-    made = {}
-    for kind, types in layers.items():
-        for name, options in data.items():
-            for seed in range({"text": 3, "tasks63": 2, "tasks10": 1}[name]):
-                recipe = Recipe(f"{kind}-{name}-{seed}", types, seed, **options)
-                made[recipe.name] = recipe
-        wide = Recipe(f"{kind}-wide-0", types, 0, hidden=320)
-        made[wide.name] = wide
-    several: dict[str, tuple[int, dict[str, Any]]] = {
+    hybrids: dict[str, tuple[int, dict[str, Any]]] = {
         "narrow": (2, {"gates": "narrow"}),
         "default": (3, {"gates": "default"}),
         "softmaxfirst": (3, {"layer_types": SOFTMAX_FIRST}),
         "deltanet": (1, {"gates": "open"}),
         "tasks25": (1, {"rows": MappingProxyType(TASKS_25)}),
-        "tasks63light": (1, {"rows": MappingProxyType(TASKS_63)}),  # answers weigh as other tokens do
+        "tasks63light": (1, {"rows": tasks63}),  # answers weigh as other tokens do
     }
-    for name, (n_seeds, options) in several.items():
-        for seed in range(n_seeds):
-            settings: dict[str, Any] = {"layer_types": HYBRID, "seed": seed} | options
-            recipe = Recipe(f"hybrid-{name}-{seed}", **settings)
-            made[recipe.name] = recipe
-    for kind, types in layers.items():
-        recipe = Recipe(f"{kind}-long-0", types, 0, steps=6000)
-        made[recipe.name] = recipe
+    kinds = (("hybrid", HYBRID, both), ("pure", PURE, both), ("hybrid", HYBRID, hybrids))
+    made = {}
+    for kind, layer_types, designs in kinds:
+        for name, (n_seeds, options) in designs.items():
+            for seed in range(n_seeds):
+                settings: dict[str, Any] = {"layer_types": layer_types, "seed": seed} | options
+                recipe = Recipe(f"{kind}-{name}-{seed}", **settings)
+                made[recipe.name] = recipe
     return made
 
 

@@ -84,6 +84,20 @@ def trace_heads(model: PreTrainedModel, input_ids: Tensor, *, positions: Sequenc
     return HeadTrace(rank, norm, stable, decay, write)
 
 
+def half_lives_from(log_decay: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Tokens after which a state has lost half of what it held, by its mean log-decay; infinite without decay.
+
+    Args:
+        log_decay: of any shape, at most 0.
+
+    Example:
+        >>> half_lives_from(np.log([0.5, 1.0]))
+        array([ 1., inf])
+    """
+    with np.errstate(divide="ignore"):
+        return np.log(2) / np.abs(log_decay)
+
+
 @dataclass(frozen=True)
 class Groups:
     """Ranks on every kind of input.
@@ -122,8 +136,7 @@ class Groups:
 
     def half_life(self, domain: str = "prose") -> NDArray[np.float64]:
         """Tokens after which a state has fallen to half, (head,), by the mean log-decay over prompts; infinite without decay."""
-        with np.errstate(divide="ignore"):
-            return np.log(2) / np.abs(self.log_decay[domain].mean(0))
+        return half_lives_from(self.log_decay[domain].mean(0))
 
     def predicted(self, domain: str = "prose") -> NDArray[np.float64]:
         """Ranks that the law predicts from log-decays alone, (head,); the mean over prompts and tokens decides."""
@@ -472,7 +485,7 @@ class Law:
 
     def scaled_half_life(self) -> NDArray[np.float64]:
         """(factor, head): half-life in tokens once the log-decay is multiplied."""
-        return np.log(2) / np.abs(np.array(self.factors)[:, None] * self.base_decay.mean(0))
+        return half_lives_from(np.array(self.factors)[:, None] * self.base_decay.mean(0))
 
     def scaled_relative(self) -> NDArray[np.float64]:
         """(factor, head): r/d then, mean over prompts."""

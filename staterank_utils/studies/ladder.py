@@ -593,13 +593,18 @@ def recalling_heads(found: Iterable[RecallWithout]) -> list[Row]:
         >>> recalling_heads(recall_without([load_measured("hybrid-text-0")[0]]))
         []
     """
-    share, known = (claims.THIRD["C11"].numbers[name] for name in ("share", "known"))
+    share = claims.THIRD["C11"].numbers["share"]
     kept = {}
-    for of in found:
-        if of.name.startswith("hybrid") and of.name not in known:
-            at = of.shares.index(share)
-            kept[of.name] = (of.intact, of.gain[LOW][at], of.gain[HIGH][at], list(of.random[at]))
+    for of in _later(found):
+        at = of.shares.index(share)
+        kept[of.name] = (of.intact, of.gain[LOW][at], of.gain[HIGH][at], list(of.random[at]))
     return [claims.judge_recalling_heads(kept)] if kept else []
+
+
+def _later(found: Iterable[RecallWithout]) -> list[RecallWithout]:
+    """The hybrids that C11 is about."""
+    known = claims.THIRD["C11"].numbers["known"]
+    return [of for of in found if of.name.startswith("hybrid") and of.name not in known]
 
 
 def later_hybrids(found: Iterable[RecallWithout]) -> str:
@@ -612,14 +617,15 @@ def later_hybrids(found: Iterable[RecallWithout]) -> str:
         >>> later_hybrids([])
         'No hybrid was measured since C11 was registered.'
     """
-    rows = recalling_heads(found)
-    if not rows:
+    later = _later(found)
+    if not later:
         return "No hybrid was measured since C11 was registered."
-    numbers = [number for number in rows[0]["criteria"] if number["label"].endswith("lowest")]
-    left = ", ".join(f"{number['point']:.0%} ({number['label'].split(',')[0]})" for number in numbers)
+    [row] = recalling_heads(later)
+    share = claims.THIRD["C11"].numbers["share"]
+    left = [f"{of.gain[LOW][of.shares.index(share)] / of.intact:.0%} ({of.name})" for of in later if of.recalls]
     return (
-        f"C11, on the {len(numbers)} hybrids measured since: {rows[0]['verdict']}{rows[0]['note']}. Without the lowest ranks, the share of the "
-        f"gain that is left is {left}."
+        f"C11, on the {len(left)} hybrids measured since: {row['verdict']}{row['note']}. Without the lowest ranks, the share of the "
+        f"gain that is left is {', '.join(left)}."
     )
 
 
@@ -651,6 +657,27 @@ def stored_models() -> dict[str, tuple[Measured, dict[str, Any]]]:
     return {file.stem: load_measured(file.stem) for file in sorted(LADDER.glob("*.json"))}
 
 
+def by_design(models: Mapping[str, Measured]) -> dict[tuple[str, str], dict[str, Measured]]:
+    """Models that differ in the seed alone, together.
+
+    Args:
+        models: name of the recipe, KIND-DATA-SEED -> what was measured.
+
+    Returns:
+        (kind, data) -> seed -> what was measured, in the order of `models`.
+
+    Example:
+        >>> measured, _ = load_measured("hybrid-text-0")
+        >>> [(design, *seeds) for design, seeds in by_design({"hybrid-text-0": measured, "hybrid-text-1": measured}).items()]
+        [(('hybrid', 'text'), '0', '1')]
+    """
+    found: dict[tuple[str, str], dict[str, Measured]] = {}
+    for name, model in models.items():
+        kind, data, seed = name.rsplit("-", 2)
+        found.setdefault((kind, data), {})[seed] = model
+    return found
+
+
 def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
     """The rows that only several models decide: C0b, C1d, C1e, C4b, C4c, C5b, C6 and C11 to C13, hybrid and pure apart where the rule says so.
 
@@ -667,10 +694,7 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
     if not models:
         return []
     of_shares = {name: shares(model.groups["end"]) for name, model in models.items()}
-    by_kind: dict[tuple[str, str], dict[str, Measured]] = {}
-    for name, model in models.items():
-        kind, data, seed = name.rsplit("-", 2)
-        by_kind.setdefault((kind, data), {})[seed] = model
+    by_kind = by_design(models)
     differences = {
         name: (each["outside by law"] - each["outside"], each["two groups by law"] - each["two groups"])
         for name, each in of_shares.items()
@@ -729,7 +753,7 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
         design, dose = (claims.THIRD[key].numbers[name] for name in ("design", "share"))
         of_seed = {
             seed: (
-                of.removal.area(LAYERS), of.removal.beyond_random(), float(of.removal.added(LAYERS, HIGH, dose).mean()),
+                of.removal.area(LAYERS), of.removal.beyond_random(), of.removal.cost(LAYERS, HIGH, dose),
                 of.removal.draws(LAYERS, dose).mean(1).tolist(),
             )
             for seed, of in by_kind.get(("hybrid", design), {}).items()

@@ -348,8 +348,12 @@ class Removal:
 
     def loss(self, scheme: str, order: str, share: float) -> float:
         """Mean loss without an arm's heads, nats per token; of random draws their mean."""
+        return float(self.intact.mean()) + self.cost(scheme, order, share)
+
+    def cost(self, scheme: str, order: str, share: float) -> float:
+        """Mean added nats of an arm; of random draws their mean."""
         added = self.draws(scheme, share) if order == RANDOM else self.added(scheme, order, share)
-        return float(self.intact.mean() + added.mean())
+        return float(added.mean())
 
     def counts(self, scheme: str, share: float, arms: tuple[str, str] = (LOW, HIGH)) -> bool:
         """Whether a dose counts: the mean loss of both arms is below that of unigram models."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -26,6 +26,8 @@ from staterank_utils.studies.recall import Recall, induction_gains, measure_caps
 from staterank_utils.studies.removal import HIGH, LAYERS, LOW, RANDOM, Removal, Sizes, measure_removal
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, draw_texts
 from staterank_utils.surgery import ablate_heads
+
+Study = TypeVar("Study")
 
 
 def _where(made: Mapping[str, Any]) -> str:
@@ -253,8 +255,8 @@ def repeat_groups(
 
 
 @dataclass(frozen=True)
-class RepeatedRemoval:
-    """The stored removal of a model, and a part of it measured again; or the removal of a model of which nothing is stored.
+class Repeated(Generic[Study]):
+    """What is stored of a model, and a part of it measured again; or what was measured of a model of which nothing is stored.
 
     Attributes:
         shown: the stored one, or what was measured now.
@@ -263,14 +265,24 @@ class RepeatedRemoval:
         made: provenance of the stored one; None where nothing is stored.
 
     Example:
-        >>> list(RepeatedRemoval.__dataclass_fields__)
+        >>> list(Repeated.__dataclass_fields__)
         ['shown', 'live', 'seed', 'made']
     """
 
-    shown: Removal
-    live: Removal
+    shown: Study
+    live: Study
     seed: str
     made: Mapping[str, Any] | None
+
+
+class RepeatedRemoval(Repeated[Removal]):
+    """The removal of heads from a model, stored and measured again.
+
+    Example:
+        >>> removal = load_measured("hybrid-text-0")[0].removal
+        >>> RepeatedRemoval(removal, removal, "0", None).source("hybrid")
+        'hybrid was measured by this run on 16 windows of each text.'
+    """
 
     def curves(self, scheme: str, orders: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Curves of the shown removal with those of random heads first, and of the live one, None where it is the shown one."""
@@ -341,25 +353,14 @@ def repeat_removal(name: str, model: PreTrainedModel, texts: Texts, *, sizes: Si
 # ---------------------------------------------------------------- recall
 
 
-@dataclass(frozen=True)
-class RepeatedRecall:
-    """The stored recall of a model, and a part of it measured again; or the recall of a model of which nothing is stored.
-
-    Attributes:
-        shown: the stored one, or what was measured now.
-        live: what was measured now.
-        seed: of the training, "?" where it is not known.
-        made: provenance of the stored one; None where nothing is stored.
+class RepeatedRecall(Repeated[Recall]):
+    """The recall of a model, stored and measured again.
 
     Example:
-        >>> list(RepeatedRecall.__dataclass_fields__)
-        ['shown', 'live', 'seed', 'made']
+        >>> recall = load_measured("hybrid-text-0")[0].recall
+        >>> RepeatedRecall(recall, recall, "0", None).source("hybrid")
+        'hybrid was measured by this run on 8 copies of each text.'
     """
-
-    shown: Recall
-    live: Recall
-    seed: str
-    made: Mapping[str, Any] | None
 
     def difference(self) -> float:
         """The largest difference of a gain from the stored one on the same copy of books, nats per token."""

@@ -1,6 +1,5 @@
 """What a notebook is asked for by its parameters: models, sizes, where its result goes."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from staterank_utils import markdown, plotting
 from staterank_utils.models import load_model, load_tokenizer
-from staterank_utils.results import check_parameters, whole_or_not
+from staterank_utils.results import check_parameters, write_table
 from staterank_utils.studies.repeated import RepeatedGroups, RepeatedRecall, RepeatedRemoval, write_chapter
 
 TEXTS = ("model", "revision", "device", "profile", "results_folder")
@@ -77,12 +76,8 @@ class Run:
         shown = plotting.figure_data(plt.gcf()) if rows is None else rows
         if not shown:
             raise ValueError(f"{figure} shows no numbers: draw it before its numbers are kept")
-        columns = dict.fromkeys(key for row in shown for key in row)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_or_not(self.file.with_name(f"{figure}.csv")) as partial, partial.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, [*columns])
-            writer.writeheader()
-            writer.writerows(shown)
+        write_table(self.file.with_name(f"{figure}.csv"), shown)
 
     def conclude(
         self,
