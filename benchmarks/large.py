@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from benchmarks.limits import read
 from benchmarks.timing import store
 from staterank_utils import prune_heads, select_heads, trace_states
+from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import moment_bytes, weight_bytes
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.layouts import linear_layers
 from staterank_utils.markdown import markdown_table
 from staterank_utils.selection import measure_saturation
 from staterank_utils.spectra import rank_and_norm

@@ -7,9 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.timing import rounds
+from staterank_utils.architectures import cache_bytes
 from staterank_utils.budget import weight_bytes
 from staterank_utils.models import make_cache
-from staterank_utils.pruning import cache_bytes
 
 READ_BYTES = 2**28  # far beyond any cache
 

@@ -19,7 +19,7 @@ from benchmarks.limits import operations_a_token, operations_per_second
 from benchmarks.profiles import gpu_work, where_gpu_time_goes, where_time_goes
 from benchmarks.timing import by_transformers_alone, options, rounds, store
 from staterank_utils import domain_prompts, effective_rank, load_model, load_tokenizer, trace_states
-from staterank_utils.layouts import linear_layers
+from staterank_utils.architectures import linear_layers
 from staterank_utils.markdown import markdown_table
 from staterank_utils.models import make_cache
 from staterank_utils.spectra import rank_and_norm

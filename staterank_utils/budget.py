@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import linear_layers
+from staterank_utils.architectures import linear_layers
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.architectures import LinearLayer, linear_layers
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.layouts import LinearLayer, linear_layers
 from staterank_utils.models import read_tokens
 from staterank_utils.surgery import check_no_intervention
 
@@ -102,7 +102,7 @@ def keep_channels(
     Example:
         >>> import torch
         >>> from staterank_utils import load_model
-        >>> from staterank_utils.pruning import cache_bytes
+        >>> from staterank_utils.architectures import cache_bytes
         >>> model, ids = load_model("hybrid"), torch.arange(128).reshape(1, 128)
         >>> smaller = keep_channels(model, order_channels(model, ids), share=0.5)
         >>> cache_bytes(smaller(ids.to(model.device), use_cache=True).past_key_values)["recurrent"]  # half of 144 * 64 * 64 * 4
@@ -134,7 +134,7 @@ def keep_channels(
                 rows = blocks.rows(groups, n_keys=len(names), per_key=per_key, sizes=layer.sizes, channels=of_heads)
                 blocks.cut(layer.module, rows)
             layer.resize(len(names), layer.n_heads, n_channels)
-            setattr(reduced.config.get_text_config(), str(layer.layout.d_k_setting), n_channels)
+            setattr(reduced.config.get_text_config(), str(layer.d_k_setting), n_channels)
     choose_kernels(reduced)
     return reduced
 
@@ -151,7 +151,7 @@ def why_not(model: PreTrainedModel) -> str | None:
         True
     """
     for layer in linear_layers(model):
-        if layer.layout.d_k_setting is None or not layer.layout.scans:
+        if layer.d_k_setting is None or not layer.scans:
             return f"key channels of {layer.name} cannot be cut: its configuration has no number of them of its own"
     return None
 

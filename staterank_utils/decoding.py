@@ -9,15 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.architectures import linear_layers, model_adapter
 from staterank_utils.dispatch import suited_kernels
 from staterank_utils.kernels import ordered_weights
-from staterank_utils.layouts import linear_layers
 from staterank_utils.models import evaluating, make_cache, output_logits, read_tokens, unwrapped
 
 Tokens = list[int]
 ORDER_FROM = 16  # tokens that may be left to decode, from which on other strides of the weights pay
 STEPS_AT_ONCE = 16  # on a GPU, between two looks at what was made
-MASKS_BY_KIND = ("qwen3_next",)  # models whose forward takes a mask for each kind of layer, made beforehand
 
 
 @torch.inference_mode()
@@ -196,7 +195,7 @@ def _decode(
     ids, mask = pad_left(model, rows)
     room = max(limit - len(row) for row, limit in zip(made, limits, strict=True))
     on_one_gpu = model.device.type == "cuda" and len({p.device for p in model.parameters()}) == 1
-    in_place = on_one_gpu and model.config.model_type in MASKS_BY_KIND
+    in_place = on_one_gpu and model_adapter(model).masks_by_kind
     next_tokens = _steps_in_place(model, ids, mask, room) if in_place else _steps(model, ids, mask)
     over = [False] * len(rows)
     with suited_kernels(model), evaluating(model), ordered_weights(model) if room >= ORDER_FROM else nullcontext():

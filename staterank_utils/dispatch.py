@@ -10,7 +10,6 @@ import functools
 import importlib
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from staterank_utils import fla_cpu, kernels
+from staterank_utils.architectures import LinearLayer, find_layers, linear_layers
 from staterank_utils.fla_cpu import FlaKernel
-from staterank_utils.layouts import LinearLayer, find_layers, linear_layers
 from staterank_utils.rebinding import Rebinding, forward_slot, functions_called, replaced
 
 PLAIN_KERNELS = "STATERANK_PLAIN_KERNELS"  # the environment variable
@@ -146,7 +145,7 @@ def choose_kernels(model: nn.Module, *, plain: bool | None = None) -> str:
     if on_cpu:
         kernels.keep_freed_memory()
         return "torch"
-    named = any(layer.layout.kernels for layer in layers)
+    named = any(layer.kernels for layer in layers)
     return "fla" if "fla" in backends(model).values() else "torch (fla is not installed)" if named else "torch"
 
 
@@ -208,7 +207,7 @@ def backend_of(layer: LinearLayer) -> Backend:
     """
     if not next(layer.module.parameters(), torch.empty(0)).is_cuda:
         return "torch"
-    called = [kernel for found in functions_called(layer.module, layer.layout.scans).values() for kernel in found]
+    called = [kernel for found in functions_called(layer.module, layer.scans).values() for kernel in found]
     return (
         "fla"
         if called and all(isinstance(kernel, Kernel) and kernel.backend == "fla" for kernel in called)
@@ -251,8 +250,8 @@ def _is_plain() -> bool:
 
 def _attributes(model: nn.Module, *, plain: bool) -> dict[nn.Module, dict[str, Any]]:
     """What is to be set on each module of a model, so that it calls kernels suited to its tensors."""
-    layers = {layer.module: layer.layout for layer in find_layers(model)}
-    stock = {name: getattr(sys.modules[layout.module], name) for layout in layers.values() for name in layout.kernels}
+    layers = {layer.module: layer for layer in find_layers(model)}
+    stock = {name: layer.kernel(name) for layer in layers.values() for name in layer.kernels}
     chosen = {name: Kernel(function, plain=plain) for name, function in stock.items()}
     # A fast forward calls what the layer's own calls.
     rebinding = Rebinding({name: functools.partial(_in_place_of, kernel) for name, kernel in chosen.items()})
@@ -263,8 +262,8 @@ def _attributes(model: nn.Module, *, plain: bool) -> dict[nn.Module, dict[str, A
         given: dict[str, Any] = {}
         slot, own_forward = forward_slot(module), type(module).forward
         if (held := own.get(slot)) is None or (isinstance(held, MethodType) and held.__func__ is own_forward):
-            if (layout := layers.get(module)) and layout.forward:
-                given[slot] = MethodType(layout.forward(own_forward), module)
+            if (layer := layers.get(module)) and layer.mend:
+                given[slot] = MethodType(layer.mend(own_forward), module)
             elif not plain and (fast := kernels.fast_forward(module)):
                 given[slot] = MethodType(_dispatched_forward(own_forward, fast), module)
         if of_fla:

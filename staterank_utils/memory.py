@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import linear_layers, state_size
-from staterank_utils.layouts.core import Change
+from staterank_utils.architectures import linear_layers, state_size
+from staterank_utils.architectures.core import Change
 from staterank_utils.spectra import REL_TOL, singular_values
 from staterank_utils.surgery import Head, all_heads, heads_by_layer, noted
 from staterank_utils.tracing import StateTrace, trace_states

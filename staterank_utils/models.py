@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,18 +20,15 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
-    StaticCache,
 )
-from transformers.cache_utils import CacheLayerMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from staterank_utils import fla_cpu
+from staterank_utils.architectures import linear_layers, model_adapter
 from staterank_utils.budget import in_words, out_of_memory, weight_bytes
 from staterank_utils.dispatch import choose_kernels, suited_kernels
-from staterank_utils.layouts import Layout, find_layers, linear_layers
 from staterank_utils.pruned import MODEL_TYPE, RECORD, auto_class, config_class_of
 
 EMBEDDED = ("hybrid", "pure")
@@ -456,51 +452,6 @@ def parameters_hash(model: nn.Module) -> str:
 # ---------------------------------------------------------------- cache
 
 
-class LinearOnlyCache(DynamicCache):
-    """A cache for a model without softmax attention: it counts its tokens itself.
-
-    The stock cache asks an attention layer how many tokens it has seen, and raises where there is none. Steps of one token in Mamba-2,
-    which tell no cache, are not counted.
-
-    Args:
-        config: of the model.
-
-    Example:
-        >>> one_layer = {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}
-        >>> config = AutoConfig.from_pretrained(CHECKPOINTS / "hybrid", **one_layer)
-        >>> model, cache = initial_model(config), LinearOnlyCache(config)
-        >>> for n_tokens in (5, 1, 1):
-        ...     _ = model(torch.ones(1, n_tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
-        >>> cache.get_seq_length()
-        7
-    """
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config=config)
-        self._counted = next((i for i, layer in enumerate(self.layers) if hasattr(layer, "recurrent_states")), 0)
-        self._n_tokens = 0
-        self._n_new = 1
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        # A layer may keep other convolutions too (`state_idx`), which do not read tokens one for one.
-        if layer_idx == self._counted and not kwargs.get("state_idx", args[0] if args else 0):
-            self._n_new = conv_states.shape[-1]
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        if layer_idx == self._counted:
-            # A step of one token rewrites its convolution state in place, without update_conv_state.
-            self._n_tokens += self._n_new
-            self._n_new = 1
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._n_tokens
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._n_tokens + query_length, 0
-
-
 def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Any:
     """An empty cache that suits the model, for `forward` and `generate`.
 
@@ -511,7 +462,7 @@ def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Any:
 
     Returns:
         The stock cache of transformers for a model that has softmax attention too, else a `LinearOnlyCache`, whose states need
-        the same room at any length; or what the layout of the model's layers says (xLSTM's is for `read_tokens` alone). To `generate` of a
+        the same room at any length; or the architecture's own (xLSTM's is for `read_tokens` alone). To `generate` of a
         model without softmax attention, whose configuration may say that it uses no cache, give use_cache=True beside it.
 
     Example:
@@ -521,13 +472,7 @@ def make_cache(model: PreTrainedModel, *, max_tokens: int | None = None) -> Any:
         >>> cache.get_seq_length(), type(cache).__name__
         (9, 'DynamicCache')
     """
-    model = unwrapped(model)
-    layout = _layout_of(model)
-    if layout and layout.cache:
-        return layout.cache(model)
-    cache = DynamicCache(config=model.config) if max_tokens is None else StaticCache(model.config, max_tokens)
-    counts_tokens = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
-    return cache if counts_tokens else LinearOnlyCache(model.config)
+    return model_adapter(unwrapped(model)).make_cache(max_tokens)
 
 
 def read_tokens(
@@ -565,9 +510,7 @@ def read_tokens(
     options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": cache is not None}
     options["past_key_values" if "past_key_values" in known else "cache_params"] = cache
     options = {name: value for name, value in options.items() if name in known and value is not None}
-    layout = _layout_of(model)
-    if layout and layout.arguments:
-        options |= layout.arguments(model, input_ids, positions, cache)
+    options |= model_adapter(model).arguments(input_ids, positions, cache)
     with suited_kernels(model), evaluating(model):
         made = base(input_ids=input_ids, **options)
     hidden: Tensor = made[0] if isinstance(made, tuple) else made.last_hidden_state
@@ -687,15 +630,11 @@ def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "*lead d_model"]
         True
     """
     model = unwrapped(model)
-    layout = _layout_of(model)
-    own = layout and layout.logits
-    head = model.get_output_embeddings()
-    if head is None:
+    if model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no output embedding, so it gives no logits: load it as a language model"
         )
-    logits: Tensor = own(model, hidden) if own else head(hidden)
-    return logits.to(hidden.device)
+    return model_adapter(model).logits(hidden).to(hidden.device)
 
 
 @functools.cache
@@ -708,13 +647,3 @@ def _argument_names(forward: Callable[..., Any]) -> frozenset[str]:
         if takes_any and "input_ids" not in named
         else named
     )
-
-
-def _layout_of(model: PreTrainedModel) -> Layout | None:
-    """Of a model's first linear-attention layer, if it has one; looked up once, since decoding asks at every token."""
-    if model not in _layouts:
-        _layouts[model] = next((layer.layout for layer in find_layers(model)), None)
-    return _layouts[model]
-
-
-_layouts: WeakKeyDictionary[nn.Module, Layout | None] = WeakKeyDictionary()

@@ -5,7 +5,6 @@ of the whole model. From it, `AutoConfig` builds a subclass of the whole model's
 whole model's class, which cuts its layers as soon as it is built. Without the import, transformers says that it does not know the type.
 """
 
-import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -22,8 +21,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from staterank_utils import fla_cpu
+from staterank_utils.architectures import LinearLayer, find_layers
 from staterank_utils.dispatch import choose_kernels, has_kernels
-from staterank_utils.layouts import LinearLayer, find_layers
 
 MODEL_TYPE = "staterank_pruned"
 FORMAT = 2
@@ -251,13 +250,13 @@ def keep_heads(layer: LinearLayer, kept: Sequence[int]) -> None:
 
     Example:
         >>> from staterank_utils import load_model
-        >>> from staterank_utils.layouts import linear_layers
+        >>> from staterank_utils.architectures import linear_layers
         >>> layer = linear_layers(load_model("hybrid"))[0]
         >>> keep_heads(layer, [0, 1, 2, 3])
         >>> layer.n_heads, layer.module.out_proj.in_features
         (4, 256)
     """
-    names, keys, layout, module = layer.heads, layer.keys, layer.layout, layer.module
+    names, keys, module = layer.heads, layer.keys, layer.module
     if list(kept) == names:
         return
     per_key = len(names) // len(keys)
@@ -275,10 +274,10 @@ def keep_heads(layer: LinearLayer, kept: Sequence[int]) -> None:
         blocks.cut(module, blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=layer.sizes))
     layer.resize(len(new), len(kept), layer.d_k)
     module.staterank_heads, module.staterank_keys = list(kept), [key for key, _ in new]
-    if kept and layout.rescale:
-        layout.rescale(module, len(names), len(kept))
-    if not kept and layout.idle:
-        module.forward = functools.partial(layout.idle, module)
+    if kept:
+        layer.rescale(len(names), len(kept))
+    elif layer.idle:
+        module.forward = layer.idle
 
 
 def _cut_as_recorded(model: PreTrainedModel) -> None:

@@ -9,15 +9,14 @@ A head is named by the index that it had in the model before any was removed, al
 import copy
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.architectures import check_heads, linear_layers
 from staterank_utils.budget import in_words, out_of_memory, weight_bytes
 from staterank_utils.dispatch import choose_kernels, has_kernels
-from staterank_utils.layouts import check_heads, linear_layers
 from staterank_utils.models import unwrapped
 from staterank_utils.pruned import (
     FORMAT,
@@ -89,11 +88,11 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
             pruned = copy.deepcopy(model)
         for layer in linear_layers(pruned):
             of_layer, gone = kept[layer.index], chosen.get(layer.index, [])
-            if gone and not layer.layout.weights:
+            if gone and not layer.weights:
                 raise ValueError(
-                    f"heads of {layer.name} cannot be removed exactly, since {layer.layout.kept_whole}: ablate them instead"
+                    f"heads of {layer.name} cannot be removed exactly, since {layer.kept_whole}: ablate them instead"
                 )
-            if gone and not layer.layout.idle and len(gone) == len(of_layer):
+            if gone and not layer.idle and len(gone) == len(of_layer):
                 raise ValueError(f"layer {layer.index} must keep a head: {layer.name} cannot run without any")
             keep_heads(layer, [head for head in of_layer if head not in gone])
     record = {index: sorted({*before.get(index, []), *chosen.get(index, [])}) for index in kept}
@@ -136,44 +135,4 @@ def duplicated_bytes(model: PreTrainedModel) -> int:
             weight = blocks.tensor(layer.module)
             rows = sum(size if isinstance(size, int) else sizes[size] for kind, size in blocks.parts if kind == "key")
             total += n_duplicates * rows * weight.nbytes // weight.shape[blocks.axis]
-    return total
-
-
-def cache_bytes(cache: Any) -> dict[str, int]:
-    """Bytes of the tensors that a cache holds, by what they are for.
-
-    Args:
-        cache: after a forward pass.
-
-    Returns:
-        "recurrent" (the states S), "convolution" (the last inputs of the short convolutions), "softmax" (keys and values).
-
-    Example:
-        >>> import torch
-        >>> from staterank_utils import load_model
-        >>> model = load_model("hybrid")
-        >>> cache = model(torch.ones(1, 9, dtype=torch.long, device=model.device), use_cache=True).past_key_values
-        >>> cache_bytes(cache)["recurrent"]  # 144 states of 64 x 64 in float32
-        2359296
-    """
-    total = {"recurrent": 0, "convolution": 0, "softmax": 0}
-    for layer in cache.layers:
-        tensors = {
-            "recurrent": getattr(layer, "recurrent_states", {}).values(),
-            "convolution": getattr(layer, "conv_states", {}).values(),
-            "softmax": (getattr(layer, "keys", None), getattr(layer, "values", None)),
-        }
-        if state := getattr(layer, "state", None):
-            # A cache of fla: by name, one tensor or several of a kind. RWKV keeps the last token where others keep more.
-            names = (
-                ("recurrent", ("recurrent_state",)),
-                ("convolution", ("conv_state", "ffn_state")),
-                ("softmax", ("attn_state",)),
-            )
-            held = {name: x if isinstance(x, (tuple, list)) else (x,) for name, x in state.items()}
-            tensors = {kind: [x for name in of_kind for x in held[name]] for kind, of_kind in names}
-        for kind, of_layer in tensors.items():
-            total[kind] += sum(x.numel() * x.element_size() for x in of_layer if isinstance(x, Tensor))
-    # (the caches of MiniMax and xLSTM keep their states beside their layers)
-    total["recurrent"] += sum(x.nbytes for x in getattr(cache, "linear_cache", ()) if isinstance(x, Tensor))
     return total

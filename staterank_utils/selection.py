@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import state_size
+from staterank_utils.architectures import state_size
 from staterank_utils.pruning import removed_heads
 from staterank_utils.spectra import rank_and_norm
 from staterank_utils.surgery import Head, all_heads

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import budget, in_words
-from staterank_utils.layouts import linear_layers
 from staterank_utils.results import whole_or_not, write_json
 from staterank_utils.surgery import ablations
 from staterank_utils.tracing import (

@@ -20,14 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import check_heads, layer_index, linear_layers
+from staterank_utils.architectures import SOFTMAX_PROJECTION, check_heads, linear_layers, softmax_layers
 from staterank_utils.models import check_ids, make_cache, read_tokens, unwrapped
 from staterank_utils.rebinding import eagerly
 from staterank_utils.spectra import decompose
 
 Head = tuple[int, int]
 KINDS = ("zero", "mean", "frozen")
-SOFTMAX_PROJECTION = "o_proj"
 
 
 def all_heads(model: PreTrainedModel) -> list[Head]:
@@ -231,7 +230,7 @@ def softmax_heads(model: PreTrainedModel) -> list[Head]:
         >>> softmax_heads(load_model("hybrid"))
         [(3, 0), (3, 1), (3, 2), (3, 3), (7, 0), (7, 1), (7, 2), (7, 3), (11, 0), (11, 1), (11, 2), (11, 3)]
     """
-    return [(index, head) for index in _softmax_layers(model) for head in range(_n_softmax_heads(model))]
+    return [(index, head) for index in softmax_layers(model) for head in range(_n_softmax_heads(model))]
 
 
 @contextmanager
@@ -254,7 +253,7 @@ def ablate_softmax_heads(model: PreTrainedModel, heads: Iterable[Head]) -> Itera
         >>> torch.equal(model(ids).logits, before), torch.equal(without, before)
         (True, False)
     """
-    layers = _softmax_layers(model)
+    layers = softmax_layers(model)
     by_layer = heads_by_layer(heads, softmax_heads(model), what="softmax")
     with ExitStack() as stack:
         for index, chosen in by_layer.items():
@@ -409,7 +408,7 @@ def heads_by_layer(heads: Iterable[Head], known: Iterable[Head], *, what: str) -
         what: kind of heads, for the messages.
 
     Raises:
-        TypeError, ValueError: as in `layouts.check_heads`.
+        TypeError, ValueError: as in `architectures.check_heads`.
 
     Example:
         >>> heads_by_layer([(0, 3), (2, 1), (0, 1)], [(0, 1), (0, 3), (2, 1)], what="linear-attention")
@@ -426,16 +425,6 @@ def heads_by_layer(heads: Iterable[Head], known: Iterable[Head], *, what: str) -
         except (TypeError, ValueError):
             raise TypeError(f"expected (layer, head) pairs, such as [(0, 3), (5, 1)], got {pairs!r}") from None
     return check_heads(*grouped, what=what)
-
-
-def _softmax_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Decoder layer -> its softmax attention; of one that several layers share, the first of them."""
-    linear = {layer.module for layer in linear_layers(model)}
-    return {
-        layer_index(name, module): module
-        for name, module in model.named_modules()
-        if hasattr(module, "layer_idx") and hasattr(module, SOFTMAX_PROJECTION) and module not in linear
-    }
 
 
 def _n_softmax_heads(model: PreTrainedModel) -> int:

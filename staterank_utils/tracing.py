@@ -17,10 +17,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import recurrence
+from staterank_utils.architectures import LinearLayer, linear_layers
 from staterank_utils.budget import budget, in_words, machine_memory, out_of_memory
 from staterank_utils.dispatch import Kernel, backend_of, suited_kernels
 from staterank_utils.kernels import serves_kernel
-from staterank_utils.layouts import LinearLayer, linear_layers
 from staterank_utils.models import check_ids, make_cache, output_logits, read_tokens, unwrapped
 from staterank_utils.rebinding import eagerly
 from staterank_utils.spectra import finite_at_the_end
@@ -87,11 +87,11 @@ def trace_states(
 
     A prompt is read once, in segments of 2,048 tokens through the model's cache; where fla's kernels for delta rules serve, of up to
     8,192 of all prompts together. Inside a segment only the kernels of the linear-attention layers stop at the positions, or tell the states on the way where they can. That is
-    the same computation as one full pass, up to the order of float32 sums. Where a layout names no such kernel, the segments
+    the same computation as one full pass, up to the order of float32 sums. Where an architecture has no such kernel, the segments
     themselves end at the positions. On a GPU the states of a delta rule between two segments are made beside the kernel,
     from what it is given (`recurrence`): in float32, where the kernel rounds some products to the dtype of its inputs.
 
-    Source: S(t) as in arXiv:2602.02195; which states a layer keeps, `staterank_utils.layouts`.
+    Source: S(t) as in arXiv:2602.02195; which states a layer keeps, `staterank_utils.architectures`.
 
     Args:
         model: from `load_model`.
@@ -197,9 +197,9 @@ def _trace_batch(
                 tap.positions = inside
             hidden = read_tokens(model, input_ids[:, start:stop], positions=order[:, start:stop], cache=cache)
             for tap in taps:
-                if inside and not tap.layer.layout.scans:
+                if inside and not tap.layer.scans:
                     tap.keep(tap.layer.state(cache)[:, None].clone())
-            if stop < positions[-1] and layers[0].layout.cache is None:  # a layout's own cache is filled by the layout
+            if stop < positions[-1] and not layers[0].model_adapter.own_cache:  # a cache of its own is not dropped
                 _check_kept(model, cache, stop, [layer.index for layer in layers])
             if logits and inside:
                 chosen = hidden[:, [position - 1 for position in inside]]
@@ -235,7 +235,7 @@ def _stacked(kept: list[list[Tensor]]) -> Num[Tensor, "layer batch position *mad
 
 def _borders(positions: Sequence[int], layers: list[LinearLayer], *, n_prompts: int) -> list[int]:
     """Where segments begin and end."""
-    wanted = positions[-1:] if all(layer.layout.scans for layer in layers) else positions
+    wanted = positions[-1:] if all(layer.scans for layer in layers) else positions
     size = SEGMENT
     # Kernels that are not fla's take too much: transformers' own 100 kB per token and head and more (Kimi Linear, Mamba-2).
     if all(backend_of(layer) == "fla" for layer in layers):
@@ -315,7 +315,7 @@ class _StateTap:
         expected = self.layer.n_heads, self.layer.d_k, self.layer.d_v
         if tuple(states.shape[2:]) != expected:
             raise ValueError(
-                f"layer {self.layer.index} keeps states of shape {tuple(states.shape[2:])}, its layout expects {expected}"
+                f"layer {self.layer.index} keeps states of shape {tuple(states.shape[2:])}, its adapter expects {expected}"
             )
         if states.dtype.itemsize < 4:
             raise ValueError(
@@ -441,7 +441,7 @@ class _GateReading:
         self._seen: dict[str, Any] = {}
 
     def __enter__(self) -> "_GateReading":
-        names = () if self.layer.layout.scans else self.layer.layout.gate_modules
+        names = () if self.layer.scans else self.layer.gate_modules
         self._handles = [
             self.layer.module.get_submodule(name).register_forward_hook(functools.partial(self._look, name))
             for name in names
@@ -469,7 +469,7 @@ class _GateReading:
 
     def _look(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._seen[name] = output
-        names = self.layer.layout.gate_modules
+        names = self.layer.gate_modules
         if len(self._seen) == len(names):
             outputs = [self._seen[name] for name in names]
             self.add(*self.layer.gates(*outputs), *outputs)

@@ -9,11 +9,11 @@ import torch
 from conftest import tiny_qwen3_next, unchecked
 from transformers import AutoModelForCausalLM
 
+from staterank_utils.architectures import cache_bytes, linear_layers
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache
-from staterank_utils.pruning import cache_bytes, prune_heads
+from staterank_utils.pruning import prune_heads
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tracing import trace_states
 

@@ -17,13 +17,13 @@ from architectures.oracle import Architecture
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from staterank_utils.architectures import cache_bytes, linear_layers
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.decoding import pad_left
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.layouts import linear_layers
 from staterank_utils.memory import cap_half_life, check_memory_bound, scale_decay
 from staterank_utils.models import load_model, make_cache, output_logits, read_tokens
-from staterank_utils.pruning import cache_bytes, prune_heads, removed_heads
+from staterank_utils.pruning import prune_heads, removed_heads
 from staterank_utils.reference import gated_delta_rule
 from staterank_utils.surgery import ablate_heads, all_heads, forward_with_edits, mean_outputs
 from staterank_utils.tracing import trace_states
@@ -219,7 +219,7 @@ def test_states_in_bfloat16(architecture, half, ids, keep) -> None:
         assert keep(conformance.STATES, apart_of_std(found, states), dtype="bfloat16") < HALF
 
 
-def test_a_layout_reads_the_gates_off_the_projections(architecture, model, three) -> None:
+def test_an_adapter_reads_the_gates_off_the_projections(architecture, model, three) -> None:
     """Also where a trace takes them from the kernel's arguments."""
     layers, seen = linear_layers(model), {}
     hooks = [
@@ -227,13 +227,13 @@ def test_a_layout_reads_the_gates_off_the_projections(architecture, model, three
             lambda _, __, output, key=(row, name): seen.update({key: output})
         )
         for row, layer in enumerate(layers)
-        for name in layer.layout.gate_modules
+        for name in layer.gate_modules
     ]
     expected = architecture.expected(model, three)
     for hook in hooks:
         hook.remove()
     for row, (layer, gates) in enumerate(zip(layers, expected, strict=True)):
-        log_decay, strength = layer.gates(*(seen[row, name] for name in layer.layout.gate_modules))
+        log_decay, strength = layer.gates(*(seen[row, name] for name in layer.gate_modules))
         over_channels = log_decay.mean(-1) if log_decay.ndim == 4 else log_decay
         for read, gate in ((over_channels, gates.log_decay), (strength, gates.write_strength)):
             assert read.shape == gate.shape
@@ -516,7 +516,7 @@ def test_a_pruned_model_trains(name, model, three, removal) -> None:
 
 def test_key_channels_are_cut_or_refused(model, three, tmp_path: Path) -> None:
     layer = linear_layers(model)[0]
-    if layer.layout.d_k_setting is None:
+    if layer.d_k_setting is None:
         with pytest.raises(ValueError, match="key channels of .* cannot be cut"):
             order_channels(model, three)
         return

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3NextForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
+from staterank_utils.architectures import linear_layers
 from staterank_utils.dispatch import Kernel, backends, choose_kernels, suited_kernels
-from staterank_utils.layouts import linear_layers
 from staterank_utils.memory import scale_decay
 from staterank_utils.models import load_model, make_cache, read_tokens
 from staterank_utils.pruning import prune_heads

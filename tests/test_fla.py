@@ -14,9 +14,9 @@ pytest.importorskip("fla")
 from architectures.fla_models import KERNELS, MODELS, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
+from staterank_utils.architectures import linear_layers
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.fla_cpu import FlaKernel
-from staterank_utils.layouts import linear_layers
 from staterank_utils.models import _config, load_model
 from staterank_utils.pruning import prune_heads
 from staterank_utils.rebinding import functions_called

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
 from staterank_utils import domain_prompts, kernels, load_model, load_tokenizer
+from staterank_utils.architectures import linear_layers
 from staterank_utils.dispatch import PLAIN_KERNELS, choose_kernels
-from staterank_utils.layouts import linear_layers
 from staterank_utils.models import make_cache
 from staterank_utils.reference import gated_delta_rule
 from staterank_utils.results import EMBEDDED

@@ -16,10 +16,10 @@ from conftest import tiny_qwen3_next, unchecked
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from staterank_utils.architectures import linear_layers
 from staterank_utils.decoding import generate_greedily
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import answer_nats, evaluate, induction, text_nats
-from staterank_utils.layouts import linear_layers
 from staterank_utils.models import load_tokenizer, make_cache, read_tokens
 from staterank_utils.pruning import prune_heads
 from staterank_utils.streaming import stream_states

@@ -10,9 +10,9 @@ import torch
 from conftest import tiny_qwen3_next, unchecked
 from transformers import AutoModelForCausalLM
 
-from staterank_utils.layouts import linear_layers
-from staterank_utils.models import LinearOnlyCache, load_model, make_cache
-from staterank_utils.pruning import cache_bytes, duplicated_bytes, prune_heads, removed_heads
+from staterank_utils.architectures import LinearOnlyCache, cache_bytes, linear_layers
+from staterank_utils.models import load_model, make_cache
+from staterank_utils.pruning import duplicated_bytes, prune_heads, removed_heads
 from staterank_utils.selection import saturation_scores, select_heads
 from staterank_utils.surgery import ablate_heads, all_heads
 from staterank_utils.tracing import trace_states
@@ -310,7 +310,7 @@ def test_without_the_import_transformers_says_which_type_it_does_not_know(tmp_pa
     assert "model type `staterank_pruned`" in done.stderr
 
 
-def test_a_model_without_a_layout_is_refused() -> None:
+def test_a_model_without_an_adapter_is_refused() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)

@@ -13,7 +13,7 @@ import torch
 from conftest import save_tiny, tiny_qwen3_next
 
 from staterank_utils import claims
-from staterank_utils.layouts import linear_layers
+from staterank_utils.architectures import linear_layers
 from staterank_utils.memory import predicted_rank
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.strata import cohen_kappa
@@ -132,7 +132,9 @@ def test_changes_of_rank_are_compared_where_some_are_predicted() -> None:
 def test_an_architecture_without_decay_has_a_bound_and_no_factors(
     monkeypatch: pytest.MonkeyPatch, hybrid, tokenizer
 ) -> None:
-    layers = [replace(layer, layout=replace(layer.layout, changed_decay=None)) for layer in linear_layers(hybrid)]
+    layers = linear_layers(hybrid)
+    for layer in layers:
+        layer.change_decay = None
     monkeypatch.setattr(groups, "linear_layers", lambda model: layers)
     law = measure_law(hybrid, tokenizer, n_prompts=1, n_tokens=128)
     assert (law.factors, law.scaled_rank.shape, law.bound_violations) == ((), (0, 1, 144), 0)

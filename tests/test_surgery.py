@@ -5,7 +5,7 @@ import torch
 from architectures import ssd
 from conftest import tiny_qwen3_next
 
-from staterank_utils.layouts import linear_layers
+from staterank_utils.architectures import linear_layers
 from staterank_utils.models import make_cache
 from staterank_utils.surgery import (
     KINDS,

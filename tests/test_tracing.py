@@ -4,7 +4,6 @@ import re
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +18,8 @@ from transformers import (
 )
 
 from staterank_utils import tracing
+from staterank_utils.architectures import WRONG_IN_SEGMENTS, linear_layers
 from staterank_utils.dispatch import backends, choose_kernels
-from staterank_utils.layouts import WRONG_IN_SEGMENTS, linear_layers
 from staterank_utils.models import load_model, make_cache
 from staterank_utils.rebinding import calls_through
 from staterank_utils.reference import gated_delta_rule
@@ -104,10 +103,11 @@ def test_segments_are_longer_for_few_prompts_where_fla_serves(
 ) -> None:
     layers = linear_layers(tiny_model)
     assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == [0, 2048, 4096, 6144, 8192, 9000]
-    monkeypatch.setattr(tracing, "backend_of", lambda layer: "fla" if layer.layout.scans else "torch")
+    monkeypatch.setattr(tracing, "backend_of", lambda layer: "fla" if layer.scans else "torch")
     assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == borders
-    without_kernel = [replace(layer, layout=replace(layer.layout, scans=())) for layer in layers]
-    found = tracing._borders([100, 9000], without_kernel, n_prompts=n_prompts)
+    for layer in layers:
+        layer.scans = ()
+    found = tracing._borders([100, 9000], layers, n_prompts=n_prompts)
     assert found == [0, 100, 2048, 4096, 6144, 8192, 9000]
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import claims
+from staterank_utils.architectures import state_size
 from staterank_utils.evaluation import (
     TASKS,
     Task,
@@ -21,7 +22,6 @@ from staterank_utils.evaluation import (
     needle_task,
     recall_task,
 )
-from staterank_utils.layouts import state_size
 from staterank_utils.pruning import prune_heads
 from staterank_utils.selection import (
     PAPER_SHARE,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import claims, strata
-from staterank_utils.layouts import linear_layers, state_size
+from staterank_utils.architectures import linear_layers, state_size
 from staterank_utils.memory import check_memory_bound, predicted_rank, scale_decay
 from staterank_utils.spectra import Spectrum, rank_and_norm, singular_values, stable_rank
 from staterank_utils.strata import Estimate, bootstrap, cosine, is_high, mean_kappa, mean_spearman, spearman

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import claims
+from staterank_utils.architectures import state_size
 from staterank_utils.evaluation import TASKS, answer_nats, evaluate, token_nats
-from staterank_utils.layouts import state_size
 from staterank_utils.memory import cap_half_life
 from staterank_utils.strata import Estimate, bootstrap, cohen_kappa, is_high
 from staterank_utils.studies.groups import Groups, Row, trace_heads

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils import claims
+from staterank_utils.architectures import state_size
 from staterank_utils.budget import in_words, weight_bytes
 from staterank_utils.evaluation import token_nats
-from staterank_utils.layouts import state_size
 from staterank_utils.selection import SHARES, saturation_scores
 from staterank_utils.strata import Estimate, bootstrap, exactly, spread
 from staterank_utils.studies.groups import HeadTrace, Row, trace_heads

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.architectures import cache_bytes, state_size
 from staterank_utils.channels import keep_channels, order_channels, why_not
 from staterank_utils.evaluation import token_nats
-from staterank_utils.layouts import state_size
 from staterank_utils.models import make_cache, read_tokens
-from staterank_utils.pruning import cache_bytes, duplicated_bytes, prune_heads
+from staterank_utils.pruning import duplicated_bytes, prune_heads
 from staterank_utils.selection import PAPER_SHARE, Measure, head_pairs, measure_heads, saturation_scores, select_heads
 from staterank_utils.studies.texts import Texts
 from staterank_utils.surgery import Head, ablate_heads, all_heads

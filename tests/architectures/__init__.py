@@ -1,4 +1,4 @@
-"""Every architecture that `staterank_utils.layouts` describes, as a tiny model with its recurrence in float64."""
+"""Every architecture that `staterank_utils.architectures` describes, as a tiny model with its recurrence in float64."""
 
 from importlib.util import find_spec
 

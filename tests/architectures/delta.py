@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from architectures.oracle import Architecture, Expected, unit
-from staterank_utils.layouts import linear_layers
+from staterank_utils.architectures import linear_layers
 from staterank_utils.reference import gated_delta_rule
 
 LAYERS = ["linear_attention", "full_attention", "linear_attention"]

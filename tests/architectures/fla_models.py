@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from architectures.oracle import Architecture, Expected, from_projections, mixed_by, recurrence, unit
+from staterank_utils.architectures import LinearLayer, linear_layers
 from staterank_utils.fla_cpu import knows
-from staterank_utils.layouts import LinearLayer, linear_layers
 from staterank_utils.rebinding import calls_through
 
 GROUPED = {"head_dim": 8, "num_heads": 2, "num_v_heads": 4, "expand_v": 2.0}

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, xLSTMConfig, xLSTMForCausalLM
 
 from architectures.oracle import Architecture, Expected, recurrence
-from staterank_utils.layouts import linear_layers
+from staterank_utils.architectures import linear_layers
 
 
 def _xlstm() -> PreTrainedModel:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from staterank_utils.layouts import LinearLayer, linear_layers
+from staterank_utils.architectures import LinearLayer, linear_layers
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def from_projections(
     """From the outputs of every layer's first projection in one full pass: `of_layer` is given the layer and its output."""
     found: list[Expected] = []
     hooks = [
-        layer.module.get_submodule(layer.layout.gate_modules[0]).register_forward_hook(
+        layer.module.get_submodule(layer.gate_modules[0]).register_forward_hook(
             lambda _, __, out, layer=layer: found.append(of_layer(layer, out.double()))
         )
         for layer in linear_layers(model)

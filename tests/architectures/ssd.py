@@ -1,4 +1,4 @@
-"""Tiny random models of the layers in `layouts.ssd`: the real classes, grouped heads, d_k != d_v where the class allows it."""
+"""Tiny random models of the layers in `architectures.ssd`: the real classes, grouped heads, d_k != d_v where the class allows it."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from architectures.oracle import Architecture, Expected, from_projections, mixed_by, recurrence
-from staterank_utils.layouts import LinearLayer
+from staterank_utils.architectures import LinearLayer
 
 COMMON = {
     "vocab_size": 64,

@@ -1,4 +1,4 @@
-"""Layouts of layers whose norm runs across heads: Mamba-2 and its relatives, and MiniMax's lightning attention.
+"""Layers whose norm runs across heads: Mamba-2 and its relatives, and MiniMax's lightning attention.
 
 Mamba-2 in the words of this package: a state is S(t) = a_t S(t-1) + dt_t B_t x_t^T, with keys B and queries C (d_k numbers,
 shared by the heads of a group), values x (d_v numbers), decay a_t = exp(-exp(A_log) dt_t), and the step dt_t as write
@@ -10,23 +10,17 @@ the zeros that it would be if it were ablated (`NormOfKept`), so any heads can b
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from staterank_utils.layouts.core import (
-    Blocks,
-    Change,
-    Gates,
-    Layout,
-    Parts,
-    noted_change,
-)
-from staterank_utils.layouts.delta import ONE, V, idle
+from staterank_utils.architectures.core import Blocks, Change, Gates, Parts, noted_change
+from staterank_utils.architectures.delta import CONVOLUTIONS, ONE, V, tell_nothing
+from staterank_utils.architectures.layer import LinearLayer, ModelAdapter, kept_as
 from staterank_utils.rebinding import Rebinding, calls_through, replaced
 
 # ---------------------------------------------------------------- norms across heads
@@ -64,13 +58,15 @@ class NormOfKept(nn.Module):
         return out.index_select(-1, channels)
 
 
-def _rescale(layer: nn.Module, before: int, now: int) -> None:
-    """Called when a layer's weights were cut and its heads are named."""
-    norm: Any = layer.norm
-    if isinstance(norm, NormOfKept):
-        norm.heads = list(layer.staterank_heads)
-    elif not isinstance(norm, nn.Identity):
-        layer.norm = NormOfKept(norm, layer.staterank_heads, n_heads=before, d_v=layer.head_dim)
+class AcrossHeads(LinearLayer):
+    """A layer with one norm over all heads."""
+
+    def rescale(self, before: int, now: int) -> None:
+        norm: Any = self.module.norm
+        if isinstance(norm, NormOfKept):
+            norm.heads = self.heads
+        elif not isinstance(norm, nn.Identity):
+            self.module.norm = NormOfKept(norm, self.heads, n_heads=before, d_v=self.d_v)
 
 
 # ---------------------------------------------------------------- Mamba-2
@@ -82,31 +78,7 @@ def _step(layer: nn.Module, raw: Tensor) -> Tensor:
     return dt.masked_fill(raw == float("-inf"), 0.0)
 
 
-def _gates(layer: nn.Module, projected: Float[Tensor, "batch token row"]) -> Gates:
-    raw = projected[..., -layer.num_heads :]
-    if hasattr(layer, "mup_vector"):
-        raw = raw * layer.mup_vector[..., -1]
-    dt = _step(layer, raw.float() + layer.dt_bias.float())
-    return -layer.A_log.float().exp() * dt, dt
-
-
-def _without_writes(layer: nn.Module, projected: Float[Tensor, "batch token row"], heads: list[int]) -> Tensor:
-    # softplus(-inf) is exactly 0: no decay and no write.
-    columns = projected.shape[-1] - layer.num_heads + torch.tensor(heads, device=projected.device)
-    return projected.index_fill(-1, columns, float("-inf"))
-
-
-def _resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
-    if not hasattr(layer, "staterank_whole"):
-        layer.staterank_whole = (layer.n_groups, layer.num_heads, layer.ssm_state_size)
-    layer.n_groups, layer.num_heads, layer.ssm_state_size = n_keys, n_heads, d_k
-    layer.intermediate_size = n_heads * layer.head_dim
-    layer.conv_dim = layer.intermediate_size + 2 * n_keys * d_k
-    if hasattr(layer, "groups_time_state_size"):
-        layer.groups_time_state_size = n_keys * d_k
-
-
-def _forward(run: Callable[..., Any]) -> Callable[..., Any]:
+def _mended(run: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of a Mamba-2 layer with three corrections, none of which changes what a whole layer computes of a prompt.
 
     - transformers bounds dt in the kernel for many tokens and forgets to in the kernel for one; where there is a bound,
@@ -239,86 +211,135 @@ def _pruned(layer: nn.Module) -> Iterator[None]:
             layer._buffers["mup_vector"] = multipliers
 
 
-def _idle(layer: nn.Module, hidden_states: Float[Tensor, "batch token d_model"], *rest: Any, **more: Any) -> Tensor:
-    idle(layer, hidden_states, *rest, **more)
-    # (a bias stays)
-    out: Tensor = layer.out_proj(hidden_states.new_zeros(*hidden_states.shape[:2], 0))
-    return out
-
-
 # [z | x | B | C | dt], of which the convolution sees x, B and C.
 IN: Parts = (("value", "d_v"), ("value", "d_v"), ("key", "d_k"), ("key", "d_k"), ("value", 1))
 
 
-def _mamba2(layer_class: str, module: str, logits: Callable[[Any, Tensor], Tensor] | None = None) -> Layout:
-    return Layout(
-        layer_class=layer_class,
-        module=f"transformers.models.{module}.modeling_{module}",
-        n_heads=lambda layer: layer.num_heads,
-        n_keys=lambda layer: layer.n_groups,
-        d_k=lambda layer: layer.ssm_state_size,
-        d_v=lambda layer: layer.head_dim,
-        output=lambda layer: "out_proj" if isinstance(layer.norm, nn.Identity) else "norm",
-        padding_refusal=lambda layer: (
-            "transformers adds the bias of in_proj to padding too, which the convolution then sees"
-            if layer.in_proj.bias is not None
-            else None
-        ),
-        gate_modules=("in_proj",),
-        gates=_gates,
-        changed_decay=_changed_decay,
-        write_module="in_proj",
-        without_writes=_without_writes,
-        state=lambda cache, index: cache.layers[index].recurrent_states[0].transpose(-1, -2),
-        kernels=(
-            "causal_conv1d_fn",
-            "causal_conv1d_update",
-            "mamba2_split_conv1d_scan_combined",
-            "mamba2_selective_state_update",
-            "mamba2_chunk_scan",
-        ),
-        weights=(
-            Blocks("in_proj.weight", IN),
-            Blocks("in_proj.bias", IN, optional=True),
-            Blocks("conv1d.weight", IN[1:4]),
-            Blocks("conv1d.bias", IN[1:4], optional=True),
-            Blocks("A_log", IN[4:]),
-            Blocks("D", IN[4:]),
-            Blocks("dt_bias", IN[4:]),
-            Blocks("norm.weight", IN[:1], optional=True),
-            Blocks("out_proj.weight", IN[:1], axis=1),
-        ),
-        resize=_resize,
-        rescale=_rescale,
-        idle=_idle,
-        forward=_forward,
-        logits=logits,
+class Mamba2Layer(AcrossHeads):
+    """Of Mamba-2 and its relatives in transformers."""
+
+    describes: ClassVar[tuple[str, ...]] = (
+        "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer",
+        "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer",
+        "transformers.models.bamba.modeling_bamba.BambaMixer",
     )
+    n_heads, n_keys = kept_as("num_heads"), kept_as("n_groups")
+    d_k, d_v = kept_as("ssm_state_size"), kept_as("head_dim")
+    gate_modules = ("in_proj",)
+    write_module = "in_proj"
+    kernels = (
+        *CONVOLUTIONS,
+        "mamba2_split_conv1d_scan_combined",
+        "mamba2_selective_state_update",
+        "mamba2_chunk_scan",
+    )
+    weights = (
+        Blocks("in_proj.weight", IN),
+        Blocks("in_proj.bias", IN, optional=True),
+        Blocks("conv1d.weight", IN[1:4]),
+        Blocks("conv1d.bias", IN[1:4], optional=True),
+        Blocks("A_log", IN[4:]),
+        Blocks("D", IN[4:]),
+        Blocks("dt_bias", IN[4:]),
+        Blocks("norm.weight", IN[:1], optional=True),
+        Blocks("out_proj.weight", IN[:1], axis=1),
+    )
+    mend = staticmethod(_mended)
+
+    @property
+    def output(self) -> nn.Module:
+        own: nn.Module = self.module.out_proj if isinstance(self.module.norm, nn.Identity) else self.module.norm
+        return own
+
+    @property
+    def padding_refusal(self) -> str | None:
+        if self.module.in_proj.bias is None:
+            return None
+        return "transformers adds the bias of in_proj to padding too, which the convolution then sees"
+
+    def read_gates(self, projected: Float[Tensor, "batch token row"]) -> Gates:
+        layer = self.module
+        raw = projected[..., -self.n_heads :]
+        if hasattr(layer, "mup_vector"):
+            raw = raw * layer.mup_vector[..., -1]
+        dt = _step(layer, raw.float() + layer.dt_bias.float())
+        return -layer.A_log.float().exp() * dt, dt
+
+    def change_decay(self, change: Change) -> AbstractContextManager[None]:
+        return _changed_decay(self.module, change)
+
+    def without_writes(self, projected: Float[Tensor, "batch token row"], places: list[int]) -> Tensor:
+        # softplus(-inf) is exactly 0: no decay and no write.
+        columns = projected.shape[-1] - self.n_heads + torch.tensor(places, device=projected.device)
+        return projected.index_fill(-1, columns, float("-inf"))
+
+    def state(self, cache: Any) -> Float[Tensor, "batch head d_k d_v"]:
+        return super().state(cache).transpose(-1, -2)
+
+    def resize(self, n_keys: int, n_heads: int, d_k: int) -> None:
+        layer = self.module
+        if not hasattr(layer, "staterank_whole"):
+            layer.staterank_whole = (layer.n_groups, layer.num_heads, layer.ssm_state_size)
+        layer.n_groups, layer.num_heads, layer.ssm_state_size = n_keys, n_heads, d_k
+        layer.intermediate_size = n_heads * layer.head_dim
+        layer.conv_dim = layer.intermediate_size + 2 * n_keys * d_k
+        if hasattr(layer, "groups_time_state_size"):
+            layer.groups_time_state_size = n_keys * d_k
+
+    def idle(
+        self, hidden_states: Float[Tensor, "batch token d_model"], cache_params: Any = None, *rest: Any, **more: Any
+    ) -> Tensor:
+        """Nothing but the bias of its output projection, if it has one."""
+        tell_nothing(self.module, hidden_states, cache_params)
+        out: Tensor = self.module.out_proj(hidden_states.new_zeros(*hidden_states.shape[:2], 0))
+        return out
 
 
-def _mamba2_logits(model: Any, hidden: Tensor) -> Tensor:
-    # (the residual stream may be float32 in a model of bfloat16)
-    logits: Tensor = model.lm_head(hidden.to(model.lm_head.weight.dtype)).float()
-    return logits
+class Mamba2Model(ModelAdapter):
+    """Its residual stream may be float32 in a model of bfloat16."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden.to(self.model.lm_head.weight.dtype)).float()
 
 
-def _falcon_logits(model: Any, hidden: Tensor) -> Tensor:
-    logits: Tensor = model.lm_head(hidden) * model.model.lm_head_multiplier
-    return logits
+class FalconH1Model(ModelAdapter):
+    """Its logits are scaled."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = super().logits(hidden) * self.model.model.lm_head_multiplier
+        return logits
 
 
-def _granite_logits(model: Any, hidden: Tensor) -> Tensor:
-    logits: Tensor = model.lm_head(hidden) / model.config.logits_scaling
-    return logits
+class GraniteModel(ModelAdapter):
+    """Its logits are scaled."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = super().logits(hidden) / self.model.config.logits_scaling
+        return logits
+
+
+class OriginalMamba2Layer(Mamba2Layer):
+    """Of Mamba-2 itself."""
+
+    describes = ("transformers.models.mamba2.modeling_mamba2.Mamba2Mixer",)
+    model_adapter = Mamba2Model
+
+
+class FalconH1Layer(Mamba2Layer):
+    """Of Falcon-H1."""
+
+    describes = ("transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer",)
+    model_adapter = FalconH1Model
+
+
+class GraniteLayer(Mamba2Layer):
+    """Of Granite 4."""
+
+    describes = ("transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer",)
+    model_adapter = GraniteModel
 
 
 # ---------------------------------------------------------------- MiniMax
-
-
-def _lightning_gates(layer: nn.Module, qkv: Float[Tensor, "batch token row"]) -> Gates:
-    # A decay for each head, the same at every token, and no write strength.
-    log_decay = -layer.slope_rate.float().flatten().expand(*qkv.shape[:2], -1)
-    return log_decay, torch.ones_like(log_decay)
 
 
 @contextmanager
@@ -338,20 +359,6 @@ def _lightning_changed_decay(layer: nn.Module, change: Change) -> Iterator[None]
         layer._buffers.update(before)
 
 
-def _lightning_without_writes(layer: nn.Module, qkv: Float[Tensor, "batch token row"], heads: list[int]) -> Tensor:
-    # SiLU keeps a zero, so values of 0 write nothing.
-    d = layer.head_dim
-    columns = [head * 3 * d + 2 * d + i for head in heads for i in range(d)]
-    return qkv.index_fill(-1, torch.tensor(columns, device=qkv.device), 0.0)
-
-
-def _lightning_resize(layer: nn.Module, n_keys: int, n_heads: int, d_k: int) -> None:
-    if not hasattr(layer, "staterank_whole"):
-        layer.staterank_whole = layer.num_attention_heads
-        layer.get_slope_rate = functools.partial(_slopes_of_kept, layer)
-    layer.num_attention_heads = n_heads
-
-
 def _slopes_of_kept(layer: nn.Module) -> Float[Tensor, "head 1 1"]:
     """What transformers computes from the number of heads, for those that are left of the whole layer."""
     now, layer.num_attention_heads = layer.num_attention_heads, layer.staterank_whole
@@ -360,10 +367,6 @@ def _slopes_of_kept(layer: nn.Module) -> Float[Tensor, "head 1 1"]:
     finally:
         layer.num_attention_heads = now
     return rate[layer.staterank_heads]
-
-
-def _lightning_idle(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(layer).forward(layer, *args, **kwargs)
 
 
 @functools.cache
@@ -382,41 +385,63 @@ def _lightning_cache_class() -> type[Any]:
     return CountingMiniMaxCache
 
 
-LAYOUTS = (
-    _mamba2("Mamba2Mixer", "mamba2", _mamba2_logits),
-    _mamba2("FalconH1Mixer", "falcon_h1", _falcon_logits),
-    _mamba2("NemotronHMamba2Mixer", "nemotron_h"),
-    _mamba2("GraniteMoeHybridMambaLayer", "granitemoehybrid", _granite_logits),
-    _mamba2("Zamba2MambaMixer", "zamba2"),
-    _mamba2("BambaMixer", "bamba"),
-    Layout(
-        layer_class="MiniMaxLightningAttention",
-        module="transformers.models.minimax.modeling_minimax",
-        n_heads=lambda layer: layer.num_attention_heads,
-        n_keys=lambda layer: layer.num_attention_heads,
-        d_k=lambda layer: layer.head_dim,
-        d_v=lambda layer: layer.head_dim,
-        output=lambda layer: "norm",
-        gate_modules=("qkv_proj",),
-        gates=_lightning_gates,
-        changed_decay=_lightning_changed_decay,
-        write_module="qkv_proj",
-        without_writes=_lightning_without_writes,
-        state=lambda cache, index: cache.linear_cache[index],
-        weights=(
-            Blocks("qkv_proj.weight", (("key", "d_k"), ("key", "d_k"), ("value", "d_v")), by_key=True),
-            Blocks("output_gate.weight", V),
-            # The decay follows from a head's index in the whole layer, so it goes with the head.
-            Blocks("slope_rate", ONE),
-            Blocks("query_decay", ONE),
-            Blocks("key_decay", ONE),
-            Blocks("diagonal_decay", ONE, axis=1),
-            Blocks("norm.weight", V),
-            Blocks("out_proj.weight", V, axis=1),
-        ),
-        resize=_lightning_resize,
-        rescale=_rescale,
-        idle=_lightning_idle,
-        cache=lambda model: _lightning_cache_class()(),
-    ),
-)
+class MiniMaxModel(ModelAdapter):
+    """Its cache counts tokens."""
+
+    own_cache = True
+
+    def make_cache(self, max_tokens: int | None = None) -> Any:
+        return _lightning_cache_class()()
+
+
+class MiniMaxLayer(AcrossHeads):
+    """Lightning attention: a decay for each head, the same at every token, and no write strength."""
+
+    describes = ("transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",)
+    model_adapter = MiniMaxModel
+    n_heads = n_keys = kept_as("num_attention_heads")
+    d_k = d_v = kept_as("head_dim")
+    output_module = "norm"
+    gate_modules = ("qkv_proj",)
+    write_module = "qkv_proj"
+    weights = (
+        Blocks("qkv_proj.weight", (("key", "d_k"), ("key", "d_k"), ("value", "d_v")), by_key=True),
+        Blocks("output_gate.weight", V),
+        # The decay follows from a head's index in the whole layer, so it goes with the head.
+        Blocks("slope_rate", ONE),
+        Blocks("query_decay", ONE),
+        Blocks("key_decay", ONE),
+        Blocks("diagonal_decay", ONE, axis=1),
+        Blocks("norm.weight", V),
+        Blocks("out_proj.weight", V, axis=1),
+    )
+
+    def read_gates(self, qkv: Float[Tensor, "batch token row"]) -> Gates:
+        log_decay = -self.module.slope_rate.float().flatten().expand(*qkv.shape[:2], -1)
+        return log_decay, torch.ones_like(log_decay)
+
+    def change_decay(self, change: Change) -> AbstractContextManager[None]:
+        return _lightning_changed_decay(self.module, change)
+
+    def without_writes(self, qkv: Float[Tensor, "batch token row"], places: list[int]) -> Tensor:
+        # SiLU keeps a zero, so values of 0 write nothing.
+        columns = [place * 3 * self.d_v + 2 * self.d_v + i for place in places for i in range(self.d_v)]
+        return qkv.index_fill(-1, torch.tensor(columns, device=qkv.device), 0.0)
+
+    def state(self, cache: Any) -> Float[Tensor, "batch head d_k d_v"]:
+        state: Tensor = cache.linear_cache[self.index]
+        return state
+
+    def resize(self, n_keys: int, n_heads: int, d_k: int) -> None:
+        layer = self.module
+        if not hasattr(layer, "staterank_whole"):
+            layer.staterank_whole = layer.num_attention_heads
+            layer.get_slope_rate = functools.partial(_slopes_of_kept, layer)
+        layer.num_attention_heads = n_heads
+
+    def idle(self, *args: Any, **kwargs: Any) -> Any:
+        """What its forward makes of no heads."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+ADAPTERS = (OriginalMamba2Layer, FalconH1Layer, GraniteLayer, Mamba2Layer, MiniMaxLayer)

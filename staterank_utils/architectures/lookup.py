@@ -7,14 +7,50 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from staterank_utils.architectures import delta, fla_models, kda, mlstm, ssd
+from staterank_utils.architectures.layer import LinearLayer, ModelAdapter, full_name
 from staterank_utils.fla_cpu import is_fla
-from staterank_utils.layouts import delta, fla_models, kda, mlstm, ssd
-from staterank_utils.layouts.core import Layout
-from staterank_utils.layouts.layer import LinearLayer
 
 FAMILIES = (delta, kda, ssd, mlstm, fla_models)
-LAYOUTS = {layout.layer_class: layout for family in FAMILIES for layout in family.LAYOUTS}
+ADAPTERS: dict[str, type[LinearLayer]] = {}  # full name of a module's class -> what adapts it
+_described: "WeakKeyDictionary[type, str | None]" = (
+    WeakKeyDictionary()
+)  # class of a module -> the class that is described
+_model_adapters: "WeakKeyDictionary[nn.Module, type[ModelAdapter]]" = WeakKeyDictionary()
 
+
+def register(adapter: type[LinearLayer]) -> type[LinearLayer]:
+    """Let an adapter serve the classes of modules that it describes, from now on.
+
+    Args:
+        adapter: subclass of `LinearLayer`; as a decorator of it, too.
+
+    Raises:
+        ValueError: it describes no class, or both or neither of `weights` and `kept_whole` are given.
+
+    Example:
+        >>> register(LinearLayer)
+        Traceback (most recent call last):
+            ...
+        ValueError: LinearLayer describes no class of modules: name some in `describes`
+    """
+    if not adapter.describes:
+        raise ValueError(f"{adapter.__name__} describes no class of modules: name some in `describes`")
+    if bool(adapter.weights) == bool(adapter.kept_whole):
+        raise ValueError(
+            f"{adapter.__name__} must say either where its heads are (`weights`) or why they cannot be removed (`kept_whole`)"
+        )
+    ADAPTERS.update(dict.fromkeys(adapter.describes, adapter))
+    _described.clear()
+    _model_adapters.clear()
+    return adapter
+
+
+for _family in FAMILIES:
+    for _adapter in _family.ADAPTERS:
+        register(_adapter)
+
+SOFTMAX_PROJECTION = "o_proj"  # of softmax attention, in every architecture here
 # Architectures whose state is there but comes out wrong, without an error, when a prompt is read in segments.
 WRONG_IN_SEGMENTS = {
     "mamba": "a continuation of several tokens ignores the state it is given",
@@ -33,25 +69,37 @@ def find_layers(model: nn.Module) -> list[LinearLayer]:
         []
     """
     found = [
-        LinearLayer(layer_index(name, module), module, layout)
+        adapter(layer_index(name, module), module)
         for name, module in model.named_modules()
-        if (layout := _layout_of(type(module))) is not None
+        if (adapter := _adapter_of(type(module))) is not None
     ]
     return sorted(found, key=lambda layer: layer.index)
 
 
-def _layout_of(layer_class: type) -> Layout | None:
+def _adapter_of(module_class: type) -> type[LinearLayer] | None:
     """Of a class, or of the class that it is a subclass of."""
-    if layer_class not in _described:
-        known = ((each, LAYOUTS.get(each.__name__)) for each in layer_class.__mro__)
-        _described[layer_class] = next(
-            (each.__name__ for each, layout in known if layout and layout.module == each.__module__), None
-        )
-    name = _described[layer_class]
-    return None if name is None else LAYOUTS[name]
+    if module_class not in _described:
+        names = (full_name(each) for each in module_class.__mro__)
+        _described[module_class] = next((name for name in names if name in ADAPTERS), None)
+    name = _described[module_class]
+    return None if name is None else ADAPTERS[name]
 
 
-_described: "WeakKeyDictionary[type, str | None]" = WeakKeyDictionary()  # class of a module -> name of its layout
+def model_adapter(model: nn.Module) -> ModelAdapter:
+    """What serves a model as a whole, as its first linear-attention layer says; of a model without any, `ModelAdapter`.
+
+    Args:
+        model: any of transformers or fla.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> model_adapter(load_model("hybrid")).masks_by_kind
+        True
+    """
+    if model not in _model_adapters:  # decoding asks at every token
+        first = next((layer.model_adapter for layer in find_layers(model)), ModelAdapter)
+        _model_adapters[model] = first
+    return _model_adapters[model](model)
 
 
 def layer_index(name: str, module: nn.Module) -> int:
@@ -85,7 +133,7 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
 
     Raises:
         ValueError: the architecture is silently wrong in segments, has no linear-attention layer, or has none that a
-            layout describes; the message says which.
+            adapter describes; the message says which.
 
     Example:
         >>> from staterank_utils import load_model
@@ -97,22 +145,23 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
         raise ValueError(
             f"{model_type} cannot be traced: {WRONG_IN_SEGMENTS[model_type]} (transformers 5.17 to 5.23), so its states would be wrong"
         )
+    known = {name.rpartition(".")[2] for name in ADAPTERS}
     strangers = {
         type(module)
         for module in model.modules()
-        if type(module).__name__ in LAYOUTS and _layout_of(type(module)) is None
+        if type(module).__name__ in known and _adapter_of(type(module)) is None
     }
     if strangers:
         named = ", ".join(sorted(f"{each.__module__}.{each.__name__}" for each in strangers))
         raise ValueError(
-            f"{model_type} cannot be traced: {named} is another class than the one of that name that a layout describes. Load the model without trust_remote_code"
+            f"{model_type} cannot be traced: {named} is another class than the one of that name that is known. Load the model without trust_remote_code"
         )
     found = find_layers(model)
     if not found:
         classes = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
         raise ValueError(
             f"{model_type} has no linear-attention layer that is supported: its layers are {', '.join(classes) or 'unknown'}, "
-            f"and layouts exist for {', '.join(LAYOUTS)}. Add one to staterank_utils/layouts if it keeps a matrix-valued state."
+            f"and {', '.join(sorted(known))} are. Add an adapter to staterank_utils/architectures if it keeps a matrix-valued state."
         )
     if is_fla(model) and getattr(model.config, "attn", None):
         raise ValueError(
@@ -122,6 +171,25 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
         if reason := layer.refusal:
             raise ValueError(f"layer {layer.index} ({layer.name}) cannot be traced: {reason}")
     return found
+
+
+def softmax_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Decoder layer -> its softmax attention; of one that several layers share, the first of them.
+
+    Args:
+        model: any that `linear_layers` accepts.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> list(softmax_layers(load_model("hybrid")))
+        [3, 7, 11]
+    """
+    linear = {layer.module for layer in linear_layers(model)}
+    return {
+        layer_index(name, module): module
+        for name, module in model.named_modules()
+        if hasattr(module, "layer_idx") and hasattr(module, SOFTMAX_PROJECTION) and module not in linear
+    }
 
 
 def state_size(model: nn.Module) -> int:

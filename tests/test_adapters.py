@@ -1,7 +1,6 @@
-"""What a layout may leave out, and what happens then, on each tiny model with a delta rule."""
+"""What an adapter may leave out, and what happens then, on each tiny model with a delta rule."""
 
 import copy
-import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ import torch
 from architectures import ARCHITECTURES, delta
 from transformers import PreTrainedModel
 
+from staterank_utils.architectures import ADAPTERS, LinearLayer, cache_bytes, linear_layers, register
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.layouts import LAYOUTS, linear_layers
 from staterank_utils.memory import cap_half_life
 from staterank_utils.models import make_cache, read_tokens
-from staterank_utils.pruning import cache_bytes, prune_heads
+from staterank_utils.pruning import prune_heads
 from staterank_utils.surgery import ablate_heads, all_heads
 from staterank_utils.tracing import trace_states
 
@@ -27,12 +26,12 @@ POSITIONS = [1, 2, 3, 63, 65, 96]
 ROUNDING = 1e-4
 
 
-def test_every_layout_has_a_tiny_model_of_two_layers() -> None:
+def test_every_adapter_has_a_tiny_model_of_two_layers() -> None:
     found = [[layer.name for layer in linear_layers(each.build())] for each in ARCHITECTURES.values()]
     assert all(len(classes) >= 2 for classes in found)
     covered = {name for classes in found for name in classes}
     # transformers 5.17 does not know the last ones yet.
-    assert set(LAYOUTS) - covered <= (
+    assert {name.rpartition(".")[2] for name in ADAPTERS} - covered <= (
         {"BailingHybridDeltaAttention"} if "bailing_hybrid" not in ARCHITECTURES else set()
     )
 
@@ -49,10 +48,17 @@ def ids() -> torch.Tensor:
     return torch.randint(3, 56, (3, 96), generator=torch.Generator().manual_seed(0))
 
 
-def test_a_layout_without_scans_is_traced_in_segments(model, ids, monkeypatch) -> None:
+def without(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, **left_out: Any) -> None:
+    """Let the adapter of a model leave things out."""
+    adapter = type(linear_layers(model)[0])
+    less = type(adapter.__name__, (adapter,), left_out)
+    for name in adapter.describes:
+        monkeypatch.setitem(ADAPTERS, name, less)
+
+
+def test_an_adapter_without_scans_is_traced_in_segments(model, ids, monkeypatch) -> None:
     expected = trace_states(model, ids, positions=POSITIONS, logits=True)
-    for layer in linear_layers(model):
-        monkeypatch.setitem(LAYOUTS, layer.name, dataclasses.replace(layer.layout, scans=()))
+    without(model, monkeypatch, scans=())
     trace = trace_states(model, ids, positions=POSITIONS, logits=True)
     assert (trace.values - expected.values).abs().max() < ROUNDING
     assert (trace.logits - expected.logits).abs().max() < ROUNDING
@@ -60,15 +66,14 @@ def test_a_layout_without_scans_is_traced_in_segments(model, ids, monkeypatch) -
     torch.testing.assert_close(trace.write_strength, expected.write_strength, rtol=1e-5, atol=1e-6)
 
 
-def test_what_a_layout_leaves_out_is_refused(model, monkeypatch) -> None:
-    index, layout = (layer := linear_layers(model)[0]).index, layer.layout
-    bare = dataclasses.replace(layout, write_module=None, without_writes=None, idle=None)
-    monkeypatch.setitem(LAYOUTS, layout.layer_class, bare)
+def test_what_an_adapter_leaves_out_is_refused(model, monkeypatch) -> None:
+    index = linear_layers(model)[0].index
+    without(model, monkeypatch, write_module=None, without_writes=None, idle=None)
     with pytest.raises(ValueError, match="cannot be stopped exactly"), ablate_heads(model, [(index, 0)], kind="frozen"):
         pass
     with pytest.raises(ValueError, match="must keep a head"):
         prune_heads(model, {index: [0, 1, 2, 3]})
-    monkeypatch.setitem(LAYOUTS, layout.layer_class, dataclasses.replace(bare, weights=()))
+    without(model, monkeypatch, weights=())
     with pytest.raises(ValueError, match="cannot be removed exactly"):
         prune_heads(model, {index: [0]})
 
@@ -108,8 +113,18 @@ def test_why_heads_cannot_be_removed_is_said(name: str) -> None:
         prune_heads(ARCHITECTURES[name].build(), {0: [1]})
 
 
-def test_every_layout_says_how_heads_are_removed_or_why_not() -> None:
-    assert all(bool(layout.weights) != bool(layout.kept_whole) for layout in LAYOUTS.values())
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "describes no class"),
+        ({"describes": ("theirs.Layer",)}, "must say either where its heads are"),
+    ],
+)
+def test_an_adapter_that_says_too_little_is_not_registered(given: dict[str, Any], reason: str) -> None:
+    before = dict(ADAPTERS)
+    with pytest.raises(ValueError, match=reason):
+        register(type("Bare", (LinearLayer,), given))
+    assert before == ADAPTERS
 
 
 @pytest.mark.parametrize("setting", [{"mode": "train"}, {"inference_state_dtype": "bfloat16"}])
@@ -149,7 +164,7 @@ def on_the_page() -> Iterator[dict[str, Any]]:
             exec(compile(block, "architectures.md", "exec"), defined)
         yield defined
     finally:
-        LAYOUTS.pop("ToyAttention", None)
+        ADAPTERS.pop("toy.ToyAttention", None)
         del sys.modules["toy"]
 
 
@@ -189,10 +204,8 @@ def test_its_heads_are_removed_ablated_and_frozen(on_the_page: dict[str, Any]) -
 def test_a_changed_decay_of_minimax_is_made_where_the_layer_is() -> None:
     """Its own code makes numbers on the default device, which need not be the layer's."""
     layer = linear_layers(ARCHITECTURES["minimax"].build())[0]
-    changed = layer.layout.changed_decay
-    assert changed is not None
     before = layer.module.query_decay.clone()
-    with torch.device("meta"), changed(layer.module, lambda log_decay: 2 * log_decay):
+    with torch.device("meta"), layer.change_decay(lambda log_decay: 2 * log_decay):
         assert layer.module.query_decay.device.type == "cpu"
         assert torch.allclose(layer.module.query_decay, before**2)
     assert torch.equal(layer.module.query_decay, before)
