@@ -17,6 +17,7 @@ class LinearOnlyCache(DynamicCache):
         config: of the model.
 
     Example:
+        >>> import torch
         >>> from transformers import AutoConfig
         >>> from staterank_utils.models import CHECKPOINTS, initial_model
         >>> one_layer = {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}
