@@ -156,13 +156,14 @@ def _what_decides() -> str:
         "hybrid-softmaxfirst": "Layer 0 softmax, gates broad",
         "hybrid-narrow": f"Layer 0 linear, all gates at first with a half-life of {SECOND['C1d'].numbers['half_life']} tokens",
         "hybrid-default": "Layer 0 linear, gates as the class of Qwen3-Next sets them, half-lives mostly under a token",
+        "hybrid-deltanet": "Layer 0 linear, nothing decays",
     }
     lines = []
     for design, what in said.items():
         seeds = by_name[design]
         means = ", ".join(f"{np.mean(cost):.2f} without {group}" for group, cost in costs(seeds, LAYERS).items())
         beyond = [of.removal.beyond_random() for of in seeds]
-        between = f"{min(beyond):.0%}" if len(beyond) == 1 else f"{min(beyond):.0%} to {max(beyond):.0%}"
+        between = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(beyond), max(beyond))))
         lines.append(
             f"- *{what}* (`{design}`, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}): nats per token, {means}; the D of rank, without "
             f"its sign, is larger than that of {between} of random orders within layers."
@@ -179,6 +180,50 @@ def _what_decides() -> str:
         f"- *Layer 0 linear but protected, gates broad* ({len(linear_first)} hybrids, a quarter of all heads from the other layers): {ranges}."
     )
     return "\n".join(lines)
+
+
+def _of_direction() -> str:
+    """What the seeds say that were trained after C12 and C13 were registered, in sentences."""
+    rows = {row["claim"]: row for row in over_models() if row["claim"] in ("C12", "C13")}
+    said = {
+        "C12": "high-rank heads are spare where layer 0 is a softmax layer",
+        "C13": "they are the costly ones with the gates of the class",
+    }
+    parts = [
+        f"{what} ({key}): **{rows[key]['verdict']}**{rows[key]['note']}" for key, what in said.items() if key in rows
+    ]
+    return f"By the seeds that were trained after these claims were registered: {'; '.join(parts)}."
+
+
+def _beyond_layers() -> str:
+    """Where C4b holds, and in which direction, in a sentence."""
+    held = [row["model"] for row in over_models() if row["claim"] == "C4b" and row["verdict"] == HOLDS]
+    signs = {
+        design: {np.sign(of.removal.area(LAYERS)) for of in seeds}
+        for design, seeds in designs().items()
+        if design in held
+    }
+    groups = {
+        "in the paper's direction": [f"`{design}`" for design, of in signs.items() if of == {-1.0}],
+        "in the other": [f"`{design}`" for design, of in signs.items() if of == {1.0}],
+    }
+    return "; ".join(f"{where}: {', '.join(names) or 'none'}" for where, names in groups.items())
+
+
+def _without_decay() -> str:
+    """What becomes of rank where nothing decays, in sentences."""
+    by_name = designs()
+    gated, still = by_name["hybrid-text"], by_name["hybrid-deltanet"]
+    ranks = np.concatenate([of.groups["end"].rank["prose"].mean(0) / of.groups["end"].d for of in still])
+    losses = [np.mean([of.training[ladder.HELD_OUT] for of in seeds]) for seeds in (gated, still)]
+    taken = [np.mean([of.recall.taken().point for of in seeds]) for seeds in (gated, still)]
+    [row] = [row for row in over_models() if row["claim"] == "C10"]
+    return (
+        f"In the hybrid in which nothing decays, {np.mean(ranks > 0.8):.0%} of {ranks.size} heads have a rank over 0.8 d, and the lowest has "
+        f"{ranks.min():.2f} d: the law says full, and full they are. There are no groups, and held-out text costs {losses[1]:.3f} bits per byte "
+        f"in place of {losses[0]:.3f}. That the groups need decay (C10): **{row['verdict']}**{row['note']}. The cap on half-lives takes "
+        f"{taken[1]:.0%} of its gain from copies, and {taken[0]:.0%} where heads decay."
+    )
 
 
 def _inherited() -> str:
@@ -243,6 +288,9 @@ def ladder_tables() -> dict[str, str]:
         "ladder_second": _by_model(data, SECOND),
         "ladder_over": brief_table(over_models()),
         "ladder_decides": _what_decides(),
+        "ladder_direction": _of_direction(),
+        "ladder_beyond": _beyond_layers(),
+        "ladder_still": _without_decay(),
         "ladder_inherited": _inherited(),
         "ladder_numbers": _numbers(data),
         "ladder_causal": _causal(data),

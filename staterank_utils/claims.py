@@ -882,27 +882,31 @@ def judge_redundancy(model: str, high: Fraction, random: Fraction) -> dict[str, 
     return _row("C7", model, {"k, high": float(high), "k, random": float(random)}, judgement)
 
 
-def judge_need_of_decay(shares: Mapping[str, float], *, without: str) -> dict[str, Any]:
+def judge_need_of_decay(shares: Mapping[str, float], *, without: Sequence[str]) -> dict[str, Any]:
     """Apply the registered rule of C10: do the groups need decay?
 
     Args:
-        shares: update rule -> two-group share.
-        without: the rule that has no decay.
+        shares: model, named by its update rule and seed -> two-group share.
+        without: the models without decay, one per seed.
 
     Returns:
         A row as `judge` gives it.
 
     Raises:
-        KeyError: `without` is not among the rules.
+        ValueError: no model without decay, or none with.
 
     Example:
-        >>> judge_need_of_decay({"DeltaNet": 0.02, "KDA": 0.2, "gated": 0.3}, without="DeltaNet")["verdict"]
+        >>> judge_need_of_decay({"DeltaNet": 0.02, "KDA": 0.2, "gated": 0.3}, without=["DeltaNet"])["verdict"]
         'holds'
     """
     under, least = _numbers("C10", "without", "decay")
-    alone, others = shares[without], [share for rule, share in shares.items() if rule != without]
-    judgement = HOLDS if alone < under and min(others) >= least else PARTLY if alone < min(others) else FAILS
-    return _row("C10", "update rules", shares, judgement)
+    alone, others = ([shares[name] for name in shares if (name in without) == is_alone] for is_alone in (True, False))
+    if not alone or not others:
+        raise ValueError(
+            f"C10 compares models without decay, got {len(alone)}, with models that have it, got {len(others)}"
+        )
+    judgement = HOLDS if max(alone) < under and min(others) >= least else PARTLY if max(alone) < min(others) else FAILS
+    return _row("C10", "hybrid, update rules", shares, judgement, n_seeds=len(alone))
 
 
 def _every_seed(key: str, model: str, values: Mapping[str, float], met: Mapping[str, bool]) -> dict[str, Any]:

@@ -303,12 +303,17 @@ def recall(hybrid: Estimate, pure: Estimate, kappa: tuple, gain: tuple = (0.3, 0
         (claims.judge_redundancy("m", Fraction(1, 4), Fraction(3, 8)), HOLDS),
         (claims.judge_redundancy("m", Fraction(1, 4), Fraction(1, 4)), PARTLY),
         (claims.judge_redundancy("m", Fraction(1, 1), Fraction(1, 1)), FAILS),
-        (claims.judge_need_of_decay({"DeltaNet": 0.06, "KDA": 0.1}, without="DeltaNet"), PARTLY),
-        (claims.judge_need_of_decay({"DeltaNet": 0.2, "KDA": 0.1}, without="DeltaNet"), FAILS),
+        (claims.judge_need_of_decay({"DeltaNet": 0.06, "KDA": 0.1}, without=["DeltaNet"]), PARTLY),
+        (claims.judge_need_of_decay({"DeltaNet": 0.2, "KDA": 0.1}, without=["DeltaNet"]), FAILS),
     ],
 )
 def test_each_rule_over_models_and_seeds(row: dict, expected: str) -> None:
     assert row["verdict"] == expected
+
+
+def test_the_need_of_decay_is_not_judged_without_both_sides() -> None:
+    with pytest.raises(ValueError, match="got 1, with models that have it, got 0"):
+        claims.judge_need_of_decay({"DeltaNet": 0.0}, without=["DeltaNet"])
 
 
 def test_few_seeds_are_said() -> None:

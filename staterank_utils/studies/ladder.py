@@ -56,6 +56,11 @@ from staterank_utils.studies.texts import LOSS_TEXTS, draw_texts
 from staterank_utils.tasks import NATURAL_DOMAINS
 
 LADDER = STORED / "ladder"
+RULES = {
+    "DeltaNet": "deltanet",
+    "gated delta rule": "text",
+}  # update rule -> data or design of the hybrids that have it
+WITHOUT_DECAY = "DeltaNet"
 HELD_OUT = "bits_per_byte_held_out_books"  # of a training
 VARIANTS = ("initial", "shuffled", "step-500", "step-2000")  # beside the end
 NOT_MEASURED = "the ladder measures losses on text; chapters 3 and 4 score tasks on any model that masters them"
@@ -679,7 +684,7 @@ def by_design(models: Mapping[str, Measured]) -> dict[tuple[str, str], dict[str,
 
 
 def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
-    """The rows that only several models decide: C0b, C1d, C1e, C4b, C4c, C5b, C6 and C11 to C13, hybrid and pure apart where the rule says so.
+    """The rows that only several models decide: C0b, C1d, C1e, C4b, C4c, C5b, C6 and C10 to C13, hybrid and pure apart where the rule says so.
 
     Args:
         models: name of the recipe, KIND-DATA-SEED -> what was measured.
@@ -724,6 +729,16 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
                 seed: (broad[seed].removal.crossing(MODEL), first[seed].removal.crossing(MODEL)) for seed in both
             }
             rows.append(claims.judge_layer_zero(f"{kind}, softmax as layer 0", replaced))
+    of_rule = {rule: by_kind.get(("hybrid", data), {}) for rule, data in RULES.items()}
+    if both := sorted(set.intersection(*map(set, of_rule.values()))):
+        two_groups = {
+            f"{rule}, seed {seed}": of_shares[seeds[seed].name]["two groups"]
+            for rule, seeds in of_rule.items()
+            for seed in both
+        }
+        without = [f"{WITHOUT_DECAY}, seed {seed}" for seed in both]
+        row = claims.judge_need_of_decay(two_groups, without=without)
+        rows.append(row | {"note": f"{row['note']}; against {len(RULES) - 1} rule with decay"})
     share = claims.SECOND["C5b"].numbers["share"]
     for (kind, data), seeds in by_kind.items():
         label = f"{kind}-{data}"
