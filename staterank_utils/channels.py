@@ -152,7 +152,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     """
     for layer in linear_layers(model):
         if layer.d_k_setting is None or not layer.scans:
-            return f"key channels of {layer.name} cannot be cut: its configuration has no number of them of its own"
+            return f"key channels of {layer.name} cannot be cut: its adapter names no setting for their number, or no kernel whose keys could be looked at"
     return None
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from staterank_utils.architectures import linear_layers, model_adapter
 from staterank_utils.dispatch import suited_kernels
 from staterank_utils.kernels import ordered_weights
-from staterank_utils.models import evaluating, make_cache, output_logits, read_tokens, unwrapped
+from staterank_utils.models import evaluating, make_cache, output_logits, read_tokens, takes_mask, unwrapped
 
 Tokens = list[int]
 ORDER_FROM = 16  # tokens that may be left to decode, from which on other strides of the weights pay
@@ -163,6 +163,8 @@ def _padding_refusal(model: PreTrainedModel) -> str | None:
     for layer in linear_layers(model):
         if reason := layer.padding_refusal:
             return f"layer {layer.index} ({layer.name}) cannot read prompts of different lengths side by side: {reason}"
+    if not takes_mask(model):
+        return f"{type(model).__name__} cannot read prompts of different lengths side by side: its forward takes no attention_mask"
     return None
 
 

@@ -33,6 +33,8 @@ OF_FLA = {
     "recurrent_kimi_delta_attention": ("fla.ops.kda", "fused_recurrent_kda"),
 }
 
+OURS = "staterank_utils.architectures."  # whose adapters name kernels of transformers
+
 Backend = Literal["fla", "torch"]
 
 
@@ -42,6 +44,7 @@ class Kernel:
     Args:
         stock: as transformers has it.
         plain: transformers' plain version on every device.
+        known: whether other versions may be found by its name; what an adapter of somebody else's calls so may be another rule.
 
     Attributes:
         backend: whose kernel serves tensors on a GPU.
@@ -54,12 +57,14 @@ class Kernel:
         ('torch_chunk_gated_delta_rule', 'torch', None)
     """
 
-    def __init__(self, stock: Callable[..., Any], *, plain: bool):
+    def __init__(self, stock: Callable[..., Any], *, plain: bool, known: bool = True):
         self.stock, self.plain, self.__name__ = stock, plain, stock.__name__
         self.reference = getattr(stock, "__wrapped__", stock)
-        self.fast = None if plain else getattr(kernels, self.__name__, None)
-        self.states = None if plain else kernels.STATES.get(self.__name__)
-        of_fla = None if plain else _of_fla(self.__name__)
+        self.known = known
+        others = known and not plain
+        self.fast = getattr(kernels, self.__name__, None) if others else None
+        self.states = kernels.STATES.get(self.__name__) if others else None
+        of_fla = _of_fla(self.__name__) if others else None
         self.on_gpu = self.reference if plain else of_fla or stock
         self.backend: Backend = "fla" if of_fla else "torch"
         self._names = _parameters(self.reference)
@@ -251,8 +256,11 @@ def _is_plain() -> bool:
 def _attributes(model: nn.Module, *, plain: bool) -> dict[nn.Module, dict[str, Any]]:
     """What is to be set on each module of a model, so that it calls kernels suited to its tensors."""
     layers = {layer.module: layer for layer in find_layers(model)}
-    stock = {name: layer.kernel(name) for layer in layers.values() for name in layer.kernels}
-    chosen = {name: Kernel(function, plain=plain) for name, function in stock.items()}
+    chosen = {
+        name: Kernel(layer.kernel(name), plain=plain, known=type(layer).__module__.startswith(OURS))
+        for layer in layers.values()
+        for name in layer.kernels
+    }
     # A fast forward calls what the layer's own calls.
     rebinding = Rebinding({name: functools.partial(_in_place_of, kernel) for name, kernel in chosen.items()})
     of_fla = fla_cpu.rebinding(plain=plain) if fla_cpu.is_fla(model) else None

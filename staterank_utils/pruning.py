@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from staterank_utils.architectures import check_heads, linear_layers
 from staterank_utils.budget import in_words, out_of_memory, weight_bytes
 from staterank_utils.dispatch import choose_kernels, has_kernels
-from staterank_utils.models import unwrapped
+from staterank_utils.models import has_adapters, unwrapped
 from staterank_utils.pruned import (
     FORMAT,
     RECORD,
@@ -66,7 +66,7 @@ def prune_heads(model: PreTrainedModel, heads: Mapping[int, Iterable[SupportsInd
         True
     """
     model = unwrapped(model)
-    if any(hasattr(module, "base_layer") for module in model.modules()):
+    if has_adapters(model):
         raise ValueError(
             "this model has adapters of PEFT, whose weights know nothing of heads: merge them first, with merge_and_unload()"
         )

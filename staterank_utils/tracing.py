@@ -260,6 +260,11 @@ class _StateTap:
         """A call of a kernel over (batch, token, head, ...), cut along the tokens."""
         names = ("query", "key", "value", "g", "beta")
         tokens = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
+        if len(args) > len(names) or len(tokens) < len(names):
+            raise ValueError(
+                f"layer {self.layer.index} calls {kernel.__name__} with {len(args)} arguments by place and {', '.join(kwargs)} by name: a kernel in `scans` "
+                f"is called with {', '.join(names)}, and all else by name"
+            )
         rest = {name: value for name, value in kwargs.items() if name not in names}
         state, outputs = rest.pop("initial_state", None), []
         n_batch, n_tokens = tokens["query"].shape[:2]
@@ -276,7 +281,8 @@ class _StateTap:
                 use_qk_l2norm_in_kernel=normalize,
             )
             return out, state
-        if self.positions[:-1] and recurrence.serves(kernel.__name__, tokens | rest):
+        known = isinstance(kernel, Kernel) and kernel.known
+        if self.positions[:-1] and known and recurrence.serves(kernel.__name__, tokens | rest):
             by_recurrence = recurrence.states_after(
                 *(tokens[name] for name in names[1:]),
                 positions=self.positions,

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, delta
+from conftest import unchecked
 from transformers import PreTrainedModel
 
-from staterank_utils.architectures import ADAPTERS, LinearLayer, cache_bytes, linear_layers, register
-from staterank_utils.dispatch import choose_kernels
+from staterank_utils import tracing
+from staterank_utils.architectures import ADAPTERS, Blocks, LinearLayer, cache_bytes, linear_layers, register
+from staterank_utils.decoding import check_padding
+from staterank_utils.dispatch import Kernel, choose_kernels
 from staterank_utils.memory import cap_half_life
 from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.pruning import prune_heads
@@ -97,7 +100,8 @@ def test_a_class_of_the_same_name_from_elsewhere_is_refused() -> None:
         elif type(layer.self_attn).__name__ == "KimiLinearDeltaAttention":
             layer.self_attn = theirs
     with pytest.raises(
-        ValueError, match=r"theirs\.KimiLinearDeltaAttention is another class .*without trust_remote_code"
+        ValueError,
+        match=r"theirs\.KimiLinearDeltaAttention \(known: transformers\..*\) is another class .*without trust_remote_code",
     ):
         linear_layers(made)
 
@@ -117,7 +121,20 @@ def test_why_heads_cannot_be_removed_is_said(name: str) -> None:
     ("given", "reason"),
     [
         ({}, "describes no class"),
-        ({"describes": ("theirs.Layer",)}, "must say either where its heads are"),
+        ({"describes": ("theirs.Layer",)}, "does not say n_heads, .*, read_gates, output_module: every adapter must"),
+        (
+            {
+                "describes": ("theirs.Layer",),
+                "n_heads": 1,
+                "n_keys": 1,
+                "d_k": 1,
+                "d_v": 1,
+                "read_gates": None,
+                "output_module": "out",
+                "gate_modules": (),
+            },
+            "must say either where its heads are",
+        ),
     ],
 )
 def test_an_adapter_that_says_too_little_is_not_registered(given: dict[str, Any], reason: str) -> None:
@@ -209,3 +226,66 @@ def test_a_changed_decay_of_minimax_is_made_where_the_layer_is() -> None:
         assert layer.module.query_decay.device.type == "cpu"
         assert torch.allclose(layer.module.query_decay, before**2)
     assert torch.equal(layer.module.query_decay, before)
+
+
+def test_weights_that_are_described_wrongly_are_named(model, monkeypatch) -> None:
+    layer = linear_layers(model)[0]
+    [last] = [blocks for blocks in layer.weights if blocks.axis == 1]
+    others = [blocks for blocks in layer.weights if blocks is not last]
+    without(model, monkeypatch, weights=(*others, Blocks(last.weight, (("value", 1),), axis=1)))
+    with pytest.raises(ValueError, match=f"{last.weight} has .* rows along axis 1, and it has .*: mend its `weights`"):
+        prune_heads(model, {layer.index: [0]})
+    without(model, monkeypatch, weights=layer.weights, resize=lambda self, *sizes: None)
+    with pytest.raises(ValueError, match="still counts 4 heads .*: mend its `resize`"):
+        prune_heads(model, {layer.index: [0, 1]})
+
+
+def test_a_part_of_a_weight_belongs_to_a_key_or_a_value() -> None:
+    blocks = Blocks("out.weight", ())
+    object.__setattr__(blocks, "parts", (("head", "d_v"),))
+    with pytest.raises(ValueError, match="'key' or a 'value' head, got 'head'"):
+        blocks.__post_init__()
+
+
+def test_writes_that_are_multiplied_away_are_refused(model, ids, monkeypatch) -> None:
+    without(model, monkeypatch, without_writes=lambda self, output, places: output * 0)
+    index = linear_layers(model)[0].index
+    with (
+        ablate_heads(model, [(index, 0)], kind="frozen"),
+        pytest.raises(ValueError, match="must replace numbers"),
+    ):
+        model(ids, use_cache=False)
+
+
+def test_a_misspelt_kernel_is_said_to_be_misspelt(model, ids, monkeypatch) -> None:
+    without(model, monkeypatch, scans=("chunk_rulle",))
+    with pytest.raises(ValueError, match="does not call chunk_rulle itself: mend `scans` of"):
+        trace_states(model, ids, positions=[96])
+
+
+def test_a_kernel_of_somebody_else_is_not_taken_for_the_one_of_that_name() -> None:
+    def torch_chunk_gated_delta_rule(query: torch.Tensor) -> torch.Tensor:
+        return query
+
+    theirs, ours = (Kernel(torch_chunk_gated_delta_rule, plain=False, known=known) for known in (False, True))
+    assert (theirs.fast, theirs.states) == (None, None)
+    assert ours.fast is not None
+
+
+def test_a_kernel_that_is_called_otherwise_is_refused(model, ids, monkeypatch) -> None:
+    layer = linear_layers(model)[0]
+    tap = tracing._StateTap(layer, reducer=None, gates=None)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="with 6 arguments by place and .* by name: a kernel in `scans` is called with query"
+    ):
+        unchecked(tracing._StateTap.scan)(tap, torch.add, *range(6), scale=1)
+
+
+def test_prompts_are_not_padded_for_a_model_without_a_mask(on_the_page: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="ToyForCausalLM cannot read prompts of different lengths side by side"):
+        check_padding(on_the_page["model"])
+
+
+def test_bytes_of_an_unknown_cache_are_not_counted(on_the_page: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="expected a cache of transformers or fla, got dict"):
+        cache_bytes(make_cache(on_the_page["model"]))

@@ -396,6 +396,38 @@ def test_pieces_are_one_pass_also_where_decay_is_changed(decaying, three, change
     assert torch.equal(whole(decaying, three), before)
 
 
+def test_changes_of_the_decay_nest(decaying, three) -> None:
+    with scale_decay(decaying, 0.5):
+        half = whole(decaying, three)
+    with scale_decay(decaying, 4.0), scale_decay(decaying, 0.125):
+        assert apart(whole(decaying, three), half) < TOLERANCE
+        assert apart(in_pieces(decaying, three, LATE)[0], half) < TOLERANCE
+
+
+def test_a_layer_tells_the_decay_under_which_it_runs(decaying, three) -> None:
+    layer = linear_layers(decaying)[0]
+    seen: dict[str, Tensor] = {}
+    told: list[Tensor] = []
+
+    def look(name: str, output: Tensor) -> None:
+        seen[name] = output
+        if len(seen) == len(layer.gate_modules):
+            told.append(layer.gates(*(seen[each] for each in layer.gate_modules))[0])
+            seen.clear()
+
+    hooks = [
+        layer.module.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name in layer.gate_modules
+    ]
+    whole(decaying, three)
+    with scale_decay(decaying, 3.0):
+        whole(decaying, three)
+    for hook in hooks:
+        hook.remove()
+    before, inside = told
+    torch.testing.assert_close(inside, 3 * before)
+
+
 def test_a_changed_decay_and_ablated_heads_compose_in_any_order(decaying, three) -> None:
     index = linear_layers(decaying)[0].index
     with cap_half_life(decaying, 2.0), ablate_heads(decaying, [(index, 1)]):

@@ -57,7 +57,7 @@ def test_a_model_that_its_constructor_made_is_served_and_left_alone(family: str,
     expected = trace_states(prepared, ids, positions=[7, N_TOKENS])
     with ablate_heads(prepared, heads):
         without = read_tokens(prepared, ids)
-    has_decay = linear_layers(model)[0].has_decay
+    has_decay = linear_layers(model)[0].decay_can_change
     before = attributes(model)
     trace = trace_states(model, ids, positions=[7, N_TOKENS], log_norms=True)
     assert torch.equal(trace.values, expected.values)

@@ -78,6 +78,9 @@ def cache_bytes(cache: Any) -> dict[str, int]:
     Returns:
         "recurrent" (the states S), "convolution" (the last inputs of the short convolutions), "softmax" (keys and values).
 
+    Raises:
+        TypeError: a cache of another kind.
+
     Example:
         >>> import torch
         >>> from staterank_utils import load_model
@@ -86,6 +89,10 @@ def cache_bytes(cache: Any) -> dict[str, int]:
         >>> cache_bytes(cache)["recurrent"]  # 144 states of 64 x 64 in float32
         2359296
     """
+    if not hasattr(cache, "layers"):
+        raise TypeError(
+            f"expected a cache of transformers or fla, got {type(cache).__name__}: of another, add up the bytes of its tensors"
+        )
     total = {"recurrent": 0, "convolution": 0, "softmax": 0}
     for layer in cache.layers:
         tensors = {

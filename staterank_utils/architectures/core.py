@@ -42,6 +42,26 @@ class Blocks:
     axis: int = 0
     optional: bool = False
 
+    def __post_init__(self) -> None:
+        if wrong := sorted({kind for kind, _ in self.parts} - {"key", "value"}):
+            raise ValueError(f"a part of {self.weight} belongs to a 'key' or a 'value' head, got {wrong[0]!r}")
+
+    def size(self, *, n_keys: int, n_heads: int, sizes: Mapping[str, int]) -> int:
+        """How many rows (or columns) the weight must have.
+
+        Args:
+            n_keys, n_heads: key heads and value heads of the layer.
+            sizes: of "d_k" and "d_v".
+
+        Example:
+            >>> Blocks("q_proj.weight", (("key", "d_k"),)).size(n_keys=2, n_heads=4, sizes={"d_k": 8, "d_v": 16})
+            16
+        """
+        return sum(
+            (n_keys if kind == "key" else n_heads) * (size if isinstance(size, int) else sizes[size])
+            for kind, size in self.parts
+        )
+
     def rows(
         self,
         groups: Sequence[tuple[int, Sequence[int]]],
@@ -100,8 +120,30 @@ class Blocks:
 
 
 @contextmanager
+def kernels_called(
+    layer: nn.Module, change: Change, call: Callable[..., Any], kernels: Sequence[str]
+) -> Iterator[None]:
+    """A block in which a layer's kernels are called as `call(kernel, ...)`, which changes the log-decay that they get.
+
+    Args:
+        layer: that calls the kernels.
+        change: of its log-decay, which is noted for `LinearLayer.gates`.
+        call: makes the call of a kernel.
+        kernels: names of the functions, as the layer calls them.
+
+    Example:
+        >>> layer = nn.Identity()
+        >>> with kernels_called(layer, lambda log_decay: 2 * log_decay, lambda kernel, **options: kernel(**options), ["rule"]):
+        ...     changed(layer, torch.tensor([-1.0]))
+        tensor([-2.])
+    """
+    with calls_through(layer, dict.fromkeys(kernels, call)), noted_change(layer, change):
+        yield
+
+
+@contextmanager
 def decay_argument(layer: nn.Module, change: Change, *, name: str, kernels: Sequence[str]) -> Iterator[None]:
-    """A block in which a change is applied to the log-decay that a layer gives to a kernel as one keyword argument.
+    """`kernels_called` for kernels that take the log-decay as one keyword argument.
 
     Args:
         layer: that calls the kernel.
@@ -124,7 +166,7 @@ def decay_argument(layer: nn.Module, change: Change, *, name: str, kernels: Sequ
     def call(kernel: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return kernel(*args, **options | {name: change(options[name])})
 
-    with calls_through(layer, dict.fromkeys(kernels, call)):
+    with kernels_called(layer, change, call, kernels):
         yield
 
 
@@ -142,8 +184,8 @@ def noted_change(layer: nn.Module, change: Change) -> Iterator[None]:
     Example:
         >>> layer = nn.Identity()
         >>> with noted_change(layer, lambda log_decay: 2 * log_decay):
-        ...     len(changes_of(layer))
-        1
+        ...     changed(layer, torch.tensor([-1.0]))
+        tensor([-2.])
     """
     noted = _changes.setdefault(layer, [])
     noted.append(change)
@@ -153,11 +195,17 @@ def noted_change(layer: nn.Module, change: Change) -> Iterator[None]:
         noted.remove(change)
 
 
-def changes_of(layer: nn.Module) -> list[Change]:
-    """The changes of its log-decay that a layer is under, outermost first.
+def changed(layer: nn.Module, log_decay: Tensor) -> Tensor:
+    """A layer's log-decay under all the changes that were noted, that of the innermost block first.
+
+    Args:
+        layer: whose decay it is.
+        log_decay: as its projections give it.
 
     Example:
-        >>> changes_of(nn.Identity())
-        []
+        >>> changed(nn.Identity(), torch.tensor([-1.0]))
+        tensor([-1.])
     """
-    return _changes.get(layer, [])
+    for change in reversed(_changes.get(layer, [])):
+        log_decay = change(log_decay)
+    return log_decay

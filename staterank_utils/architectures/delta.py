@@ -35,10 +35,11 @@ def silenced(b: Float[Tensor, "batch token head"], places: list[int]) -> Tensor:
 
 
 def tell_nothing(layer: nn.Module, hidden_states: Float[Tensor, "batch token d_model"], cache: Any) -> None:
-    """Tell a cache of transformers, which counts tokens by what layers put in, that a layer without heads read some.
+    """Tell a cache of transformers, which counts tokens by what layers put in, that a layer without heads has read these.
 
     Example:
-        >>> tell_nothing(nn.Module(), torch.ones(1, 2, 3), None)  # without a cache there is nobody to tell
+        >>> tell_nothing(nn.Module(), torch.ones(1, 2, 3), None) is None  # without a cache there is nobody to tell
+        True
     """
     if cache is not None:
         n_batch, n_tokens, _ = hidden_states.shape
@@ -83,6 +84,7 @@ class GatedDeltaLayer(DeltaLayer):
     n_heads, n_keys = kept_as("num_v_heads"), kept_as("num_k_heads")
     d_k, d_v = kept_as("head_k_dim"), kept_as("head_v_dim")
     d_k_setting = "linear_key_head_dim"
+    heads_settings = ("linear_num_value_heads", "linear_num_key_heads")
     scans = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
     kernels = (*scans, *CONVOLUTIONS)
 
@@ -126,7 +128,7 @@ class Qwen3NextLayer(GatedDeltaLayer):
 
 
 class Qwen35Layer(GatedDeltaLayer):
-    """Of Qwen3.5, its mixture of experts and Qwen4-Exp."""
+    """Qwen3.5, its mixture of experts, and Qwen4-Exp share one form."""
 
     describes = (
         "transformers.models.qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet",

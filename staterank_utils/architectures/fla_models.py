@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from staterank_utils.architectures.core import Blocks, Change, Gates, Parts, noted_change
+from staterank_utils.architectures.core import Blocks, Change, Gates, Parts, changed, kernels_called, noted_change
 from staterank_utils.architectures.delta import ONE, K, V, log_decay, silenced
 from staterank_utils.architectures.layer import LinearLayer, ModelAdapter, kept_as
 from staterank_utils.fla_cpu import SIMPLE_GLA, mamba2_forward, retention_decay
-from staterank_utils.rebinding import calls_through, replaced
+from staterank_utils.rebinding import replaced
 
 
 class FlaModel(ModelAdapter):
@@ -70,25 +71,21 @@ def _by_head(x: Float[Tensor, "batch token row"], n_heads: int) -> Float[Tensor,
 
 
 @contextmanager
-def _calls(layer: nn.Module, change: Change, call: Callable[..., Any], *kernels: str) -> Iterator[None]:
-    """A block in which a layer's kernels are called by `call`, which changes the decay that they get."""
-    with calls_through(layer, dict.fromkeys(kernels, call)), noted_change(layer, change):
-        yield
-
-
-@contextmanager
 def _decay_made_outside(
     layer: nn.Module, change: Change, log_decay_of: Callable[[nn.Module, Tensor], Tensor], *kernels: str
 ) -> Iterator[None]:
     """For kernels that make the decay of `g` themselves: it is made here, changed, and given to them as it is."""
 
     def call(kernel: Callable[..., Any], *, g: Tensor, **options: Any) -> Any:
+        made = (
+            log_decay_of(layer, g) if options.get("use_gate_in_kernel") else g
+        )  # (as a block outside this one gives it)
         within = {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None}
         # A decay that is bounded in training may be changed to lie beyond its bound.
         within |= {"safe_gate": False, "lower_bound": None} if "safe_gate" in options else {}
-        return kernel(g=change(log_decay_of(layer, g)), **options | within)
+        return kernel(g=change(made), **options | within)
 
-    with _calls(layer, change, call, *kernels):
+    with kernels_called(layer, change, call, kernels):
         yield
 
 
@@ -227,15 +224,18 @@ class GroupedLayer(FlaLayer):
         Blocks("o_proj.weight", V, axis=1),
     )
 
-    def without_writes(self, v: Float[Tensor, "batch token row"], places: list[int]) -> Tensor:
+    def stop_writes(self, places: list[int]) -> RemovableHandle:
         """Query heads that share keys and values share the writes too."""
         per_key = self.n_heads // self.n_keys
-        keys = sorted({place // per_key for place in places})
-        if len(places) != len(keys) * per_key:
+        if len(places) != len({place // per_key for place in places}) * per_key:
             raise ValueError(
                 f"{per_key} heads of {self.name} share one key and value head, so their writes stop together: "
                 f"got heads {sorted(places)}. Choose whole groups, or kind 'zero' or 'mean'"
             )
+        return super().stop_writes(places)
+
+    def without_writes(self, v: Float[Tensor, "batch token row"], places: list[int]) -> Tensor:
+        keys = sorted({place // (self.n_heads // self.n_keys) for place in places})
         columns = [key * self.d_v + i for key in keys for i in range(self.d_v)]
         return v.index_fill(-1, torch.tensor(columns, device=v.device), 0.0)
 
@@ -277,7 +277,7 @@ class GLALayer(Turned, GroupedLayer):
             name = "g" if "g" in options else "gk"  # of chunk_gla, and of fused_recurrent_gla
             return kernel(**options | {name: change(options[name].float())})
 
-        return _calls(self.module, change, call, "chunk_gla", "fused_recurrent_gla")
+        return kernels_called(self.module, change, call, ("chunk_gla", "fused_recurrent_gla"))
 
 
 class RetNetLayer(GroupedLayer):
@@ -298,14 +298,14 @@ class RetNetLayer(GroupedLayer):
         return self.fixed_gates(retention_decay(self.n_heads), q)
 
     def change_decay(self, change: Change) -> AbstractContextManager[None]:
-        """The kernels make the decay of a head's index; the one that is called in their place is told it."""
+        """The kernels make the decay of a head's index; the one that is called in their place is told it, all changes made."""
 
         def call(kernel: Callable[..., Any], *, q: Tensor, **options: Any) -> Any:
             log_decay = retention_decay(self.n_heads).to(q.device).expand(*q.shape[:2], -1)
-            return SIMPLE_GLA(q=q, g=change(log_decay), **options)
+            return SIMPLE_GLA(q=q, g=changed(self.module, log_decay), **options)
 
         kernels = ("chunk_retention", "fused_chunk_retention", "fused_recurrent_retention")
-        return _calls(self.module, change, call, *kernels)
+        return kernels_called(self.module, change, call, kernels)
 
 
 class LinearAttentionLayer(GroupedLayer):
@@ -366,7 +366,7 @@ class FlaMamba2Layer(Turned):
 
     @contextmanager
     def change_decay(self, change: Change) -> Iterator[None]:
-        forward = functools.partial(mamba2_forward, self.module, change=change)
+        forward = functools.partial(mamba2_forward, self.module, change=functools.partial(changed, self.module))
         methods = {"torch_forward": forward, "cuda_kernels_forward": forward}
         with replaced(self.module, methods), noted_change(self.module, change):
             yield
@@ -425,7 +425,7 @@ class RWKV7Layer(FlaLayer):
                 options |= {"safe_gate": False}
             return kernel(w=change(w.float()).to(w.dtype), **options)
 
-        return _calls(self.module, change, call, "chunk_rwkv7", "fused_mul_recurrent_rwkv7")
+        return kernels_called(self.module, change, call, ("chunk_rwkv7", "fused_mul_recurrent_rwkv7"))
 
     def without_writes(self, k: Float[Tensor, "batch token row"], places: list[int]) -> Tensor:
         columns = [place * self.d_k + i for place in places for i in range(self.d_k)]

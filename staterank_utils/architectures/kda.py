@@ -41,21 +41,21 @@ class KimiDeltaLayer(DeltaLayer):
 
 
 class KimiLinearLayer(KimiDeltaLayer):
-    """Of Kimi Linear."""
+    """Kimi Linear: A_log has two axes more."""
 
     describes = ("transformers.models.kimi_linear.modeling_kimi_linear.KimiLinearDeltaAttention",)
     weights = (*COMMON, *LOW_RANK, Blocks("forget_gate.A_log", ONE, axis=2))
 
 
 class BailingHybridLayer(KimiDeltaLayer):
-    """Of Ling 3.0."""
+    """Ling 3.0: the projections of its gates are whole."""
 
     describes = ("transformers.models.bailing_hybrid.modeling_bailing_hybrid.BailingHybridDeltaAttention",)
     weights = (*COMMON, Blocks("forget_gate.f_proj.weight", K), Blocks("g_proj.weight", V), DECAY)
 
 
 class Glm5NextLayer(KimiDeltaLayer):
-    """Of GLM-5.3."""
+    """GLM-5.3."""
 
     describes = ("transformers.models.glm5_next.modeling_glm5_next.Glm5NextTextLinearAttention",)
     weights = (*COMMON, *LOW_RANK, DECAY)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
 from staterank_utils.architectures.caches import LinearOnlyCache, recurrent_state
-from staterank_utils.architectures.core import Blocks, Change, Gates, changes_of
+from staterank_utils.architectures.core import Blocks, Change, Gates, changed
 from staterank_utils.rebinding import calls_through, forward_within, functions_called
 
 # ---------------------------------------------------------------- a whole model
@@ -62,7 +62,7 @@ class ModelAdapter:
         return {}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of hidden states: most have no more to it than the output embedding."""
+        """Compute logits from hidden states; by default, apply the output embedding."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
 
@@ -103,6 +103,8 @@ class LinearLayer:
         n_keys: key heads; each serves as many consecutive value heads.
         d_k, d_v: shape of a state.
         d_k_setting: name of d_k in the model's configuration, where key channels can be cut; None where they cannot.
+        heads_settings: names of n_heads and n_keys in the model's configuration, where a model with fewer in every layer is one of the same
+            class; empty where a norm across heads or the like stands against that.
         output_module: name of the submodule whose first input, (batch, token, head * d_v), is what the heads put out, head by head, at
             the place where a head at zero is a head removed: the output projection where the norm behind a head is its own, else the
             norm across heads.
@@ -118,7 +120,8 @@ class LinearLayer:
             an axis of channels behind.
         change_decay: (change) -> a block for one forward pass, in which `change` is applied to the layer's log-decay, writes stay as
             they are, and `gates` tells the changed one; None where a layer has no decay, or none that can be changed.
-        without_writes: (output of `write_module`, places of heads) -> that output, changed so that these heads write nothing.
+        without_writes: (output of `write_module`, places of heads) -> that output, with numbers put in the place of others (`index_fill`) so
+            that these heads write nothing. It is called once, on NaN, to see which.
         idle: (arguments of the module's forward) -> what the layer returns when it has no head left; None where it must keep one.
         mend: (forward of the module's class) -> a forward that does for every path and for a pruned layer, where the class's does not.
 
@@ -137,6 +140,7 @@ class LinearLayer:
     d_k: int
     d_v: int
     d_k_setting: ClassVar[str | None] = None
+    heads_settings: ClassVar[tuple[str, ...]] = ()
     output_module: ClassVar[str]
     gate_modules: ClassVar[tuple[str, ...]]
     write_module: ClassVar[str | None] = None
@@ -153,9 +157,14 @@ class LinearLayer:
     def __init__(self, index: int, module: nn.Module):
         self.index, self.module = index, module
 
+    @classmethod
+    def describes_class(cls, module_class: type) -> bool:
+        """Whether it describes a class, or one that this is a subclass of."""
+        return any(full_name(each) in cls.describes for each in module_class.__mro__)
+
     @property
     def described(self) -> type[nn.Module]:
-        """The class that is described, of which the module may be of a subclass."""
+        """The class that the adapter describes: the module's own, or a base class of it."""
         return next(each for each in type(self.module).__mro__ if full_name(each) in self.describes)
 
     @property
@@ -208,16 +217,16 @@ class LinearLayer:
 
     @property
     def output(self) -> nn.Module:
-        """The submodule of `output_module`."""
+        """The submodule that `output_module` names."""
         return self.module.get_submodule(self.output_module)
 
     @property
-    def has_decay(self) -> bool:
+    def decay_can_change(self) -> bool:
         """Whether its states decay in a way that `decay_changed` can change."""
         return self.change_decay is not None
 
     def gates(self, *outputs: Tensor) -> Gates:
-        """`read_gates`, under the changes that hold for it.
+        """Apply `read_gates`, then the changes of the decay that hold for the layer.
 
         Example:
             >>> from staterank_utils import load_model
@@ -229,9 +238,7 @@ class LinearLayer:
             True
         """
         log_decay, write_strength = self.read_gates(*outputs)
-        for change in reversed(changes_of(self.module)):
-            log_decay = change(log_decay)
-        return log_decay, write_strength
+        return changed(self.module, log_decay), write_strength
 
     def log_norm(self, log_decay: Tensor, *outputs: Tensor) -> Float[Tensor, "batch token head"]:
         """The logarithm of the spectral norm of the transition A_t in S(t) = A_t S(t-1) + writes.
@@ -257,7 +264,7 @@ class LinearLayer:
             call: makes the call of the kernel, and returns what that returns.
 
         Raises:
-            ValueError: a subclass of the module's class overrides the method that calls them.
+            ValueError: no method of the module's class calls them.
 
         Example:
             >>> from staterank_utils import load_model
@@ -273,10 +280,10 @@ class LinearLayer:
         """
         if not self.n_heads:
             return nullcontext()  # it runs no recurrence
-        if not all(functions_called(self.module, self.scans).values()):
-            raise ValueError(
-                f"{type(self.module).__name__} does not call {', '.join(self.scans)} itself: its class overrides a method of {self.name}"
-            )
+        if absent := [name for name, found in functions_called(self.module, self.scans).items() if not found]:
+            own = type(self.module) is self.described
+            why = f"mend `scans` of {type(self).__name__}" if own else f"its class overrides a method of {self.name}"
+            raise ValueError(f"{type(self.module).__name__} does not call {', '.join(absent)} itself: {why}")
         return forward_within(self.module, lambda: calls_through(self.module, dict.fromkeys(self.scans, call)))
 
     def decay_changed(self, change: Change) -> AbstractContextManager[None]:
@@ -308,6 +315,11 @@ class LinearLayer:
         def on(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
             """Which of its numbers are replaced, and by what; made once, so that a graph can be captured."""
             put_out = without_writes(torch.full((1, 1, width), torch.nan, dtype=dtype, device=device), places)
+            if put_out.isnan().all():
+                raise ValueError(
+                    f"`without_writes` of {type(self).__name__} put no number in the place of another: it must replace numbers (index_fill), not "
+                    "multiply them"
+                )
             return ~put_out.isnan(), put_out
 
         def hook(projection: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def register(adapter: type[LinearLayer]) -> type[LinearLayer]:
         adapter: subclass of `LinearLayer`; as a decorator of it, too.
 
     Raises:
-        ValueError: it describes no class, or both or neither of `weights` and `kept_whole` are given.
+        ValueError: it describes no class, leaves out what every adapter must say, or gives both or neither of `weights` and `kept_whole`.
 
     Example:
         >>> register(LinearLayer)
@@ -36,6 +36,12 @@ def register(adapter: type[LinearLayer]) -> type[LinearLayer]:
     """
     if not adapter.describes:
         raise ValueError(f"{adapter.__name__} describes no class of modules: name some in `describes`")
+    required = ("n_heads", "n_keys", "d_k", "d_v", "gate_modules", "read_gates")
+    absent = [name for name in required if not hasattr(adapter, name)]
+    if adapter.output is LinearLayer.output and not hasattr(adapter, "output_module"):
+        absent.append("output_module")
+    if absent:
+        raise ValueError(f"{adapter.__name__} does not say {', '.join(absent)}: every adapter must")
     if bool(adapter.weights) == bool(adapter.kept_whole):
         raise ValueError(
             f"{adapter.__name__} must say either where its heads are (`weights`) or why they cannot be removed (`kept_whole`)"
@@ -62,7 +68,7 @@ WRONG_IN_SEGMENTS = {
 
 
 def find_layers(model: nn.Module) -> list[LinearLayer]:
-    """As `linear_layers`, for any module, with nothing refused.
+    """Find linear-attention layers without checking that their model is supported.
 
     Example:
         >>> find_layers(nn.Linear(2, 2))
@@ -145,14 +151,14 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
         raise ValueError(
             f"{model_type} cannot be traced: {WRONG_IN_SEGMENTS[model_type]} (transformers 5.17 to 5.23), so its states would be wrong"
         )
-    known = {name.rpartition(".")[2] for name in ADAPTERS}
+    known = {name.rpartition(".")[2]: name for name in ADAPTERS}
     strangers = {
         type(module)
         for module in model.modules()
         if type(module).__name__ in known and _adapter_of(type(module)) is None
     }
     if strangers:
-        named = ", ".join(sorted(f"{each.__module__}.{each.__name__}" for each in strangers))
+        named = ", ".join(sorted(f"{full_name(each)} (known: {known[each.__name__]})" for each in strangers))
         raise ValueError(
             f"{model_type} cannot be traced: {named} is another class than the one of that name that is known. Load the model without trust_remote_code"
         )

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from staterank_utils.architectures.core import Change, Gates, noted_change
-from staterank_utils.architectures.layer import LinearLayer, ModelAdapter, full_name, kept_as
+from staterank_utils.architectures.layer import LinearLayer, ModelAdapter, kept_as
 from staterank_utils.rebinding import replaced
 
 MODULE = "transformers.models.xlstm.modeling_xlstm"
@@ -75,7 +75,7 @@ def _cache_class() -> type[Any]:
         def __init__(self, model: Any):
             self.seqlen_offset = 0
             self.dtype, self.config = torch.float32, model.config
-            modules = [module for module in model.modules() if full_name(type(module)) in XLSTMLayer.describes]
+            modules = [module for module in model.modules() if XLSTMLayer.describes_class(type(module))]
             self._layers = [XLSTMLayer(index, module) for index, module in enumerate(modules)]
             self.rnn_state: dict[int, tuple[Tensor, ...]] = {}
 
@@ -117,7 +117,7 @@ class XLSTMModel(ModelAdapter):
 
 
 class XLSTMLayer(LinearLayer):
-    """Of xLSTM."""
+    """The matrix memory of xLSTM."""
 
     describes = (f"{MODULE}.xLSTMLayer",)
     model_adapter = XLSTMModel

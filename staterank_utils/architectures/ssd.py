@@ -73,7 +73,7 @@ class AcrossHeads(LinearLayer):
 
 
 def _step(layer: nn.Module, raw: Tensor) -> Tensor:
-    """dt of what in_proj puts out for it; a raw dt of -inf is no step at all, also where steps have a lower bound."""
+    """Compute the step dt; a raw dt of -inf is no step at all, also where steps have a lower bound."""
     dt = F.softplus(raw).clamp(*layer.time_step_limit)
     return dt.masked_fill(raw == float("-inf"), 0.0)
 
@@ -139,13 +139,15 @@ def _changed_decay(layer: nn.Module, change: Change) -> Iterator[None]:
         dt: Float[Tensor, "batch token head"],
         rate: Float[Tensor, " head"],
         *rest: Tensor,
-        D: Float[Tensor, " head"],
+        D: Float[Tensor, " head"] | None,
         dt_bias: Tensor | None = None,
         **options: Any,
     ) -> Any:
         step, factor = steps(dt, rate, dt_bias)
         options = {name: value for name, value in options.items() if name not in ("dt_softplus", "dt_limit")}
         made = kernel(x.float() * factor[..., None], step, rate, *rest, D=None, **options)
+        if D is None:  # inside another such block, which adds it
+            return made
         skip = D[..., None] * x.float()
         return (made[0] + skip, *made[1:]) if isinstance(made, tuple) else made + skip
 
@@ -157,7 +159,7 @@ def _changed_decay(layer: nn.Module, change: Change) -> Iterator[None]:
         rate: Float[Tensor, "head d_v d_k"],
         key: Tensor,
         query: Tensor,
-        D: Float[Tensor, "head d_v"],
+        D: Float[Tensor, "head d_v"] | None,
         *,
         z: Float[Tensor, "batch head d_v"] | None = None,
         dt_bias: Float[Tensor, "head d_v"] | None = None,
@@ -167,7 +169,7 @@ def _changed_decay(layer: nn.Module, change: Change) -> Iterator[None]:
         step, factor = (each[:, 0, :, None] for each in steps(dt[:, None, :, 0], rate[:, 0, 0], bias))
         options.pop("dt_softplus", None)
         made = kernel(state, x.float() * factor, step.expand_as(x).contiguous(), rate, key, query, None, **options)
-        out: Tensor = made + D * x.float()
+        out: Tensor = made if D is None else made + D * x.float()
         return out if z is None else out * F.silu(z)
 
     calls: dict[str, Callable[..., Any]] = {"mamba2_chunk_scan": scan, "mamba2_selective_state_update": update}
@@ -216,7 +218,7 @@ IN: Parts = (("value", "d_v"), ("value", "d_v"), ("key", "d_k"), ("key", "d_k"),
 
 
 class Mamba2Layer(AcrossHeads):
-    """Of Mamba-2 and its relatives in transformers."""
+    """Mamba-2 and its relatives in transformers."""
 
     describes: ClassVar[tuple[str, ...]] = (
         "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer",
@@ -319,21 +321,21 @@ class GraniteModel(ModelAdapter):
 
 
 class OriginalMamba2Layer(Mamba2Layer):
-    """Of Mamba-2 itself."""
+    """Mamba-2 itself."""
 
     describes = ("transformers.models.mamba2.modeling_mamba2.Mamba2Mixer",)
     model_adapter = Mamba2Model
 
 
 class FalconH1Layer(Mamba2Layer):
-    """Of Falcon-H1."""
+    """Falcon-H1."""
 
     describes = ("transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer",)
     model_adapter = FalconH1Model
 
 
 class GraniteLayer(Mamba2Layer):
-    """Of Granite 4."""
+    """Granite 4."""
 
     describes = ("transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer",)
     model_adapter = GraniteModel

@@ -533,7 +533,7 @@ def measure_law(
     heads = all_heads(model)
     scaled = np.repeat(base.rank[-1:], len(factors), axis=0)
     layers = sorted({layer for layer, _ in heads})
-    if not all(layer.has_decay for layer in linear_layers(model)):
+    if not all(layer.decay_can_change for layer in linear_layers(model)):
         layers, factors, scaled = [], (), scaled[:0]  # no decay that could be scaled
     for layer in tqdm(layers, desc="layers scaled", leave=False):
         of_layer = [index for index, (of, _) in enumerate(heads) if of == layer]
