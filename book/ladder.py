@@ -163,10 +163,9 @@ def _what_decides() -> str:
         seeds = by_name[design]
         means = ", ".join(f"{np.mean(cost):.2f} without {group}" for group, cost in costs(seeds, LAYERS).items())
         beyond = [of.removal.beyond_random() for of in seeds]
-        between = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(beyond), max(beyond))))
         lines.append(
             f"- *{what}* (`{design}`, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}): nats per token, {means}; the D of rank, without "
-            f"its sign, is larger than that of {between} of random orders within layers."
+            f"its sign, is larger than that of {_range(beyond, '.0%')} of random orders within layers."
         )
     linear_first = [
         of
@@ -174,7 +173,7 @@ def _what_decides() -> str:
         if name.startswith("hybrid") and RECIPES[name].gates == "broad" and RECIPES[name].layer_types[0] == LINEAR
     ]
     ranges = ", ".join(
-        f"{min(cost):.2f} to {max(cost):.2f} without {group}" for group, cost in costs(linear_first, PROTECTED).items()
+        f"{_range(cost, '.2f')} without {group}" for group, cost in costs(linear_first, PROTECTED).items()
     )
     lines.append(
         f"- *Layer 0 linear but protected, gates broad* ({len(linear_first)} hybrids, a quarter of all heads from the other layers): {ranges}."
@@ -247,7 +246,7 @@ def _capped() -> str:
     for name, measured in _measured().items():
         if name.startswith("hybrid"):
             taken.setdefault(RECIPES[name].gates, []).append(measured.recall.taken().point)
-    each = [f"{min(shares):.0%} to {max(shares):.0%} ({gates} gates, {len(shares)})" for gates, shares in taken.items()]
+    each = [f"{_range(shares, '.0%')} ({gates} gates, {len(shares)})" for gates, shares in taken.items()]
     return (
         f"Of the gain of hybrids the cap takes, by how their gates began and over how many models: {'; '.join(each)}. The pure models have too small a "
         "gain to compare, so C6 is not testable."
@@ -443,4 +442,10 @@ def _secondary(data: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _or_dash(number: float | None) -> str:
-    return "–" if number is None else f"{number:.2f}"
+    return "–" if number is None else strata.without_minus(f"{number:.2f}")
+
+
+def _range(values: Iterable[float], spec: str) -> str:
+    """The smallest and the largest of some numbers, one of them where both read the same."""
+    given = list(values)
+    return " to ".join(dict.fromkeys(strata.without_minus(format(each, spec)) for each in (min(given), max(given))))

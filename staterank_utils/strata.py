@@ -37,13 +37,23 @@ class Estimate:
     high: float
 
     def __format__(self, spec: str) -> str:
-        texts = [format(number, spec or ".3f") for number in (self.point, self.low, self.high)]
+        texts = [without_minus(format(number, spec or ".3f")) for number in (self.point, self.low, self.high)]
         numbers = zip(texts, (self.point, self.low, self.high), strict=True)
         point, low, high = (f"{number:,.0f}" if "e+" in text else text for text, number in numbers)
         return f"{point} [{low}, {high}]"
 
     def __str__(self) -> str:
         return format(self)
+
+
+def without_minus(number: str) -> str:
+    """A number in digits; one that is rounded to 0 has no sign.
+
+    Example:
+        >>> without_minus("-0.00"), without_minus("-0.01"), f"{Estimate(-0.001, -0.2, 0.0):.1f}"
+        ('0.00', '-0.01', '0.0 [-0.2, 0.0]')
+    """
+    return number.removeprefix("-") if not number.strip("-0.") else number
 
 
 class UndefinedError(ValueError):
