@@ -6,16 +6,17 @@ BIN := .venv/bin
 STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
-BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py
+BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py tests/test_report.py
 PAGES := tests/test_pages.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
 CORES ?= 2
 WAVE ?= 1
 GPUS ?= 1
+OUT ?= _build/report
 LADDER := _build/ladder
 
-.PHONY: help book pdf test test-architectures test-pages test-gpu conformance check notebooks bench quick figure sweep ladder clean
+.PHONY: help book pdf test test-architectures test-pages test-gpu conformance check notebooks bench quick figure report sweep ladder clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,6 +70,10 @@ quick: book ## build the book and store what its quick runs gave, which tests ho
 
 figure: .venv/installed ## store the figure of the README, from a quick run of the first notebook
 	$(BIN)/python -m book.assemble --stage _build/figure --only 01_stratification --figure book/ranks.png
+
+report: .venv/installed ## run the chapters on a model and build pages of them (MODEL=FOLDER or OWNER/NAME REVISION=... PROFILE=quick OUT=_build/report)
+	@[ -n "$(MODEL)" ] || { echo "name the model: make report MODEL=FOLDER" >&2; exit 1; }
+	$(BIN)/staterank report "$(MODEL)" --out "$(OUT)" --profile $(PROFILE) $(if $(REVISION),--revision $(REVISION))
 
 sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/example.yaml RUN=_build/sweep CORES=2), or go on with it (UNLOCK=1 first, if make itself was killed)
 	$(if $(UNLOCK),$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --unlock)

@@ -11,9 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
-import sys
 import time
 import zipfile
 from collections.abc import Sequence
@@ -22,7 +20,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import papermill
 import torch
 from tqdm import tqdm
 
@@ -30,6 +27,7 @@ from book import home
 from book.ladder import first_pair, ladder_figures, ladder_tables, over_models, stored_models
 from staterank_utils import claims, interactive, markdown
 from staterank_utils.models import EMBEDDED
+from staterank_utils.report import execute, finish_page
 from staterank_utils.results import STORED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,42 +36,6 @@ REFERENCE = 0.7  # seconds that the machine of the time limits takes for `refere
 PACKAGES = (
     "torch", "transformers", "flash-linear-attention", "triton", "numpy", "scipy", "diptest", "matplotlib", "seaborn", "papermill", "jupyter-book",
 )  # fmt: skip
-
-
-def execute(source: Path, target: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Run a notebook at the root of the repository; return what the status page says of the run.
-
-    Its peak memory is the largest of all kernels that this process has run, so give each notebook a process of its own.
-    """
-    unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
-    if unknown:
-        raise ValueError(f"{source.name} has no parameter {', '.join(sorted(unknown))}")
-    started = time.monotonic()
-    papermill.execute_notebook(
-        str(source), str(target), parameters=parameters, cwd=str(ROOT), progress_bar=False, log_output=False
-    )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    return {"notebook": source.stem, "seconds": time.monotonic() - started, "peak_gib": peak, **parameters}
-
-
-def finish_page(notebook: Path, numbers: Path) -> None:
-    """Make a page of an executed notebook: without the cell that papermill added, and with links to the numbers behind figures.
-
-    That cell repeats the parameters above it, and the status page says the profile.
-
-    Args:
-        notebook: executed, below the folder that the site is built from.
-        numbers: folder with FIGURE.csv.
-    """
-    content = json.loads(notebook.read_text(encoding="utf-8"))
-    for cell in content["cells"]:
-        tags = cell["metadata"].get("tags", [])
-        if "injected-parameters" in tags:
-            tags.append("remove-cell")
-        figure = cell["metadata"].get("mystnb", {}).get("figure", {})
-        if figure and (numbers / f"{figure['name']}.csv").exists():
-            figure["caption"] += f" {{download}}`Numbers <../results/{figure['name']}.csv>`"
-    notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def notebook_pages(stage: Path, profile: str, only: Sequence[str]) -> list[dict[str, Any]]:
@@ -91,7 +53,7 @@ def notebook_pages(stage: Path, profile: str, only: Sequence[str]) -> list[dict[
     for source in tqdm(sources, desc="notebooks"):
         parameters = {"profile": profile, "results_folder": folder}
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-            runs.append(alone.submit(execute, source, stage / "notebooks" / source.name, parameters).result())
+            runs.append(alone.submit(execute, source, stage / "notebooks" / source.name, parameters, cwd=ROOT).result())
         finish_page(stage / "notebooks" / source.name, stage / "results")
     return runs
 

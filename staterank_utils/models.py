@@ -92,10 +92,8 @@ def load_model(
     chosen = dtype or (torch.float32 if on_cpu else "auto")
     if Path(source).is_dir():
         verify_weights(Path(source))
-    config = _fetched(_config, source, options)
-    with torch.device("meta"):
-        # What cannot be measured is refused before its weights are read.
-        linear_layers(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
+    # What cannot be measured is refused before its weights are read.
+    config = model_outline(name_or_path, revision=revision, trust_remote_code=trust_remote_code).config
     if weights == "initial":
         model = initial_model(config, seed=seed)
         model = model.to(dtype=None if chosen == "auto" else chosen)
@@ -128,6 +126,33 @@ def load_model(
         chosen_kernels,
     )
     return model
+
+
+def model_outline(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model as its configuration describes it, without weights: what it would take, and whether it can be measured.
+
+    Args:
+        name_or_path, revision, trust_remote_code: as in `load_model`.
+
+    Returns:
+        A model on the device "meta".
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as in `load_model`.
+
+    Example:
+        >>> outline = model_outline("hybrid")
+        >>> outline.device.type, len(linear_layers(outline))
+        ('meta', 9)
+    """
+    source, options = _source(name_or_path, revision, trust_remote_code)
+    config = _fetched(_config, source, options)
+    with torch.device("meta"):
+        outline: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    linear_layers(outline)
+    return outline
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -617,6 +642,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in trained:
             module.training = True
+
+
+def takes_mask(model: PreTrainedModel) -> bool:
+    """Whether a model's forward can be told which tokens are padding.
+
+    Example:
+        >>> takes_mask(load_model("hybrid"))
+        True
+    """
+    return "attention_mask" in _argument_names(type(unwrapped(unwrapped(model).base_model)).forward)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT put adapters into a model's layers.
+
+    Example:
+        >>> has_adapters(load_model("hybrid"))
+        False
+    """
+    return any(hasattr(module, "base_layer") for module in model.modules())
 
 
 def output_logits(model: PreTrainedModel, hidden: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead vocabulary"]:

@@ -5,11 +5,13 @@ of the whole model. From it, `AutoConfig` builds a subclass of the whole model's
 whole model's class, which cuts its layers as soon as it is built. Without the import, transformers says that it does not know the type.
 """
 
+import copy
 import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -69,7 +71,7 @@ def config_class_of(settings: dict[str, Any]) -> type[PreTrainedConfig]:
         settings: a configuration as it is stored.
 
     Raises:
-        KeyError: a model type that is not known.
+        ValueError: a model type that is not known.
 
     Example:
         >>> config_class_of({"model_type": "qwen3_next"}).__name__
@@ -82,6 +84,10 @@ def config_class_of(settings: dict[str, Any]) -> type[PreTrainedConfig]:
         package = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
         own: type[PreTrainedConfig] = getattr(package, CONFIG_MAPPING_NAMES[model_type])
         return own
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"transformers does not know the model type {model_type!r}: import the module that registers it with AutoConfig"
+        )
     found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
     return found
 
@@ -238,6 +244,65 @@ def _without_init(make: Callable[..., Any], *made_of: Any) -> Any:
 
 AutoConfig.register(MODEL_TYPE, PrunedConfig, exist_ok=True)
 
+# ---------------------------------------------------------------- without this package
+
+
+def plain_model(pruned: PreTrainedModel) -> PreTrainedModel:
+    """The same network as a model of the whole model's own class, which loads without this package.
+
+    Args:
+        pruned: from `prune_heads`; it is not changed.
+
+    Returns:
+        A model with copies of its weights, on its device, in evaluation mode. Heads are counted anew in it, from 0.
+
+    Raises:
+        ValueError: a model that was not pruned, whose layers keep different numbers of heads, or of an architecture whose configuration
+            cannot say a smaller number.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model, prune_heads
+        >>> heads = {layer.index: [14, 15] for layer in find_layers(load_model("hybrid"))}
+        >>> pruned = prune_heads(load_model("hybrid"), heads)
+        >>> plain, ids = plain_model(pruned), torch.arange(9).reshape(1, 9).to(pruned.device)
+        >>> type(plain).__name__, plain.config.linear_num_value_heads, torch.equal(plain(ids).logits, pruned(ids).logits)
+        ('Qwen3NextForCausalLM', 14, True)
+    """
+    if type(pruned) not in _made_of:
+        raise ValueError(f"{type(pruned).__name__} was not pruned: it is a model of its own class already")
+    layers = find_layers(pruned)
+    settings = layers[0].heads_settings
+    if not settings:
+        raise ValueError(
+            f"a model of {layers[0].name} cannot say in its configuration that it has fewer heads: keep it as a pruned model"
+        )
+    sizes = {(layer.n_heads, layer.n_keys) for layer in layers}
+    if len(sizes) > 1:
+        counts = ", ".join(f"{layer.n_heads} in layer {layer.index}" for layer in layers)
+        raise ValueError(
+            f"layers keep different numbers of heads ({counts}), and its class has one number for all: choose as many of every layer "
+            "(select_heads with per_layer=True)"
+        )
+    whole: Any
+    whole_config: Any
+    whole, whole_config = _made_of[type(pruned)]
+    config = whole_config.from_dict(whole_config.to_dict(pruned.config))
+    text = config.get_text_config()
+    delattr(text, RECORD)
+    for name, size in zip(settings, *sizes, strict=True):
+        setattr(text, name, size)
+    with torch.device(pruned.device):  # (also the buffers that are not stored)
+        made = whole(config)
+    weights = {name: value.clone() for name, value in pruned.state_dict().items()}
+    made.load_state_dict(weights, assign=True)
+    made.tie_weights()
+    if made.can_generate():
+        made.generation_config = copy.deepcopy(pruned.generation_config)
+    choose_kernels(made)
+    return made.eval()
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -271,8 +336,19 @@ def keep_heads(layer: LinearLayer, kept: Sequence[int]) -> None:
     ]
     groups = [(keys.index(key), heads) for key, heads in new]
     for blocks in layer.blocks:
+        there = blocks.tensor(module).shape[blocks.axis]
+        expected = blocks.size(n_keys=len(keys), n_heads=len(names), sizes=layer.sizes)
+        if there != expected:
+            raise ValueError(
+                f"{type(layer).__name__} says that {blocks.weight} has {expected} rows along axis {blocks.axis}, and it has {there}: mend its `weights`"
+            )
+    for blocks in layer.blocks:
         blocks.cut(module, blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=layer.sizes))
     layer.resize(len(new), len(kept), layer.d_k)
+    if (layer.n_keys, layer.n_heads) != (len(new), len(kept)):
+        raise ValueError(
+            f"{type(layer).__name__} still counts {layer.n_heads} heads on {layer.n_keys} keys where {len(kept)} on {len(new)} are left: mend its `resize`"
+        )
     module.staterank_heads, module.staterank_keys = list(kept), [key for key, _ in new]
     if kept:
         layer.rescale(len(names), len(kept))

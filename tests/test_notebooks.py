@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from book import address
-from book.assemble import execute
 from book.pairs import image
+from staterank_utils.report import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
@@ -132,7 +132,7 @@ def test_the_table_of_contents_names_every_notebook_and_page() -> None:
 def test_a_misspelt_parameter_stops_the_run(tmp_path: Path) -> None:
     notebook = ROOT / "notebooks" / "01_stratification.ipynb"
     with pytest.raises(ValueError, match="has no parameter n_prompt"):
-        execute(notebook, tmp_path / "out.ipynb", {"n_prompt": 1})
+        execute(notebook, tmp_path / "out.ipynb", {"n_prompt": 1}, cwd=ROOT)
     command = [
         sys.executable,
         "-m",
@@ -164,7 +164,7 @@ def test_a_notebook_runs_on_another_model_from_a_folder(tmp_path: Path, tokenize
         "n_tokens": 160,
         "results_folder": str(tmp_path / "results"),
     }
-    execute(notebook, tmp_path / "out.ipynb", parameters)
+    execute(notebook, tmp_path / "out.ipynb", parameters, cwd=ROOT)
     assert (tmp_path / "results" / "01_stratification.json").exists()
 
 

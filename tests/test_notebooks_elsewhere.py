@@ -7,7 +7,7 @@ import pytest
 import torch
 from architectures import delta, fla_models, ssd
 
-from book.assemble import execute
+from staterank_utils.report import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -42,5 +42,7 @@ def test_a_notebook_runs_on_another_architecture(notebook: Path, folder: Path, t
         "02": {"n_prompts": 6, "n_tokens": 256},
         "05": {"n_prompts": 1, "n_copies": 1},
     }.get(notebook.stem[:2], {"n_prompts": 2, "n_draws": 2})
-    execute(notebook, tmp_path / "out.ipynb", {"model": str(folder), "results_folder": str(tmp_path), **small})
+    execute(
+        notebook, tmp_path / "out.ipynb", {"model": str(folder), "results_folder": str(tmp_path), **small}, cwd=ROOT
+    )
     assert (tmp_path / f"{notebook.stem}.json").exists()

@@ -20,7 +20,7 @@ def imports(file: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "staterank_utils":
-            found |= {name.name for name in node.names}
+            found |= {name.name for name in node.names if not name.name.startswith("_")}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("staterank_utils."):
             found.add(str(node.module).split(".")[1])
     return found

@@ -1,0 +1,106 @@
+"""What the states do while a model is trained: numbers per layer, for transformers' Trainer or a loop of one's own."""
+
+import time
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from staterank_utils.memory import half_lives
+from staterank_utils.models import unwrapped
+from staterank_utils.spectra import rank_and_norm
+from staterank_utils.strata import share_outside
+from staterank_utils.tracing import check_prompts, trace_states
+
+PREFIX = "staterank"
+
+
+def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) -> dict[str, float]:
+    """What a log of a training holds of a model's states after the last token of some prompts.
+
+    Weights, gradients, modes and the random numbers of torch are left as they are, so a training goes on bit for bit as without it. Call it
+    between two optimizer steps.
+
+    Args:
+        model: any that `linear_layers` accepts, also in train mode, compiled, or wrapped by PEFT.
+        input_ids: prompts of equal length, the same at every call, on any device.
+
+    Returns:
+        "staterank/layer_INDEX/NAME" -> number, means over prompts: "effective_rank" (arXiv:2602.02195, Eq. 6, eps = 1e-4) and
+        "nuclear_norm", means over heads; "half_life", tokens, the median over heads, left out where nothing decays; "share_outside", of
+        the heads whose rank is not between 0.2 d and 0.8 d.
+
+    Raises:
+        TypeError, ValueError: as in `trace_states`.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> metrics = layer_metrics(load_model("hybrid"), torch.arange(64).reshape(1, 64))
+        >>> sorted(metrics)[:4]
+        ['staterank/layer_0/effective_rank', 'staterank/layer_0/half_life', 'staterank/layer_0/nuclear_norm', 'staterank/layer_0/share_outside']
+    """
+    trace = trace_states(model, input_ids, positions=[input_ids.shape[1]], reduce=rank_and_norm)
+    ranks, norms = trace.values[:, :, 0].double().mean(1).unbind(-1)  # (layer, head) each
+    lives = half_lives(trace).mean(1).median(-1).values
+    metrics: dict[str, float] = {}
+    for row, index in enumerate(trace.layers):
+        of_layer = {
+            "effective_rank": ranks[row].mean().item(),
+            "nuclear_norm": norms[row].mean().item(),
+            "half_life": lives[row].item(),
+            "share_outside": share_outside(ranks[row].numpy() / trace.d),
+        }
+        metrics |= {
+            f"{PREFIX}/layer_{index}/{name}": value for name, value in of_layer.items() if value != float("inf")
+        }
+    return metrics
+
+
+class StateRankCallback(TrainerCallback):
+    """Adds `layer_metrics` to what a Trainer logs, whenever it logs a loss, for whatever it reports to.
+
+    Beside them stands "staterank/seconds", what they took. With prompts of as many tokens as one step reads, that is about a third of a
+    step; at the default of 500 steps between logs, under a thousandth of the training.
+
+    Args:
+        trainer: that the callback is added to.
+        input_ids: prompts of equal length, the same for the whole training: a few hundred tokens of a few texts do.
+
+    Raises:
+        TypeError: not a Trainer, or ids as `trace_states` refuses them.
+        ValueError: a model that `linear_layers` refuses; weights that are split over processes (FSDP, DeepSpeed's third stage), of which
+            no process has a whole layer.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from transformers import TrainingArguments
+        >>> from staterank_utils import load_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = Trainer(load_model("hybrid"), TrainingArguments(folder, report_to="none"))
+        ...     trainer.add_callback(StateRankCallback(trainer, torch.arange(64).reshape(1, 64)))
+        >>> type(trainer.callback_handler.callbacks[-1]).__name__
+        'StateRankCallback'
+    """
+
+    def __init__(self, trainer: Trainer, input_ids: Int[Tensor, "prompt token"]):
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"expected the Trainer that is to log, got {type(trainer).__name__}: write trainer.add_callback(StateRankCallback(trainer, input_ids))"
+            )
+        if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and trainer.args.hf_deepspeed_config.is_zero3()):
+            raise ValueError(
+                "the weights of this Trainer are split over its processes, so no process can read a prompt through whole layers: trace its checkpoints"
+            )
+        check_prompts(unwrapped(trainer.model), input_ids, [input_ids.shape[-1]])
+        self.trainer, self.input_ids = trainer, input_ids
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Measure where the training's own loss was logged."""
+        if "loss" not in (logs or {}) or not state.is_world_process_zero:
+            return
+        started = time.perf_counter()
+        metrics = layer_metrics(kwargs["model"], self.input_ids)
+        self.trainer.log({**metrics, f"{PREFIX}/seconds": time.perf_counter() - started})

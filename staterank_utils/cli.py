@@ -1,0 +1,240 @@
+"""The command `staterank`: trace, prune or report on a model of one's own."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from staterank_utils import strata
+from staterank_utils.architectures import linear_layers
+from staterank_utils.markdown import markdown_table
+from staterank_utils.memory import half_lives
+from staterank_utils.models import load_model, load_tokenizer, model_outline
+from staterank_utils.report import write_report
+from staterank_utils.results import write_table
+from staterank_utils.spectra import rank_and_norm
+from staterank_utils.studies.handover import RULES, prune_by_rule, write_pruned
+from staterank_utils.surgery import all_heads
+from staterank_utils.tasks import domain_prompts
+from staterank_utils.tracing import trace_states
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measure the recurrent states of a linear-attention model: their ranks, half-lives, and which heads can go.",
+)
+_Rule = StrEnum("Rule", [(name, name) for name in RULES])  # type: ignore[misc]
+_HIGHEST = _Rule("rank")
+
+
+class Profile(StrEnum):
+    """How much a report measures.
+
+    Example:
+        >>> Profile("quick") == "quick"
+        True
+    """
+
+    quick = "quick"
+    full = "full"
+
+
+class Dtype(StrEnum):
+    """The dtype of weights, by its name in torch.
+
+    Example:
+        >>> [dtype.value for dtype in Dtype]
+        ['float32', 'bfloat16']
+    """
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Model = Annotated[str, typer.Argument(help="a folder in Hugging Face format, a hub id, or an embedded name")]
+Revision = Annotated[str | None, typer.Option(help="commit or tag, needed for a hub id")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... or auto; by default the GPU if there is one")]
+Precision = Annotated[Dtype | None, typer.Option(help="by default float32 on a CPU, and the checkpoint's own on a GPU")]
+
+
+def _dtype(given: Dtype | None) -> torch.dtype | None:
+    return None if given is None else getattr(torch, given)
+
+
+@contextmanager
+def said() -> Iterator[None]:
+    """A block whose errors are told in a line, with exit status 1; what is none of ours keeps its traceback.
+
+    Example:
+        >>> with said():  # doctest: +IGNORE_EXCEPTION_DETAIL
+        ...     raise ValueError("a share that there is not")
+        Traceback (most recent call last):
+            ...
+        Exit: 1
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"staterank: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.callback()
+def main(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="say what is chosen: kernels, dtypes, devices")
+    ] = False,
+) -> None:
+    """Set up the log.
+
+    Example:
+        >>> from typer.testing import CliRunner
+        >>> "trace" in CliRunner().invoke(app, ["--help"]).stdout
+        True
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+
+
+@app.command()
+def trace(
+    model: Model,
+    text: Annotated[
+        str, typer.Option(help="what the model reads: a text file, or a built-in domain such as prose or code")
+    ] = "prose",
+    tokens: Annotated[int, typer.Option(min=1, help="length of a prompt")] = 512,
+    prompts: Annotated[int, typer.Option(min=1, help="how many")] = 4,
+    out: Annotated[Path | None, typer.Option(help="write every head's numbers here, as CSV")] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Precision = None,
+) -> None:
+    """Print ranks, norms and half-lives of every layer, after the last token of some prompts.
+
+    Effective rank is the number of singular values over 1e-4 of the largest; a half-life is the number of tokens after which a state has lost
+    half of what it held. Example: staterank trace ./my-model --text notes.txt --out heads.csv
+    \f
+
+    Example:
+        >>> from typer.testing import CliRunner
+        >>> CliRunner().invoke(app, ['trace', 'nowhere']).exit_code
+        1
+    """
+    with said():
+        domain = text if "/" in text or "." not in text else f"./{text}"
+        model_outline(model, revision=revision)
+        tokenizer = load_tokenizer(model, revision=revision)
+        ids = domain_prompts(domain, tokenizer, n_prompts=prompts, n_tokens=tokens, seed=0)
+        network = load_model(model, revision=revision, device=device, dtype=_dtype(dtype))
+        found = trace_states(network, ids, positions=[tokens], reduce=rank_and_norm)
+        rank, norm = found.values[:, :, 0].double().mean(1).unbind(-1)
+        lives, strength = half_lives(found).mean(1), found.write_strength.mean(1)
+        rows = [
+            (
+                f"{index}", f"{rank[row].mean():.1f}", f"{rank[row].min():.0f} to {rank[row].max():.0f}", f"{norm[row].mean():.3g}",
+                f"{lives[row].median():.3g}", f"{strata.share_outside(rank[row].numpy() / found.d):.0%}",
+            )
+            for row, index in enumerate(found.layers)
+        ]  # fmt: skip
+        head = (
+            "layer",
+            f"rank (of {found.d})",
+            "lowest to highest",
+            "nuclear norm",
+            "half-life, tokens",
+            "outside (0.2, 0.8)",
+        )
+        print(markdown_table(head, rows))
+        if out:
+            tables = {"effective_rank": rank, "nuclear_norm": norm, "half_life": lives, "write_strength": strength}
+            numbers = {name: table.flatten().tolist() for name, table in tables.items()}
+            heads = [
+                {"layer": layer, "head": number, **{name: of[place] for name, of in numbers.items()}}
+                for place, (layer, number) in enumerate(all_heads(network))
+            ]
+            write_table(out, heads)
+            print(f"{len(heads)} heads in {out}")
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder of the smaller model, which is not there yet")],
+    share: Annotated[float, typer.Option(help="of all heads, between 0 and 1")] = 0.25,
+    rule: Annotated[_Rule, typer.Option(help="which heads go first")] = _HIGHEST,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="the same share of every layer")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="write a model that loads without this package; needs --per-layer")
+    ] = False,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Precision = None,
+) -> None:
+    """Remove heads for good, measure what it costs on text, and write the smaller model with a card that says both.
+
+    Example: staterank prune ./my-model --share 0.25 --rule rank --out ./smaller
+    \f
+
+    Example:
+        >>> from typer.testing import CliRunner
+        >>> CliRunner().invoke(app, ['prune', 'nowhere', '--out', 'smaller']).exit_code
+        1
+    """
+    with said():
+        if out.exists():
+            raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
+        layers = linear_layers(model_outline(model, revision=revision))
+        if not layers[0].weights:
+            raise ValueError(f"heads of {layers[0].name} cannot be removed exactly, since {layers[0].kept_whole}")
+        tokenizer = load_tokenizer(model, revision=revision)
+        network = load_model(model, revision=revision, device=device, dtype=_dtype(dtype))
+        pruned, cost = prune_by_rule(network, tokenizer, rule=rule, share=share, per_layer=per_layer)
+        write_pruned(
+            out,
+            pruned,
+            tokenizer,
+            cost,
+            base=Path(model).resolve().name if Path(model).is_dir() else model,
+            plain=plain,
+        )
+        n_removed = sum(map(len, cost.removed.values()))
+        print(f"{n_removed} of {cost.n_heads} heads removed; {cost.added()['mean']:.3f} nats per token added on text.")
+        print(f"The model and its card are in {out}.")
+
+
+@app.command()
+def report(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder of the report")],
+    profile: Annotated[Profile, typer.Option(help="how much is measured")] = Profile.quick,
+    only: Annotated[
+        list[str] | None, typer.Option(help="a chapter, such as 01_stratification; may be given several times")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+) -> None:
+    """Run the book's chapters on a model and write them as pages: OUT/index.html. The same command goes on where it was stopped.
+
+    Example: staterank report ./my-model --out ./report
+    \f
+
+    Example:
+        >>> from typer.testing import CliRunner
+        >>> CliRunner().invoke(app, ['report', 'nowhere', '--out', 'report']).exit_code
+        1
+    """
+    with said():
+        missing = write_report(model, out, revision=revision, profile=profile, device=device, only=only or ())
+        for name, why in missing.items():
+            print(f"not run: {name}: {why}", file=sys.stderr)
+        print(f"The report is in {out / 'index.html'}.")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,317 @@
+"""A report on one model: the chapters of the book run on it, as a folder of pages that opens from disk."""
+
+import importlib.util
+import json
+import logging
+import multiprocessing
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from staterank_utils import __version__, claims, interactive, markdown
+from staterank_utils.architectures import linear_layers
+from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
+from staterank_utils.models import model_outline
+from staterank_utils.results import PROFILES, whole_or_not, write_json
+
+log = logging.getLogger(__name__)
+PACKAGE = Path(__file__).resolve().parent
+# Notebooks and looks of the book: in the package where it was installed from a wheel, beside it in the repository.
+BOOK = PACKAGE / "_book" if (PACKAGE / "_book").exists() else PACKAGE.parent
+NEEDED = ("papermill", "jupyter_book", "myst_nb", "altair", "vl_convert")
+JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
+ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
+TOLD = 400  # letters of an error that a page shows
+
+
+def execute(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path) -> dict[str, Any]:
+    """Run a notebook; say how long it took and how much memory.
+
+    Its peak memory is the largest of all kernels that this process has run, so give each notebook a process of its own.
+
+    Args:
+        source: notebook without outputs.
+        target: where the executed one goes; after an error it holds what was run.
+        parameters: of the notebook.
+        cwd: folder that it runs in.
+
+    Returns:
+        "notebook", "seconds", "peak_gib" and the parameters.
+
+    Raises:
+        ValueError: a parameter that the notebook does not have.
+        papermill.PapermillExecutionError: a cell failed.
+
+    Example:
+        >>> execute(BOOK / "notebooks" / "01_stratification.ipynb", Path("out.ipynb"), {"n_promts": 1}, cwd=Path())
+        Traceback (most recent call last):
+            ...
+        ValueError: 01_stratification.ipynb has no parameter n_promts
+    """
+    import papermill
+
+    unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
+    if unknown:
+        raise ValueError(f"{source.name} has no parameter {', '.join(sorted(unknown))}")
+    started = time.monotonic()
+    papermill.execute_notebook(
+        str(source), str(target), parameters=dict(parameters), cwd=str(cwd), progress_bar=False, log_output=False
+    )
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return {"notebook": source.stem, "seconds": time.monotonic() - started, "peak_gib": peak, **parameters}
+
+
+def finish_page(notebook: Path, numbers: Path) -> None:
+    """Make a page of an executed notebook: without the cell that papermill added, and with links to the numbers behind figures.
+
+    That cell repeats the parameters above it.
+
+    Args:
+        notebook: executed, below the folder that the site is built from.
+        numbers: folder with FIGURE.csv.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = Path(folder, "page.ipynb")
+        ...     _ = page.write_text('{"cells": [{"metadata": {"tags": ["injected-parameters"]}}]}')
+        ...     finish_page(page, Path(folder))
+        ...     json.loads(page.read_text())["cells"][0]["metadata"]["tags"]
+        ['injected-parameters', 'remove-cell']
+    """
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if "injected-parameters" in tags:
+            tags.append("remove-cell")
+        figure = cell["metadata"].get("mystnb", {}).get("figure", {})
+        if figure and (numbers / f"{figure['name']}.csv").exists():
+            figure["caption"] += f" {{download}}`Numbers <../results/{figure['name']}.csv>`"
+    notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_report(
+    model: str,
+    out: Path | str,
+    *,
+    revision: str | None = None,
+    profile: str = "quick",
+    device: str | None = None,
+    only: Sequence[str] = (),
+    parameters: Mapping[str, int] | None = None,
+) -> dict[str, str]:
+    """Run the book's chapters on a model, and build pages of them.
+
+    A model that cannot be measured is refused before its weights are read. A chapter that fails leaves the others alone; the first page
+    says why. The same call again goes on with what is missing.
+
+    Args:
+        model: an embedded name, a folder in Hugging Face format, or a hub id.
+        out: folder of the report; OUT/index.html is its first page.
+        revision: commit or tag, for a hub id.
+        profile: "quick" (minutes on two cores for a small model) or "full".
+        device: as in `load_model`.
+        only: names of chapters, such as "01_stratification"; all by default.
+        parameters: sizes that every chapter which has them takes, such as {"n_prompts": 2}.
+
+    Returns:
+        Chapter -> why it was not run; empty where all were.
+
+    Raises:
+        ValueError: an unknown profile, chapter or parameter, or a model that cannot be measured.
+        ModuleNotFoundError: without the packages that run and build notebooks.
+        OSError: a hub id that could not be fetched, or too little room on the disk.
+
+    Example:
+        >>> write_report("hybrid", "report", profile="whole")
+        Traceback (most recent call last):
+            ...
+        ValueError: there is no profile 'whole': choose from quick, full
+    """
+    out, sizes = Path(out).resolve(), dict(parameters or {})
+    sources = _chapters(profile, only)
+    _check_packages()
+    print(_plan(model, revision), file=sys.stderr)
+    out.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out).free) < ROOM:
+        raise OSError(f"{out} has room for {in_words(free)}, and a report needs {in_words(ROOM)}: choose another disk")
+    work = out / "work"
+    (work / "notebooks").mkdir(parents=True, exist_ok=True)
+    missing: dict[str, str] = {}
+    for source in tqdm(sources, desc="chapters"):
+        target = work / "notebooks" / source.name
+        given = {
+            "model": str(Path(model).resolve()) if Path(model).is_dir() else model, "revision": revision or "", "device": device or "",
+            "profile": profile, "results_folder": str(work / "results"), **_known(source, sizes),
+        }  # fmt: skip
+        record = work / "done" / f"{source.stem}.json"
+        made_by = {"version": __version__, **given}
+        if record.exists() and json.loads(record.read_text(encoding="utf-8")) == made_by and target.exists():
+            continue
+        if reason := _run(source, target, given, cwd=work):
+            missing[source.stem] = reason
+            continue
+        finish_page(target, work / "results")
+        write_json(record, made_by)
+    if len(missing) == len(sources):
+        raise ValueError("no chapter could be run: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
+    _build(out, work, model, [source.stem for source in sources if source.stem not in missing], missing)
+    return missing
+
+
+def _chapters(profile: str, only: Sequence[str]) -> list[Path]:
+    if profile not in PROFILES:
+        raise ValueError(f"there is no profile {profile!r}: choose from {', '.join(PROFILES)}")
+    sources = sorted((BOOK / "notebooks").glob("*.ipynb"))
+    if unknown := set(only) - {source.stem for source in sources}:
+        raise ValueError(
+            f"there is no chapter {', '.join(sorted(unknown))}: choose from {', '.join(s.stem for s in sources)}"
+        )
+    return [source for source in sources if not only or source.stem in only]
+
+
+def _check_packages() -> None:
+    if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ModuleNotFoundError(
+            f"a report needs {', '.join(absent)}: pip install 'staterank-utils[report]'", name=absent[0]
+        )
+
+
+def _plan(model: str, revision: str | None) -> str:
+    """What will be measured and what it takes, from the configuration alone."""
+    outline = model_outline(model, revision=revision)
+    layers = linear_layers(outline)
+    memory = machine_memory()
+    has = f"; this machine has {in_words(memory)} of memory" if memory else ""
+    return (
+        f"{model}: {len(layers)} linear-attention layers, {sum(layer.n_heads for layer in layers)} heads with states of {layers[0].d_k} x "
+        f"{layers[0].d_v}; weights take {in_words(weight_bytes(outline))} as they are stored, the states of a prompt {in_words(moment_bytes(outline))}{has}."
+    )
+
+
+def _known(source: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Of the sizes, those that a chapter has."""
+    code = "".join("".join(cell["source"]) for cell in json.loads(source.read_text(encoding="utf-8"))["cells"])
+    return {name: value for name, value in sizes.items() if re.search(rf"^{name} = ", code, re.MULTILINE)}
+
+
+def _run(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path) -> str | None:
+    """Run a chapter in a process of its own; why it failed, or None."""
+    try:
+        with (
+            whole_or_not(target) as partial,
+            ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone,
+        ):
+            alone.submit(execute, source, partial.with_suffix(".ipynb"), parameters, cwd=cwd).result()
+            partial.with_suffix(".ipynb").replace(partial)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        log.warning("%s failed: %s", source.stem, error)
+        reason = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+        return reason if len(reason) <= TOLD else reason[:TOLD] + " ..."
+    finally:
+        for left in target.parent.glob(f".{target.name}*"):
+            left.unlink()
+    return None
+
+
+def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: Mapping[str, str]) -> None:
+    """Write the pages around the chapters, and build the site into OUT."""
+    stage = work / "site"
+    shutil.rmtree(stage, ignore_errors=True)
+    shutil.copytree(work / "results", stage / "results")
+    (stage / "notebooks").mkdir()
+    (stage / "book").mkdir()
+    shutil.copytree(BOOK / "book" / "_static", stage / "book" / "_static")
+    shutil.copy(BOOK / "book" / "references.bib", stage / "book")
+    for name in chapters:
+        text = (work / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
+        (stage / "notebooks" / f"{name}.ipynb").write_text(_alone(text, chapters), encoding="utf-8")
+    (stage / "book" / "_static" / "vega.js").write_text(interactive.bundle(), encoding="utf-8")
+    not_run = "\n".join(f"- *{name}*: {why}" for name, why in missing.items())
+    pages = {
+        "index": "\n\n".join(
+            [
+                f"# State ranks of {Path(model).name}",
+                f"The chapters of the book \"State Rank Dynamics, tested\", run on `{model}` with staterank-utils {__version__}. Verdicts are by rules that were "
+                "fixed before any model was measured ({doc}`book/claims`).",
+                _answers(stage / "results", chapters),
+                markdown.overview_table(stage / "results", {Path(model).name: _as_stored(stage / "results", model)}),
+                "## What was not run" if missing else "",
+                not_run,
+            ]
+        ),
+        "book/claims": "\n\n".join(["# The registered rules", claims.PREAMBLE, markdown.registered_table(), claims.CONTROLS]),
+    }  # fmt: skip
+    for name, text in pages.items():
+        (stage / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    write_json(stage / "_toc.yml", _contents(chapters))  # JSON is YAML
+    write_json(stage / "_config.yml", _configuration(model))
+    made = subprocess.run(
+        [sys.executable, "-c", JUPYTER_BOOK, "build", str(stage), "--path-output", str(work), "--all", "-q"],
+        capture_output=True,
+        text=True,
+    )
+    if made.returncode:
+        raise RuntimeError(f"the pages could not be built:\n{made.stdout[-2000:]}\n{made.stderr[-2000:]}")
+    shutil.copytree(work / "_build" / "html", out, dirs_exist_ok=True)
+    shutil.rmtree(work / "_build")
+
+
+def _answers(results: Path, chapters: Sequence[str]) -> str:
+    """What each chapter found, as a list."""
+    found = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["answer"] for name in chapters}
+    return "\n".join(f"- {{doc}}`notebooks/{name}` {answer}" for name, answer in found.items())
+
+
+def _as_stored(results: Path, model: str) -> str:
+    """The model as results name it."""
+    for file in sorted(results.glob("[0-9]*.json")):
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            return str(row["model"])
+    return model
+
+
+def _alone(notebook: str, chapters: Sequence[str]) -> str:
+    """A chapter without references to pages that the report does not have."""
+
+    def plain(found: re.Match[str]) -> str:
+        text, target = found["text"], found["target"] or found["text"]
+        there = target == "../book/claims" or target in chapters
+        return found[0] if there else text if found["target"] else f"the chapter {target} of the book"
+
+    return re.sub(r"\{doc\}`(?P<text>[^`<]*?)(?: <(?P<target>[^`>]*)>)?`", plain, notebook)
+
+
+def _contents(chapters: Sequence[str]) -> dict[str, Any]:
+    files = [{"file": f"notebooks/{name}"} for name in chapters]
+    return {"format": "jb-book", "root": "index", "chapters": [*files, {"file": "book/claims"}]}
+
+
+def _configuration(model: str) -> dict[str, Any]:
+    """That of the book, without what leads to its repository."""
+    import yaml
+
+    made: dict[str, Any] = yaml.safe_load((BOOK / "_config.yml").read_text(encoding="utf-8"))
+    for name in ("repository", "launch_buttons"):
+        made.pop(name)
+    made["title"] = f"State ranks of {Path(model).name}"
+    made["html"] = {"favicon": "book/_static/favicon.svg"}
+    kept = ("sphinx-mathjax-offline", "sphinx_proof")
+    made["sphinx"]["extra_extensions"] = [name for name in made["sphinx"]["extra_extensions"] if name in kept]
+    made["sphinx"]["config"] = {
+        name: value
+        for name, value in made["sphinx"]["config"].items()
+        if not name.startswith(("autodoc", "napoleon", "nitpick"))
+    }
+    return made

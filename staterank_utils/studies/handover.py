@@ -1,0 +1,269 @@
+"""A model to hand on: pruned by a rule, with what that costs, in a folder whose card says both."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from staterank_utils import __version__
+from staterank_utils.architectures import state_size
+from staterank_utils.evaluation import token_nats
+from staterank_utils.markdown import markdown_table
+from staterank_utils.pruned import plain_model, removed_heads
+from staterank_utils.pruning import prune_heads
+from staterank_utils.results import whole_or_not
+from staterank_utils.selection import Measure, measure_heads, random_heads, saturation_scores, select_heads
+from staterank_utils.strata import Estimate, bootstrap
+from staterank_utils.studies.shrinking import Footprint, footprint
+from staterank_utils.studies.texts import LOSS_TEXTS, draw_texts, over_texts
+from staterank_utils.surgery import all_heads
+
+Measures = Mapping[str, Measure]
+
+
+def _random(measures: Measures, d: int) -> Measure:
+    order = random_heads(list(measures["effective rank"]), len(measures["effective rank"]), seed=0)
+    return {head: float(place) for place, head in enumerate(order)}
+
+
+# Rule -> (measures of all heads, largest possible rank) -> scores; the highest go first.
+RULES: Mapping[str, Callable[[Measures, int], Measure]] = {
+    "rank": lambda measures, d: measures["effective rank"],
+    "low-rank": lambda measures, d: {head: -rank for head, rank in measures["effective rank"].items()},
+    "joint": lambda measures, d: saturation_scores(measures["effective rank"], measures["nuclear norm"], d=d),
+    "norm": lambda measures, d: measures["nuclear norm"],
+    "half-life": lambda measures, d: measures["log-decay"],
+    "random": _random,
+}
+SAID = {
+    "rank": "those of the highest effective rank",
+    "low-rank": "those of the lowest effective rank",
+    "joint": "those of the highest saturation, rank and nuclear norm together (arXiv:2602.02195, Eq. 14, alpha = 0.5)",
+    "norm": "those of the largest nuclear norm",
+    "half-life": "those of the longest half-life",
+    "random": "at random",
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What removing heads costs.
+
+    Attributes:
+        rule: how heads were chosen, one of `RULES`.
+        share: of all heads that was asked for.
+        per_layer: whether every layer lost the same share.
+        n_heads: before.
+        removed: decoder layer -> heads.
+        intact, without: nats per token, (window,), those of held-out books first and then as many of code.
+        window: tokens of each.
+        before, after: what the model and its cache hold.
+
+    Example:
+        >>> nothing = Footprint(4, 0, 0, 0, 8, 0)
+        >>> Cost("rank", 0.5, False, 2, {0: [1]}, np.ones(2), np.full(2, 1.5), 64, nothing, nothing).added()["books"].point
+        0.5
+    """
+
+    rule: str
+    share: float
+    per_layer: bool
+    n_heads: int
+    removed: Mapping[int, list[int]]
+    intact: NDArray[np.float64]
+    without: NDArray[np.float64]
+    window: int
+    before: Footprint
+    after: Footprint
+
+    def added(self) -> dict[str, Estimate]:
+        """Nats per token that the removal adds on each text, and their mean over both, with 95 % intervals over windows."""
+        added = self.without - self.intact
+        parts = dict(zip(LOSS_TEXTS, np.split(added, len(LOSS_TEXTS)), strict=True))
+        of_text = {name: bootstrap(lambda x: float(x.mean()), part) for name, part in parts.items()}
+        return of_text | {"mean": over_texts(added)}
+
+
+def prune_by_rule(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    rule: str,
+    share: float,
+    per_layer: bool = False,
+    n_windows: int = 4,
+    window: int = 512,
+    n_calibration: int = 4,
+) -> tuple[PreTrainedModel, Cost]:
+    """Remove a share of the heads by a rule, and measure what it costs on text.
+
+    Heads are measured on technical prose and code; losses are taken on held-out books and on other code. The texts come with the package
+    and are in English and Python: for another language, choose heads with `measure_heads` on texts of it.
+
+    Args:
+        model, tokenizer: from `load_model` and `load_tokenizer`.
+        rule: one of `RULES`; each names the heads that go first.
+        share: of all heads, in (0, 1), rounded to whole heads.
+        per_layer: the same share of every layer.
+        n_windows, window: windows per text and their tokens.
+        n_calibration: prompts per text.
+
+    Returns:
+        The smaller model, and the cost.
+
+    Raises:
+        ValueError: an unknown rule, a share outside (0, 1) or too small for one head; or as in `prune_heads`.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> sizes = {"n_windows": 1, "window": 64, "n_calibration": 1}
+        >>> pruned, cost = prune_by_rule(load_model("pure"), load_tokenizer("pure"), rule="rank", share=0.25, **sizes)
+        >>> sum(map(len, cost.removed.values())), cost.after.recurrent / cost.before.recurrent
+        (48, 0.75)
+    """
+    if rule not in RULES:
+        raise ValueError(f"there is no rule {rule!r}: choose from {', '.join(RULES)}")
+    if not 0 < share < 1:
+        raise ValueError(f"the share of heads to remove lies between 0 and 1, got {share}")
+    texts = draw_texts(tokenizer, n_windows=n_windows, window=window, n_copies=0, copy=1, n_calibration=n_calibration)
+    scores = RULES[rule](measure_heads(model, texts.calibration), state_size(model))
+    chosen = select_heads(scores, share=share, per_layer=per_layer, model=model)
+    if not chosen:
+        raise ValueError(f"{share:.3g} of {len(scores)} heads is not one head: ask for a larger share")
+    pruned = prune_heads(model, chosen)
+    intact, without = (token_nats(each, texts.windows).mean(1) for each in (model, pruned))
+    return pruned, Cost(
+        rule, share, per_layer, len(all_heads(model)), chosen, intact, without, window, footprint(model), footprint(pruned)
+    )  # fmt: skip
+
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+{hub}tags: [linear-attention, pruned, state-rank]
+---
+
+# {base} without {n_removed} of its {n_heads} linear-attention heads
+
+{gone} of the heads were removed, {rule}{layers}. The recurrent state of a prompt takes {after:,} bytes in place of {before:,},
+and the weights are {parameters:.1%} fewer. Nothing was trained afterwards.
+
+## What it costs
+
+Loss on held-out text, nats per token, over {n_windows} windows of {window} tokens per text, with 95 % intervals over windows:
+
+{cost}
+
+A model that was not trained on English books or Python code may lose more, or less, on what it was trained on.
+
+## How to load it
+
+{load}
+
+## What was removed
+
+{table}
+
+Heads are named by their indices in {base}. They were ordered on technical prose and Python code. Made with staterank-utils {version}.
+"""
+LOAD = """\
+```python
+{first}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
+```
+
+{note}"""
+
+
+def model_card(base: str, cost: Cost, *, folder: str = ".", plain: bool = False) -> str:
+    """The card of a pruned model, as Markdown with the front matter of a model hub.
+
+    Args:
+        base: name of the whole model: OWNER/NAME of a hub, or of a folder.
+        cost: of the removal.
+        folder: where the model is loaded from.
+        plain: whether it loads without this package.
+
+    Example:
+        >>> nothing = Footprint(4, 0, 0, 0, 8, 0)
+        >>> cost = Cost("rank", 0.5, False, 2, {0: [1]}, np.ones(2), np.full(2, 1.5), 64, nothing, nothing)
+        >>> model_card("OWNER/NAME", cost).splitlines()[7]
+        '# OWNER/NAME without 1 of its 2 linear-attention heads'
+    """
+    means = {
+        name: [float(part.mean()) for part in np.split(values, len(LOSS_TEXTS))]
+        for name, values in (("intact", cost.intact), ("without", cost.without))
+    }
+    added = cost.added()
+    rows: list[tuple[str, ...]] = [
+        (text, f"{means['intact'][i]:.3f}", f"{means['without'][i]:.3f}", f"{added[text]:.3f}")
+        for i, text in enumerate(LOSS_TEXTS)
+    ]
+    rows.append(("mean", *(f"{np.mean(of):.3f}" for of in means.values()), f"{added['mean']:.3f}"))
+    n_removed = sum(map(len, cost.removed.values()))
+    note = "It is a model of a stock class and needs no other package."
+    if not plain:
+        note = (
+            "`import staterank_utils` (`pip install staterank-utils`) makes the type of the model known; without it, transformers says that it "
+            "does not know it. No code is loaded with the weights."
+        )
+    load = LOAD.format(
+        first="" if plain else "import staterank_utils  # makes the model's type known\n",
+        folder=repr(folder),
+        note=note,
+    )
+    return CARD.format(
+        base=base, hub=f"base_model: {base}\n" if base.count("/") == 1 else "", n_removed=n_removed, n_heads=cost.n_heads, gone=f"{n_removed / cost.n_heads:.1%}", rule=SAID[cost.rule],
+        layers=", the same share of every layer" if cost.per_layer else "", before=cost.before.recurrent, after=cost.after.recurrent,
+        parameters=1 - cost.after.parameters / cost.before.parameters, n_windows=len(cost.intact) // len(LOSS_TEXTS), window=cost.window,
+        cost=markdown_table(("text", "whole", "without the heads", "added"), rows), load=load,
+        table=markdown_table(("layer", "heads"), [(f"{layer}", ", ".join(map(str, heads))) for layer, heads in cost.removed.items()]),
+        version=__version__,
+    )  # fmt: skip
+
+
+def write_pruned(
+    folder: Path | str, pruned: PreTrainedModel, tokenizer: Any, cost: Cost, *, base: str, plain: bool = False
+) -> None:
+    """Write a pruned model, its tokenizer and its card into a folder, whole or not at all.
+
+    Args:
+        folder: that is not there yet; those above it are made.
+        pruned, cost: from `prune_by_rule`.
+        tokenizer: of the whole model.
+        base: name of the whole model, for the card.
+        plain: write it as `plain_model` makes it, which loads without this package.
+
+    Raises:
+        FileExistsError: the folder is there.
+        ValueError: a model that was not pruned; or with `plain`, as in `plain_model`.
+        OSError: the file system's own error.
+
+    Example:
+        >>> import tempfile
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> sizes = {"n_windows": 1, "window": 64, "n_calibration": 1}
+        >>> pruned, cost = prune_by_rule(load_model("pure"), load_tokenizer("pure"), rule="rank", share=0.25, **sizes)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_pruned(Path(folder, "smaller"), pruned, load_tokenizer("pure"), cost, base="pure")
+        ...     (Path(folder, "smaller") / "README.md").exists()
+        True
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: choose another folder, or remove it")
+    if not removed_heads(pruned.config.get_text_config()):
+        raise ValueError("no heads were removed from this model: prune it first (prune_by_rule)")
+    model = plain_model(pruned) if plain else pruned
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole_or_not(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(base, cost, folder=str(folder), plain=plain), encoding="utf-8")

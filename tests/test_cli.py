@@ -1,0 +1,91 @@
+"""The command `staterank`, as a shell calls it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny
+from typer.testing import CliRunner
+
+from staterank_utils import cli, load_model
+from staterank_utils.spectra import effective_rank
+from staterank_utils.tasks import domain_prompts
+from staterank_utils.tracing import trace_states
+
+RUN = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"), ["linear_attention", "full_attention", "linear_attention"])
+
+
+def test_trace_prints_layers_and_writes_every_head(tiny: Path, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("The state of a head is a matrix. " * 60)
+    done = RUN.invoke(
+        cli.app, ["trace", str(tiny), "--text", "notes.txt", "--tokens", "32", "--prompts", "2", "--out", "heads.csv"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "| 2 | " in done.stdout
+    assert "8 heads in heads.csv" in done.stdout
+    with Path("heads.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    ids = domain_prompts("./notes.txt", tokenizer, n_prompts=2, n_tokens=32, seed=0)
+    expected = (
+        trace_states(load_model(str(tiny)), ids, positions=[32], reduce=effective_rank)
+        .values.double()
+        .mean(1)
+        .flatten()
+    )
+    assert [float(row["effective_rank"]) for row in rows] == pytest.approx(expected.tolist())
+    assert [(row["layer"], row["head"]) for row in rows[3:5]] == [("0", "3"), ("2", "0")]
+
+
+def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "smaller"
+    done = RUN.invoke(cli.app, ["prune", str(tiny), "--share", "0.5", "--rule", "low-rank", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "4 of 8 heads removed" in done.stdout
+    model = load_model(str(out))
+    assert model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["trace", "nowhere"], "nowhere"),
+        (["trace", "MODEL", "--text", "none.txt"], "none.txt"),
+        (["trace", "MODEL", "--text", "short.txt"], "too few for 4 prompts of 512"),
+        (["trace", "MODEL", "--device", "cuda:99"], "'cuda:99' is not there"),
+        (["prune", "MODEL", "--share", "2", "--out", "new"], "between 0 and 1, got 2.0"),
+        (["prune", "MODEL", "--out", "short.txt"], "is there already"),
+        (["prune", "MODEL", "--share", "0.4", "--plain", "--out", "new"], "different numbers of heads"),
+        (["report", "MODEL", "--only", "99_none", "--out", "new"], "there is no chapter 99_none: choose from 00_"),
+        (["report", "nowhere", "--out", "new"], "nowhere"),
+        (["report", "OWNER/NAME", "--out", "new"], "revision"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(words: list[str], reason: str, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short")
+    done = RUN.invoke(cli.app, [str(tiny) if word == "MODEL" else word for word in words])
+    assert done.exit_code == 1
+    assert reason in done.stderr
+    assert done.stderr.count("staterank: ") == 1
+    assert "Traceback" not in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]
+
+
+def test_a_rule_that_does_not_exist_is_named_with_those_that_do(tiny: Path) -> None:
+    done = RUN.invoke(cli.app, ["prune", str(tiny), "--rule", "best", "--out", "new"])
+    assert done.exit_code == 2
+    assert "low-rank" in done.output
+
+
+@pytest.mark.parametrize("command", [[], ["trace"], ["prune"], ["report"]])
+def test_help_teaches(command: list[str]) -> None:
+    done = RUN.invoke(cli.app, [*command, "--help"])
+    assert done.exit_code == 0
+    assert not command or f"staterank {command[0]} ./my-model" in " ".join(done.stdout.split())

@@ -1,0 +1,111 @@
+"""A report on a model, and what a stop leaves behind."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import save_tiny
+
+from staterank_utils import report
+from staterank_utils.report import write_report
+
+CHAPTER = "01_stratification"
+SMALL = {"n_prompts": 2, "n_tokens": 256}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"), ["linear_attention", "full_attention", "linear_attention"])
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reports") / "tiny"
+    assert write_report(str(tiny), out, only=[CHAPTER], parameters=SMALL) == {}
+    return out
+
+
+def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path) -> None:
+    first = (made / "index.html").read_text()
+    assert f"State ranks of {tiny.name}" in first
+    assert "C1" in first
+    assert "not yet tested" in first  # the chapters that were not asked for
+    page = (made / "notebooks" / f"{CHAPTER}.html").read_text()
+    assert "Do heads fall into two groups?" in page
+    assert "/book/ladder.html" not in page
+    for text in (first, page):
+        for link in re.findall(r'(?:href|src)="([^"#?:]+)', text):
+            start = made if text is first else made / "notebooks"
+            assert (start / link).exists(), link
+    assert json.loads((made / "work" / "results" / f"{CHAPTER}.json").read_text())["rows"]
+
+
+def test_the_same_call_again_runs_nothing_twice(made: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_run", lambda *args, **options: pytest.fail("it was run again"))
+    before = (made / "work" / "notebooks" / f"{CHAPTER}.ipynb").stat().st_mtime
+    assert write_report(str(tiny), made, only=[CHAPTER], parameters=SMALL) == {}
+    assert (made / "work" / "notebooks" / f"{CHAPTER}.ipynb").stat().st_mtime == before
+
+
+def test_a_chapter_that_fails_leaves_the_others_and_its_reason(
+    made: Path, tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(report.BOOK / "book", tmp_path / "book", ignore=shutil.ignore_patterns("*.py"))
+    shutil.copy(report.BOOK / "_config.yml", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    source = report.BOOK / "notebooks" / f"{CHAPTER}.ipynb"
+    shutil.copy(source, tmp_path / "notebooks")
+    broken = json.loads(source.read_text())
+    for cell in broken["cells"]:
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
+            cell["source"] = "raise ValueError('nothing can be compared')"
+    (tmp_path / "notebooks" / "09_broken.ipynb").write_text(json.dumps(broken))
+    monkeypatch.setattr(report, "BOOK", tmp_path)
+    assert write_report(str(tiny), made, parameters=SMALL) == {"09_broken": "ValueError: nothing can be compared"}
+    assert "<em>09_broken</em>: ValueError: nothing can be compared" in (made / "index.html").read_text()
+    assert (made / "notebooks" / f"{CHAPTER}.html").exists()
+    assert not (made / "notebooks" / "09_broken.html").exists()
+
+
+def test_a_report_without_any_chapter_is_an_error(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no chapter could be run: .*n_tokens must be over 128, got 100"):
+        write_report(str(tiny), tmp_path, only=[CHAPTER], parameters={"n_tokens": 100})
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "staterank_utils.cli", "report", str(tiny), "--out", "out", "--only", CHAPTER]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
+    time.sleep(12)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not (tmp_path / "out" / "index.html").exists()
+    assert not list((tmp_path / "out").glob("work/notebooks/*"))
+    assert not list((tmp_path / "out").glob("work/done/*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "reason"),
+    [
+        ({"ROOM": 10**18}, OSError, "has room for .* and a report needs"),
+        (
+            {"NEEDED": ("no_such_package",)},
+            ModuleNotFoundError,
+            r"a report needs no_such_package: pip install 'staterank-utils\[report\]'",
+        ),
+    ],
+)
+def test_what_is_lacking_is_said_before_anything_runs(change, error, reason, tiny, tmp_path, monkeypatch) -> None:
+    for name, value in change.items():
+        monkeypatch.setattr(report, name, value)
+    monkeypatch.setattr(report, "_run", lambda *args, **options: pytest.fail("it was run"))
+    with pytest.raises(error, match=reason):
+        write_report(str(tiny), tmp_path / "out")
