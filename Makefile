@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
-BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py tests/test_report.py
+BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py tests/test_report.py tests/test_wheel.py
 PAGES := tests/test_pages.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
@@ -41,7 +41,7 @@ pdf: .venv/installed ## print the built book as _build/state-rank.pdf: needs chr
 test: .venv/installed ## run the tests that need no GPU, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(patsubst %,--ignore=%,$(BEYOND) $(PAGES))
 
-test-architectures: .venv/installed ## run every architecture's checks on its tiny model, a sweep, and lm-evaluation-harness
+test-architectures: .venv/installed ## run every architecture's checks on its tiny model, a sweep, a report, the wheel, and lm-evaluation-harness
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(BEYOND)
 
 test-pages: .venv/installed ## look at the built book in a browser: needs chromium, and `make book` before
@@ -77,7 +77,7 @@ report: .venv/installed ## run the chapters on a model and build pages of them (
 
 sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/example.yaml RUN=_build/sweep CORES=2), or go on with it (UNLOCK=1 first, if make itself was killed)
 	$(if $(UNLOCK),$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --unlock)
-	$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --cores $(CORES) --rerun-incomplete
+	$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --cores $(CORES) --resources gpu=$(GPUS) --rerun-incomplete
 
 ladder: .venv/installed ## train and measure a wave of the ladder (WAVE=1 BOOKS=folder of texts GPUS=1), or resume it
 	@n=$$({ nvidia-smi -L 2>/dev/null || true; } | wc -l); [ $(GPUS) -le $$n ] || { echo "GPUS=$(GPUS), and this machine has $$n" >&2; exit 1; }

@@ -1,7 +1,7 @@
 """The home page and the top of the ladder: findings by models as tiles, and one sentence per chapter."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -103,24 +103,30 @@ def ladder_verdicts(
     return found
 
 
-def ladder_tiles(alone: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def ladder_tiles(
+    alone: Mapping[str, Sequence[Mapping[str, Any]]], *, link: Callable[[str, str], str] | None = None
+) -> str:
     """Models by the findings that one model decides.
 
     Args:
         alone: model -> its rows.
+        link: (model, notebook) -> where its tile leads; by default to the page of claims, and the findings to their chapters.
     """
     known = {(row["claim"], name): row["verdict"] for name, rows in alone.items() for row in rows}
     shown = [(finding, notebook, key) for finding, notebook, key in FINDINGS if any(key == claim for claim, _ in known)]
-    head = [
-        "model",
-        *(f'<a href="../notebooks/{notebook}.html">{escape(finding)}</a>' for finding, notebook, _ in shown),
+    findings = [
+        f'<a href="../notebooks/{notebook}.html">{escape(finding)}</a>' if link is None else escape(finding)
+        for finding, notebook, _ in shown
     ]
     rows = [
         [f'<th scope="row"><code>{escape(name)}</code></th>']
-        + [tile(known.get((key, name)), "claims.html", about=f"{finding}, {name}") for finding, _, key in shown]
+        + [
+            tile(known.get((key, name)), link(name, notebook) if link else "claims.html", about=f"{finding}, {name}")
+            for finding, notebook, key in shown
+        ]
         for name in alone
     ]
-    return table(head, rows)
+    return table(("model", *findings), rows)
 
 
 def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -72,6 +72,11 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_one_table(command: list[str]
     assert len(rows) == len(CLAIMS)
     [bound] = [row for row in rows if row.startswith("| **C1b**")]
     assert bound.count("**holds**") == 4
+    page = (run / "index.html").read_text()
+    assert [name in page for name in ("hybrid", "pure", "tiny-2", "tiny-3")] == [True] * 4
+    links = re.findall(r'href="(pages/[^"]+)"', page)
+    assert len(links) >= 4
+    assert all((run / link).exists() for link in links if NOTEBOOK in link)
 
 
 MINE = {"models": {"mine": {"model": "pure"}}, "notebooks": [NOTEBOOK]}
@@ -102,6 +107,34 @@ def test_a_configuration_that_cannot_be_meant_is_refused(change: dict, message: 
     done = subprocess.run([*snakemake(MINE | change, tmp_path), "--dry-run"], capture_output=True, text=True)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+
+
+def test_the_command_for_a_cluster_is_understood_by_its_plugin(tmp_path: Path) -> None:
+    text = (ROOT / "sweep" / "README.md").read_text()
+    [command] = re.findall(r"```bash\n([^`]*--executor slurm[^`]*)```", text)
+    words = command.replace("\\\n", " ").split()
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(MINE))
+    given = {
+        ".venv/bin/snakemake": f"{sys.executable} -m snakemake", "sweep/Snakefile": str(ROOT / "sweep" / "Snakefile"),
+        "mine.yaml": str(tmp_path / "mine.yaml"), "/shared/run": str(tmp_path / "run"),
+    }  # fmt: skip
+    words = " ".join(given.get(word, word) for word in words).split()
+    done = subprocess.run([*words, "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [measured] = re.findall(r"rule measure:.*?resources: ([^\n]*)", done.stdout + done.stderr, re.DOTALL)
+    assert {"gpu=1", "mem_mb=32000", "runtime=120"} <= set(measured.split(", "))
+
+
+def test_jobs_share_out_the_gpus_of_a_host(tmp_path: Path) -> None:
+    dry = subprocess.run(
+        [*snakemake(MINE | {"gpus": 2}, tmp_path), "--dry-run", "--printshellcmds"], capture_output=True, text=True
+    )
+    [loop] = re.findall(r"for gpu in 0 1; do .*?; done; ", dry.stdout + dry.stderr)
+    script = f"{loop} echo $CUDA_VISIBLE_DEVICES; sleep 2"
+    jobs = [subprocess.Popen(["bash", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(job.communicate()[0].strip() for job in jobs) == ["0", "1"]
+    refused = subprocess.run([*snakemake(MINE | {"gpus": -1}, tmp_path), "--dry-run"], capture_output=True, text=True)
+    assert "gpus is -1" in refused.stdout + refused.stderr
 
 
 def ladder(folder: Path, *config: str) -> subprocess.CompletedProcess:
