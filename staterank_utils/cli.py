@@ -137,7 +137,7 @@ def trace(
         lives, strength = half_lives(found).mean(1), found.write_strength.mean(1)
         rows = [
             (
-                f"{index}", f"{rank[row].mean():.1f}", f"{rank[row].min():.0f} to {rank[row].max():.0f}", f"{norm[row].mean():.3g}",
+                f"{index}", f"{rank[row].mean():.1f}", f"{rank[row].min():.1f} to {rank[row].max():.1f}", f"{norm[row].mean():.3g}",
                 f"{lives[row].median():.3g}", f"{strata.share_outside(rank[row].numpy() / found.d):.0%}",
             )
             for row, index in enumerate(found.layers)

@@ -1,0 +1,128 @@
+"""What is published, from the wheel in an empty environment, as somebody who has nothing else would use it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import delta, fla_models, ssd
+from conftest import save_tiny
+
+from staterank_utils.models import CHECKPOINTS
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES: dict[str, Callable] = {
+    "qwen3_5": delta.MODELS["qwen3_5"],
+    "kimi_linear": delta.MODELS["kimi_linear"],
+    "mamba2": ssd.MODELS["mamba2"],
+    "minimax": ssd.MODELS["minimax"],
+    "fla_gla": partial(fla_models.tiny, "GLA"),
+}
+TUNE = """
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+ids = torch.arange(40).reshape(2, 20)
+logits = model.train()(input_ids=ids).logits  # (fla's own loss is for a GPU)
+loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+loss.backward()
+optimizer.step()
+model.eval()
+beams = model.generate(ids[:1, :5], attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=3, do_sample=False, num_beams=2, use_cache=True)
+print(json.dumps([loss.item(), beams.shape[1]]))
+"""
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("wheel")]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, made of the sdist, and the sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bin(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the programs of an empty environment are that has the wheel, and what it asks for."""
+    folder = tmp_path_factory.mktemp("environment") / "empty"
+    venv.create(folder, with_pip=True)
+    [wheel] = built.glob("*.whl")
+    quiet = ["--quiet", "--disable-pip-version-check", "--constraint", str(ROOT / "requirements.txt")]
+    fla = ["flash-linear-attention", "triton"] if sys.platform == "linux" else []
+    subprocess.run([folder / "bin" / "python", "-m", "pip", "install", *quiet, f"{wheel}[report]", *fla], check=True)
+    return folder / "bin"
+
+
+def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    apart = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=apart, check=False)
+
+
+def test_an_index_would_take_what_is_built(built: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_the_wheel_says_what_it_lacks(bin: Path, tmp_path: Path) -> None:
+    program = (
+        "import staterank_utils, torch; print(staterank_utils.__file__);"
+        "print(staterank_utils.effective_rank(torch.eye(3)).item());"
+        "staterank_utils.load_model('hybrid')"
+    )
+    done = run([str(bin / "python"), "-W", "ignore", "-c", program], tmp_path)
+    where, rank = done.stdout.split()
+    assert Path(where).is_relative_to(bin.parent)
+    assert Path(where).with_name("py.typed").is_file(), "without it, type checkers do not read the annotations"
+    assert rank == "3"
+    assert "FileNotFoundError: the embedded model 'hybrid' is part of the repository" in done.stderr
+
+
+@pytest.fixture(params=["qwen3_next", *FAMILIES])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = tmp_path / request.param
+    if request.param == "qwen3_next":
+        return save_tiny(folder, ["linear_attention", "full_attention", "linear_attention"])
+    torch.manual_seed(0)
+    made = FAMILIES[request.param]()
+    made.resize_token_embeddings(8192)
+    made.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINTS / "hybrid" / name, folder)
+    return folder
+
+
+def test_a_model_is_traced_pruned_loaded_tuned_and_generates(model: Path, bin: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("The state of a head is a matrix that forgets. " * 80)
+    staterank = str(bin / "staterank")
+    trace = ["trace", str(model), "--text", "notes.txt", "--tokens", "48", "--prompts", "2", "--out", "heads.csv"]
+    for words in (trace, ["prune", str(model), "--share", "0.25", "--out", "smaller"]):
+        done = run([staterank, *words], tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len((tmp_path / "heads.csv").read_text().splitlines()) > 4
+    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "smaller" / "README.md").read_text(), re.DOTALL)
+    done = run([str(bin / "python"), "-c", f"import json, torch\n{code}{TUNE}"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loss, length = json.loads(done.stdout.splitlines()[-1])
+    assert loss > 0
+    assert length == 8
+
+
+def test_a_report_is_made_without_the_repository(bin: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "mine", ["linear_attention", "full_attention", "linear_attention"])
+    done = run(
+        [str(bin / "staterank"), "report", str(folder), "--out", "report", "--only", "01_stratification"], tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "State ranks of mine" in (tmp_path / "report" / "index.html").read_text()
+    assert (tmp_path / "report" / "notebooks" / "01_stratification.html").exists()
