@@ -1,7 +1,9 @@
 """What is installed is what the one list says, and the package stands alone."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -73,3 +75,21 @@ def test_every_import_of_the_package_is_declared() -> None:
             for name in names:
                 top = name.split(".")[0]
                 assert top in declared or top in sys.stdlib_module_names, f"{file.name} imports {name}"
+
+
+def test_workflows_run_what_this_repository_runs_itself() -> None:
+    """`.ci/run` in a fresh clone is all that they do, so that a green run here is one there."""
+    for file in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(file.read_text())["jobs"].values()
+        said = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+        assert said == [".ci/run"], file.name
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_make_report_calls_the_command(tmp_path: Path) -> None:
+    make = ["make", "--no-print-directory", "-o", ".venv/installed", "-C", str(ROOT), "BIN=bin"]
+    done = subprocess.run([*make, "-n", "report", "MODEL=OWNER/NAME", "REVISION=abc"], capture_output=True, text=True)
+    assert 'bin/staterank report "OWNER/NAME" --out "_build/report" --profile quick --revision abc' in done.stdout
+    without = subprocess.run([*make, "report"], capture_output=True, text=True)
+    assert without.returncode != 0
+    assert "name the model: make report MODEL=FOLDER" in without.stderr

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES
 from conftest import tiny_qwen3_next
+from transformers import AutoModelForCausalLM
 
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import token_nats
+from staterank_utils.models import load_model
 from staterank_utils.pruned import plain_model
 from staterank_utils.pruning import prune_heads
 from staterank_utils.selection import measure_heads
@@ -139,3 +142,27 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(made, tokenizer
     with pytest.raises(ZeroDivisionError):
         write_pruned(tmp_path / "new", pruned, tokenizer, cost, base="x")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_pruned_model_is_tuned_with_adapters_and_merged(made, tokenizer, tmp_path: Path) -> None:
+    pruned, cost = made
+    write_pruned(tmp_path / "smaller", pruned, tokenizer, cost, base="OWNER/NAME")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    ids = torch.arange(40).reshape(2, 20)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj_qkvz", "out_proj"], r=4))
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(2):
+        losses.append(adapted(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[1] < losses[0]
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=0)
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_model(str(tmp_path / "merged"))
+    torch.testing.assert_close(again(ids).logits, expected, atol=1e-4, rtol=0)
+    assert len(measure_heads(again, ids)["effective rank"]) == 108

@@ -1,0 +1,113 @@
+"""What README and the page "On your own model" tell readers to type, typed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny
+from typer.testing import CliRunner
+
+from staterank_utils import (
+    callback,
+    cli,
+    effective_rank,
+    harness,
+    load_model,
+    load_tokenizer,
+    rank_and_norm,
+    trace_states,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "book/howto.md")}
+BY_MAKE = ("book", "test", "report")  # run by `.ci/run`, and by test_environment.py
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("commands")]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, block) of every block of a language."""
+    return [
+        (page, block)
+        for page, text in PAGES.items()
+        for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    ]
+
+
+def lines() -> list[str]:
+    """Every line of a shell that a reader is told to type, comments and continuations taken out."""
+    typed = [line for _, block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split("#")[0].split("&&")[0].strip() for line in typed if line.split("#")[0].strip()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"), ["linear_attention", "full_attention", "linear_attention"])
+
+
+def test_every_line_is_known() -> None:
+    for line in lines():
+        program, *words = line.split()
+        assert (
+            program in ("staterank", ".venv/bin/staterank", ".venv/bin/papermill")
+            or (program == "make" and words[0] in BY_MAKE)
+            or line.startswith("git clone")
+        ), line
+
+
+@pytest.mark.parametrize("line", sorted({line for line in lines() if "staterank" in line.split()[0]}))
+def test_a_line_with_the_command(line: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("The state of a head is a matrix that forgets. " * 400)
+    asked: list[Any] = []
+    monkeypatch.setattr(cli, "write_report", lambda *words, **options: asked.append((words, options)) or {})
+    words = [str(folder) if word == "FOLDER" else word for word in shlex.split(line)[1:]]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.output
+    assert bool(asked) == (words[0] == "report")  # test_report.py makes some
+    if words[0] == "prune":
+        assert (tmp_path / "smaller" / "README.md").exists()
+
+
+@pytest.mark.parametrize("line", sorted({line for line in lines() if "papermill" in line}))
+def test_a_line_with_papermill(line: str, folder: Path, tmp_path: Path) -> None:
+    words = shlex.split(line.replace("-p revision COMMIT", ""))[1:]
+    given = {"FOLDER": str(folder), "OWNER/NAME": str(folder), "mine.ipynb": str(tmp_path / "mine.ipynb")}
+    command = [sys.executable, "-m", "papermill", *(given.get(word, word) for word in words)]
+    # So that the profile "full" stays small too.
+    done = subprocess.run(
+        [*command, "-p", "n_prompts", "2", "-p", "n_tokens", "256"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_code_of_the_page_runs_from_top_to_bottom(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scores: list[Any] = []
+    # Its tasks fetch data over the network.
+    monkeypatch.setattr(harness, "evaluate_in_harness", lambda *words, **options: scores.append(words))
+    monkeypatch.setattr(
+        callback, "StateRankCallback", lambda trainer, ids: "callback"
+    )  # test_callback.py trains with it
+    assert CliRunner().invoke(cli.app, ["prune", str(folder), "--out", "smaller"]).exit_code == 0
+    added: list[Any] = []
+    known: dict[str, Any] = {
+        "FOLDER": str(folder), "load_model": load_model, "trace_states": trace_states, "rank_and_norm": rank_and_norm,
+        "effective_rank": effective_rank, "tokenizer": load_tokenizer(str(folder)),
+        "prompts": torch.randint(3, 8000, (1, 2048), generator=torch.Generator().manual_seed(0)),
+        "ids": torch.randint(3, 8000, (1, 20)), "input_ids": torch.ones(1, 8, dtype=torch.long),
+        "trainer": SimpleNamespace(add_callback=added.append, train=lambda: added.append("trained")),
+    }  # fmt: skip
+    for page, block in blocks("python"):
+        if page == "book/howto.md":
+            exec(compile(block, page, "exec"), known)
+    assert added == ["callback", "trained"]
+    assert len(scores) == 2
+    assert known["ranks"].shape == known["tokens"].shape
