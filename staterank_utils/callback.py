@@ -1,19 +1,53 @@
 """What the states do while a model is trained: numbers per layer, for transformers' Trainer or a loop of one's own."""
 
+import math
 import time
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from staterank_utils.memory import half_lives
+from staterank_utils.architectures import linear_layers
 from staterank_utils.models import unwrapped
 from staterank_utils.spectra import rank_and_norm
 from staterank_utils.strata import share_outside
 from staterank_utils.tracing import check_prompts, trace_states
 
 PREFIX = "staterank"
+
+
+def head_metrics(
+    model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
+) -> dict[str, Float[Tensor, "layer head"]]:
+    """What a record of a training holds of every head, after the last token of some prompts.
+
+    Args:
+        model, input_ids: as in `layer_metrics`.
+
+    Returns:
+        "effective_rank", "nuclear_norm", "log_decay" (natural logarithm, mean over tokens) and "write_strength" -> means over prompts,
+        float64.
+
+    Raises:
+        TypeError, ValueError: as in `trace_states`.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> metrics = head_metrics(load_model("hybrid"), torch.arange(64).reshape(1, 64))
+        >>> list(metrics), metrics["effective_rank"].shape
+        (['effective_rank', 'nuclear_norm', 'log_decay', 'write_strength'], torch.Size([9, 16]))
+    """
+    trace = trace_states(model, input_ids, positions=[input_ids.shape[1]], reduce=rank_and_norm)
+    rank, norm = trace.values[:, :, 0].double().unbind(-1)
+    tables = {
+        "effective_rank": rank,
+        "nuclear_norm": norm,
+        "log_decay": trace.log_decay,
+        "write_strength": trace.write_strength,
+    }
+    return {name: table.mean(1) for name, table in tables.items()}
 
 
 def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) -> dict[str, float]:
@@ -28,7 +62,7 @@ def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
 
     Returns:
         "staterank/layer_INDEX/NAME" -> number, means over prompts: "effective_rank" (arXiv:2602.02195, Eq. 6, eps = 1e-4) and
-        "nuclear_norm", means over heads; "half_life", tokens, the median over heads, left out where nothing decays; "share_outside", of
+        "nuclear_norm", means over heads; "half_life", tokens, of the median head, left out where it does not decay; "share_outside", of
         the heads whose rank is not between 0.2 d and 0.8 d.
 
     Raises:
@@ -41,19 +75,18 @@ def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
         >>> sorted(metrics)[:4]
         ['staterank/layer_0/effective_rank', 'staterank/layer_0/half_life', 'staterank/layer_0/nuclear_norm', 'staterank/layer_0/share_outside']
     """
-    trace = trace_states(model, input_ids, positions=[input_ids.shape[1]], reduce=rank_and_norm)
-    ranks, norms = trace.values[:, :, 0].double().mean(1).unbind(-1)  # (layer, head) each
-    lives = half_lives(trace).mean(1).median(-1).values
+    of_heads, layers = head_metrics(model, input_ids), linear_layers(unwrapped(model))
     metrics: dict[str, float] = {}
-    for row, index in enumerate(trace.layers):
+    for row, layer in enumerate(layers):
+        rank, norm, log_decay = (of_heads[name][row] for name in ("effective_rank", "nuclear_norm", "log_decay"))
         of_layer = {
-            "effective_rank": ranks[row].mean().item(),
-            "nuclear_norm": norms[row].mean().item(),
-            "half_life": lives[row].item(),
-            "share_outside": share_outside(ranks[row].numpy() / trace.d),
+            "effective_rank": rank.mean().item(),
+            "nuclear_norm": norm.mean().item(),
+            "half_life": math.log(2) / log_decay.abs().median().item() if log_decay.median() else math.inf,
+            "share_outside": share_outside(rank.numpy() / min(layer.d_k, layer.d_v)),
         }
         metrics |= {
-            f"{PREFIX}/layer_{index}/{name}": value for name, value in of_layer.items() if value != float("inf")
+            f"{PREFIX}/layer_{layer.index}/{name}": value for name, value in of_layer.items() if math.isfinite(value)
         }
     return metrics
 

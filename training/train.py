@@ -28,12 +28,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from staterank_utils.callback import head_metrics
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.models import initial_model
 from staterank_utils.results import whole_or_not, write_json
-from staterank_utils.spectra import Spectrum, singular_values
 from staterank_utils.tasks import domain_prompts
-from staterank_utils.tracing import trace_states
 from training.corpus import check_corpus
 from training.fast_forward import FastForward, Gradients, Recurrence, limit_autotuning, mend_backward, recurrence_of
 from training.mixture import Mixture
@@ -73,15 +72,9 @@ def record_heads(model: PreTrainedModel, prompts: dict[str, Tensor]) -> dict[str
     """Per domain and measure, a table [linear layer][head] of means over prompts, at the last token."""
     tables = {}
     for domain, ids in prompts.items():
-        trace = trace_states(model, ids.to(model.device), positions=[ids.shape[1]], reduce=singular_values)
-        spectrum = Spectrum(trace.values[:, :, 0])
-        measures = {
-            "effective_rank": spectrum.effective_rank().double(), "nuclear_norm": spectrum.nuclear_norm(),
-            "log_decay": trace.log_decay, "write_strength": trace.write_strength,
-        }  # fmt: skip
         tables[domain] = {
-            name: [[float(f"{x:.6g}") for x in row] for row in value.mean(1).tolist()]
-            for name, value in measures.items()
+            name: [[float(f"{x:.6g}") for x in row] for row in table.tolist()]
+            for name, table in head_metrics(model, ids.to(model.device)).items()
         }
     return tables
 
