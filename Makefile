@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
-BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py tests/test_report.py tests/test_wheel.py tests/test_commands.py
+BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py tests/test_report.py tests/test_wheel.py tests/test_commands.py tests/test_ladder.py tests/test_kernels.py
 PAGES := tests/test_pages.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
@@ -16,7 +16,7 @@ GPUS ?= 1
 OUT ?= _build/report
 LADDER := _build/ladder
 
-.PHONY: help book pdf test test-architectures test-pages test-gpu conformance check notebooks bench quick figure report sweep ladder clean
+.PHONY: help book pdf test test-slow test-pages test-gpu conformance check notebooks bench quick figure report sweep ladder clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,7 +41,7 @@ pdf: .venv/installed ## print the built book as _build/state-rank.pdf: needs chr
 test: .venv/installed ## run the tests that need no GPU, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(patsubst %,--ignore=%,$(BEYOND) $(PAGES))
 
-test-architectures: .venv/installed ## run every architecture's checks on its tiny model, a sweep, a report, the wheel, and lm-evaluation-harness
+test-slow: .venv/installed ## run what takes long: every architecture on its tiny model, the ladder's stored numbers, a sweep, a report, the wheel, lm-evaluation-harness
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(BEYOND)
 
 test-pages: .venv/installed ## look at the built book in a browser: needs chromium, and `make book` before

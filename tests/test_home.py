@@ -1,16 +1,10 @@
 """Tiles and answers of the home page and of the ladder."""
 
-import csv
 import json
 from pathlib import Path
 
-import pytest
-
 from book import home
-from book.ladder import designs, ladder_figures, ladder_tables, stored_models
 from staterank_utils.claims import FAILS, HOLDS, NOT_TESTABLE, PARTLY, judge_alpha
-from staterank_utils.studies.ladder import LADDER, load_measured
-from staterank_utils.studies.removal import HIGH, LAYERS
 
 
 def row(claim: str, model: str, verdict: str) -> dict:
@@ -51,35 +45,6 @@ def test_verdicts_of_few_seeds_stay_off_the_home_page(tmp_path: Path) -> None:
     [line] = [line for line in home.home_tiles(tmp_path, ["hybrid"], over).splitlines() if "choice of layers" in line]
     assert "tile open" in line
     assert "fewer than 3 training seeds" in line
-
-
-def test_the_figures_of_the_ladder_show_what_is_stored(tmp_path: Path) -> None:
-    ladder_figures(tmp_path, tmp_path)
-    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".csv"}
-    with (tmp_path / "ladder-layers.csv").open() as stream:
-        drawn = {(row["panel"], row["series"], float(row["x"])): float(row["y"]) for row in csv.DictReader(stream)}
-    measured, _ = stored_models()["hybrid-softmaxfirst-0"]
-    expected = measured.removal.added(LAYERS, HIGH, 0.25).mean()
-    assert drawn["hybrid-softmaxfirst", "highest ranks", 25.0] == pytest.approx(expected)
-    assert len({panel for panel, *_ in drawn}) == len(designs())
-
-
-def test_a_repeated_training_is_the_same_recipe_with_other_weights() -> None:
-    shown = stored_models()
-    repeats = {name: load_measured(name, LADDER / "repeats")[1] for name in ("hybrid-text-0", "hybrid-text-1")}
-    for name, other in repeats.items():
-        content = shown[name][1]
-        assert other["training"]["recipe"] == content["training"]["recipe"]
-        assert other["provenance"]["checkpoints"] != content["provenance"]["checkpoints"]
-    said = ladder_tables()["ladder_repeats"]
-    assert [name in said for name in repeats] == [True, True]
-    changed = [
-        row["claim"]
-        for row, again in zip(shown["hybrid-text-0"][1]["rows"], repeats["hybrid-text-0"]["rows"], strict=True)
-        if row["verdict"] != again["verdict"]
-    ]
-    assert f"{len(changed)} of 16 verdicts differ" in said
-    assert all(f"| `hybrid-text-0` | {claim} |" in said for claim in changed)
 
 
 def test_the_ladder_says_what_always_sometimes_and_never_holds() -> None:

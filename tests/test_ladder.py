@@ -1,5 +1,6 @@
 """The ladder on a CPU: a small model through the whole road, and the stored results recomputed from their own data."""
 
+import csv
 import itertools
 import json
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
+from book.ladder import designs, ladder_figures, ladder_tables, stored_models
 from staterank_utils import claims
 from staterank_utils.dispatch import Kernel
 from staterank_utils.evaluation import token_nats
@@ -393,3 +395,35 @@ def test_the_weights_that_are_embedded_are_those_that_were_measured(name: str) -
     assert without - measured.removal.intact[:2] == pytest.approx(
         measured.removal.added(PROTECTED, HIGH, 0.25)[:2], abs=1e-4
     )
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_figures_of_the_ladder_show_what_is_stored(tmp_path: Path) -> None:
+    ladder_figures(tmp_path, tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".csv"}
+    with (tmp_path / "ladder-layers.csv").open() as stream:
+        drawn = {(row["panel"], row["series"], float(row["x"])): float(row["y"]) for row in csv.DictReader(stream)}
+    measured, _ = stored_models()["hybrid-softmaxfirst-0"]
+    expected = measured.removal.added(LAYERS, HIGH, 0.25).mean()
+    assert drawn["hybrid-softmaxfirst", "highest ranks", 25.0] == pytest.approx(expected)
+    assert len({panel for panel, *_ in drawn}) == len(designs())
+
+
+def test_a_repeated_training_is_the_same_recipe_with_other_weights() -> None:
+    shown = stored_models()
+    repeats = {name: load_measured(name, LADDER / "repeats")[1] for name in ("hybrid-text-0", "hybrid-text-1")}
+    for name, other in repeats.items():
+        content = shown[name][1]
+        assert other["training"]["recipe"] == content["training"]["recipe"]
+        assert other["provenance"]["checkpoints"] != content["provenance"]["checkpoints"]
+    said = ladder_tables()["ladder_repeats"]
+    assert [name in said for name in repeats] == [True, True]
+    changed = [
+        row["claim"]
+        for row, again in zip(shown["hybrid-text-0"][1]["rows"], repeats["hybrid-text-0"]["rows"], strict=True)
+        if row["verdict"] != again["verdict"]
+    ]
+    assert f"{len(changed)} of 16 verdicts differ" in said
+    assert all(f"| `hybrid-text-0` | {claim} |" in said for claim in changed)

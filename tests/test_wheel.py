@@ -76,7 +76,7 @@ def test_an_index_would_take_what_is_built(built: Path) -> None:
 
 def test_the_wheel_says_what_it_lacks(bin: Path, tmp_path: Path) -> None:
     program = (
-        "import staterank_utils, torch; print(staterank_utils.__file__);"
+        "import staterank_utils, staterank_utils.callback, torch; print(staterank_utils.__file__);"
         "print(staterank_utils.effective_rank(torch.eye(3)).item());"
         "staterank_utils.load_model('hybrid')"
     )
