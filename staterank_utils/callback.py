@@ -94,8 +94,7 @@ def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
 class StateRankCallback(TrainerCallback):
     """Adds `layer_metrics` to what a Trainer logs, whenever it logs a loss, for whatever it reports to.
 
-    Beside them stands "staterank/seconds", what they took. With prompts of as many tokens as one step reads, that is about a third of a
-    step; at the default of 500 steps between logs, under a thousandth of the training.
+    Beside them stands "staterank/seconds", what they took: one pass over the prompts, once per log.
 
     Args:
         trainer: that the callback is added to.
