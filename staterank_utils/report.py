@@ -112,7 +112,7 @@ def write_report(
     """Run the book's chapters on a model, and build pages of them.
 
     A model that cannot be measured is refused before its weights are read. A chapter that fails leaves the others alone; the first page
-    says why. The same call again goes on with what is missing.
+    says why. The same call again resumes with the chapters that are left.
 
     Args:
         model: an embedded name, a folder in Hugging Face format, or a hub id.
