@@ -4,50 +4,17 @@ import math
 import time
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from staterank_utils.architectures import linear_layers
 from staterank_utils.models import unwrapped
-from staterank_utils.spectra import rank_and_norm
+from staterank_utils.selection import head_metrics
 from staterank_utils.strata import share_outside
-from staterank_utils.tracing import check_prompts, trace_states
+from staterank_utils.tracing import check_prompts
 
 PREFIX = "staterank"
-
-
-def head_metrics(
-    model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
-) -> dict[str, Float[Tensor, "layer head"]]:
-    """What a record of a training holds of every head, after the last token of some prompts.
-
-    Args:
-        model, input_ids: as in `layer_metrics`.
-
-    Returns:
-        "effective_rank", "nuclear_norm", "log_decay" (natural logarithm, mean over tokens) and "write_strength" -> means over prompts,
-        float64.
-
-    Raises:
-        TypeError, ValueError: as in `trace_states`.
-
-    Example:
-        >>> import torch
-        >>> from staterank_utils import load_model
-        >>> metrics = head_metrics(load_model("hybrid"), torch.arange(64).reshape(1, 64))
-        >>> list(metrics), metrics["effective_rank"].shape
-        (['effective_rank', 'nuclear_norm', 'log_decay', 'write_strength'], torch.Size([9, 16]))
-    """
-    trace = trace_states(model, input_ids, positions=[input_ids.shape[1]], reduce=rank_and_norm)
-    rank, norm = trace.values[:, :, 0].double().unbind(-1)
-    tables = {
-        "effective_rank": rank,
-        "nuclear_norm": norm,
-        "log_decay": trace.log_decay,
-        "write_strength": trace.write_strength,
-    }
-    return {name: table.mean(1) for name, table in tables.items()}
 
 
 def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) -> dict[str, float]:

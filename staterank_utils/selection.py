@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +22,40 @@ SHARES = (1 / 48, 2 / 48, 0.05, 0.10, 0.125, 0.25, 0.389, 0.50)  # registered
 PAPER_SHARE = 0.389
 
 Measure = dict[Head, float]
+
+
+def head_metrics(
+    model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
+) -> dict[str, Float[Tensor, "layer head"]]:
+    """Rank, norm, decay and write strength of every head, after the last token of some prompts.
+
+    Args:
+        model: any that `linear_layers` accepts.
+        input_ids: prompts of equal length, on any device.
+
+    Returns:
+        "effective_rank", "nuclear_norm", "log_decay" (natural logarithm, mean over tokens) and "write_strength" -> means over prompts,
+        float64.
+
+    Raises:
+        TypeError, ValueError: as in `trace_states`.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> metrics = head_metrics(load_model("hybrid"), torch.arange(64).reshape(1, 64))
+        >>> list(metrics), metrics["effective_rank"].shape
+        (['effective_rank', 'nuclear_norm', 'log_decay', 'write_strength'], torch.Size([9, 16]))
+    """
+    trace = trace_states(model, input_ids, positions=[input_ids.shape[1]], reduce=rank_and_norm)
+    rank, norm = trace.values[:, :, 0].double().unbind(-1)
+    tables = {
+        "effective_rank": rank,
+        "nuclear_norm": norm,
+        "log_decay": trace.log_decay,
+        "write_strength": trace.write_strength,
+    }
+    return {name: table.mean(1) for name, table in tables.items()}
 
 
 def measure_heads(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]) -> dict[str, Measure]:
@@ -45,17 +79,10 @@ def measure_heads(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]) 
         >>> list(measures), len(measures["effective rank"])
         (['effective rank', 'nuclear norm', 'log-decay', 'write strength'], 144)
     """
-    trace = trace_states(model, prompts, positions=[prompts.shape[1]], reduce=rank_and_norm)
-    rank, norm = trace.values[:, :, 0].unbind(-1)
-    tables = {
-        "effective rank": rank,
-        "nuclear norm": norm,
-        "log-decay": trace.log_decay,
-        "write strength": trace.write_strength,
-    }
+    names = ("effective rank", "nuclear norm", "log-decay", "write strength")
     return {
-        name: dict(zip(all_heads(model), table.mean(1).flatten().tolist(), strict=True))
-        for name, table in tables.items()
+        name: dict(zip(all_heads(model), table.flatten().tolist(), strict=True))
+        for name, table in zip(names, head_metrics(model, prompts).values(), strict=True)
     }
 
 
