@@ -129,10 +129,10 @@ def duplicated_bytes(model: PreTrainedModel) -> int:
     """
     total = 0
     for layer in linear_layers(model):
-        keys, sizes = layer.keys, layer.sizes
+        keys = layer.keys
         n_duplicates = len(keys) - len(set(keys))
         for blocks in layer.blocks if n_duplicates else ():
             weight = blocks.tensor(layer.module)
-            rows = sum(size if isinstance(size, int) else sizes[size] for kind, size in blocks.parts if kind == "key")
+            rows = blocks.size(n_keys=1, n_heads=0, sizes=layer.sizes)
             total += n_duplicates * rows * weight.nbytes // weight.shape[blocks.axis]
     return total

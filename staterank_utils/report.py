@@ -200,8 +200,10 @@ def _plan(model: str, revision: str | None) -> str:
 
 def _known(source: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     """Of the sizes, those that a chapter has."""
-    code = "".join("".join(cell["source"]) for cell in json.loads(source.read_text(encoding="utf-8"))["cells"])
-    return {name: value for name, value in sizes.items() if re.search(rf"^{name} = ", code, re.MULTILINE)}
+    import papermill
+
+    has = papermill.inspect_notebook(str(source)) if sizes else {}
+    return {name: value for name, value in sizes.items() if name in has}
 
 
 def _run(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path) -> str | None:
@@ -213,8 +215,6 @@ def _run(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path
         ):
             alone.submit(execute, source, partial.with_suffix(".ipynb"), parameters, cwd=cwd).result()
             partial.with_suffix(".ipynb").replace(partial)
-    except KeyboardInterrupt:
-        raise
     except Exception as error:
         log.warning("%s failed: %s", source.stem, error)
         reason = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"

@@ -79,7 +79,12 @@ def tiny_qwen3_next(
 
 def save_tiny(folder: Path, layer_types: list[str]) -> Path:
     """A random model under the tokenizer of the embedded models."""
-    tiny_qwen3_next(layer_types, vocab_size=8192).save_pretrained(folder)
+    return save_with_tokenizer(tiny_qwen3_next(layer_types, vocab_size=8192), folder)
+
+
+def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
+    """A model with 8,192 tokens, as a folder with the tokenizer of the embedded models."""
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CHECKPOINTS / "hybrid" / name, folder)
     return folder

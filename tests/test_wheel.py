@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import venv
@@ -14,9 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import delta, fla_models, ssd
-from conftest import save_tiny
-
-from staterank_utils.models import CHECKPOINTS
+from conftest import save_tiny, save_with_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES: dict[str, Callable] = {
@@ -96,10 +93,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     made = FAMILIES[request.param]()
     made.resize_token_embeddings(8192)
-    made.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(CHECKPOINTS / "hybrid" / name, folder)
-    return folder
+    return save_with_tokenizer(made, folder)
 
 
 def test_a_model_is_traced_pruned_loaded_tuned_and_generates(model: Path, bin: Path, tmp_path: Path) -> None:
