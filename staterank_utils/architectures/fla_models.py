@@ -77,9 +77,8 @@ def _decay_made_outside(
     """For kernels that make the decay of `g` themselves: it is made here, changed, and given to them as it is."""
 
     def call(kernel: Callable[..., Any], *, g: Tensor, **options: Any) -> Any:
-        made = (
-            log_decay_of(layer, g) if options.get("use_gate_in_kernel") else g
-        )  # (as a block outside this one gives it)
+        # Inside another such block, `g` is the decay already.
+        made = log_decay_of(layer, g) if options.get("use_gate_in_kernel") else g
         within = {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None}
         # A decay that is bounded in training may be changed to lie beyond its bound.
         within |= {"safe_gate": False, "lower_bound": None} if "safe_gate" in options else {}

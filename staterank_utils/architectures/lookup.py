@@ -13,9 +13,8 @@ from staterank_utils.fla_cpu import is_fla
 
 FAMILIES = (delta, kda, ssd, mlstm, fla_models)
 ADAPTERS: dict[str, type[LinearLayer]] = {}  # full name of a module's class -> what adapts it
-_described: "WeakKeyDictionary[type, str | None]" = (
-    WeakKeyDictionary()
-)  # class of a module -> the class that is described
+# Class of a module -> full name of the class that is described, which it is or comes from.
+_described: "WeakKeyDictionary[type, str | None]" = WeakKeyDictionary()
 _model_adapters: "WeakKeyDictionary[nn.Module, type[ModelAdapter]]" = WeakKeyDictionary()
 
 

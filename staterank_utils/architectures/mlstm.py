@@ -1,7 +1,7 @@
 """xLSTM's matrix memory (mLSTM).
 
 A state is S(t) = f_t S(t-1) + i_t k_t v_t^T, with f_t a sigmoid and i_t an exponential. transformers keeps C = S / exp(m) beside the
-running maximum m that it was divided by, and a sum of keys n, divided alike, which norms what a head puts out. A state is read here as
+running maximum m that it was divided by, and a sum of keys n, divided alike, which norms the output of a head. A state is read here as
 S and written as C; an edit leaves n as it is.
 
 Source: Beck et al., "xLSTM: Extended Long Short-Term Memory", arXiv:2405.04517, Eqs. 19 to 27.

@@ -4,7 +4,7 @@ Mamba-2 in the words of this package: a state is S(t) = a_t S(t-1) + dt_t B_t x_
 shared by the heads of a group), values x (d_v numbers), decay a_t = exp(-exp(A_log) dt_t), and the step dt_t as write
 strength. The cache holds its transpose.
 
-Where a norm runs across heads, what a head puts out is taken before the norm. A removed head still counts in the norm, as
+Where a norm runs across heads, the output of a head is taken before the norm. A removed head still counts in the norm, as
 the zeros that it would be if it were ablated (`NormOfKept`), so any heads can be removed, also unevenly.
 """
 
@@ -442,7 +442,7 @@ class MiniMaxLayer(AcrossHeads):
         layer.num_attention_heads = n_heads
 
     def idle(self, *args: Any, **kwargs: Any) -> Any:
-        """What its forward makes of no heads."""
+        """Its forward, which runs without heads too."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
