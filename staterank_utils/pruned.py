@@ -297,6 +297,9 @@ def plain_model(pruned: PreTrainedModel) -> PreTrainedModel:
     weights = {name: value.clone() for name, value in pruned.state_dict().items()}
     made.load_state_dict(weights, assign=True)
     made.tie_weights()
+    trained = {name: parameter.requires_grad for name, parameter in pruned.named_parameters()}
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(trained[name])
     if made.can_generate():
         made.generation_config = copy.deepcopy(pruned.generation_config)
     choose_kernels(made)
