@@ -1,5 +1,6 @@
 """What the states do while a model is trained: numbers per layer, for transformers' Trainer or a loop of one's own."""
 
+import logging
 import math
 import time
 from typing import Any
@@ -9,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from staterank_utils.architectures import linear_layers
-from staterank_utils.models import unwrapped
+from staterank_utils.models import check_ids, unwrapped
 from staterank_utils.selection import head_metrics
 from staterank_utils.strata import share_outside
-from staterank_utils.tracing import check_prompts
+from staterank_utils.tracing import check_even
 
+log = logging.getLogger(__name__)
 PREFIX = "staterank"
 
 
@@ -61,16 +63,18 @@ def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
 class StateRankCallback(TrainerCallback):
     """Adds `layer_metrics` to what a Trainer logs, whenever it logs a loss, for whatever it reports to.
 
-    Beside them stands "staterank/seconds", what they took: one pass over the prompts, once per log.
+    Beside them stands "staterank/seconds", what they took: one pass over the prompts. Where they cannot be measured, as with states that
+    are not finite or a GPU that is full, a warning says why, and the training goes on.
 
     Args:
         trainer: that the callback is added to.
         input_ids: prompts of equal length, the same for the whole training: a few hundred tokens of a few texts do.
+        every: optimizer steps that lie at least between two measurements, for a Trainer that logs more often.
 
     Raises:
         TypeError: not a Trainer, or ids as `trace_states` refuses them.
         ValueError: a model that `linear_layers` refuses; weights that are split over processes (FSDP, DeepSpeed's third stage), of which
-            no process has a whole layer.
+            no process has a whole layer; `every` under 1.
 
     Example:
         >>> import tempfile
@@ -84,7 +88,7 @@ class StateRankCallback(TrainerCallback):
         'StateRankCallback'
     """
 
-    def __init__(self, trainer: Trainer, input_ids: Int[Tensor, "prompt token"]):
+    def __init__(self, trainer: Trainer, input_ids: Int[Tensor, "prompt token"], *, every: int = 1):
         if not isinstance(trainer, Trainer):
             raise TypeError(
                 f"expected the Trainer that is to log, got {type(trainer).__name__}: write trainer.add_callback(StateRankCallback(trainer, input_ids))"
@@ -93,13 +97,25 @@ class StateRankCallback(TrainerCallback):
             raise ValueError(
                 "the weights of this Trainer are split over its processes, so no process can read a prompt through whole layers: trace its checkpoints"
             )
-        check_prompts(unwrapped(trainer.model), input_ids, [input_ids.shape[-1]])
-        self.trainer, self.input_ids = trainer, input_ids
+        if every < 1:
+            raise ValueError(f"every is a number of optimizer steps, at least 1, got {every}")
+        check_ids(unwrapped(trainer.model), input_ids)
+        check_even(linear_layers(unwrapped(trainer.model)))
+        self.trainer, self.input_ids, self.every = trainer, input_ids, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count steps anew."""
+        self.last = -self.every
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Measure where the training's own loss was logged."""
-        if "loss" not in (logs or {}) or not state.is_world_process_zero:
+        if "loss" not in (logs or {}) or not state.is_world_process_zero or state.global_step < self.last + self.every:
             return
+        self.last = state.global_step
         started = time.perf_counter()
-        metrics = layer_metrics(kwargs["model"], self.input_ids)
+        try:
+            metrics = layer_metrics(kwargs["model"], self.input_ids)
+        except (ValueError, RuntimeError) as error:
+            log.warning("states were not measured at step %d: %s", state.global_step, error)
+            return
         self.trainer.log({**metrics, f"{PREFIX}/seconds": time.perf_counter() - started})

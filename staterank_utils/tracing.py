@@ -149,7 +149,7 @@ def trace_states(
     ):
         parts = [
             _trace_batch(model, layers, batch, positions, reduce, logits, log_norms)
-            for batch in tqdm(batches, desc="prompts", leave=False, disable=len(batches) == 1)
+            for batch in tqdm(batches, desc="prompts", leave=False, disable=len(batches) == 1 or None)
         ]
     values, gates, outputs, norms = zip(*parts, strict=True)
     log_decay, write_strength = torch.cat(gates, 2).unbind(1)

@@ -75,6 +75,26 @@ def test_a_training_goes_on_bit_for_bit_as_without_it(tmp_path: Path, ids: torch
     assert beside.model.training
 
 
+def test_states_that_are_not_finite_do_not_stop_a_training(tmp_path: Path, ids: torch.Tensor, caplog) -> None:
+    def broken(trainer: Trainer) -> StateRankCallback:
+        with torch.no_grad():
+            trainer.model.get_input_embeddings().weight.fill_(math.nan)
+        return StateRankCallback(trainer, ids)
+
+    trainer = trained(tmp_path, steps=8, every=4, callback=broken)
+    assert trainer.state.global_step == 8
+    assert not [entry for entry in trainer.state.log_history if "staterank/seconds" in entry]
+    assert "states were not measured at step 4: " in caplog.text
+
+
+def test_it_measures_no_more_often_than_asked(tmp_path: Path, ids: torch.Tensor) -> None:
+    trainer = trained(tmp_path, steps=10, every=2, callback=lambda trainer: StateRankCallback(trainer, ids, every=4))
+    for _ in range(2):
+        logged = [entry["step"] for entry in trainer.state.log_history if "staterank/seconds" in entry]
+        assert logged == [2, 6, 10]
+        trainer.train()  # counts anew
+
+
 def test_a_loop_of_ones_own_gets_what_a_trace_says(ids: torch.Tensor) -> None:
     model = tiny_qwen3_next(LAYERS).train()
     state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -101,6 +121,10 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path, ids: torch.Tensor) ->
     trainer = Trainer(tiny_qwen3_next(LAYERS), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
     with pytest.raises(ValueError, match="outside the model's vocabulary"):
         StateRankCallback(trainer, ids + 64)
+    with pytest.raises(TypeError, match="got list: make one with"):
+        unchecked(StateRankCallback.__init__)(SimpleNamespace(), trainer, ids.tolist())
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        StateRankCallback(trainer, ids, every=0)
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="split over its processes"):
         StateRankCallback(trainer, ids)
