@@ -7,6 +7,7 @@ import multiprocessing
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ from tqdm import tqdm
 from staterank_utils import __version__, claims, interactive, markdown
 from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
-from staterank_utils.models import model_outline
-from staterank_utils.results import PROFILES, whole_or_not, write_json
+from staterank_utils.models import CHECKPOINTS, EMBEDDED, model_outline
+from staterank_utils.results import PROFILES, weights_hash, whole_or_not, write_json
 
 log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
@@ -112,7 +113,8 @@ def write_report(
     """Run the book's chapters on a model, and build pages of them.
 
     A model that cannot be measured is refused before its weights are read. A chapter that fails leaves the others alone; the first page
-    says why. The same call again resumes with the chapters that are left.
+    says why. The same call again resumes with the chapters that are left. A folder holds one report: a call with another model, other
+    weights or other sizes needs another folder.
 
     Args:
         model: an embedded name, a folder in Hugging Face format, or a hub id.
@@ -124,10 +126,11 @@ def write_report(
         parameters: sizes that every chapter which has them takes, such as {"n_prompts": 2}.
 
     Returns:
-        Chapter -> why it was not run; empty where all were.
+        Chapter -> why it failed; empty where none did.
 
     Raises:
         ValueError: an unknown profile, chapter or parameter, or a model that cannot be measured.
+        FileExistsError: the folder holds something else: the report says what.
         ModuleNotFoundError: without the packages that run and build notebooks.
         OSError: a hub id that could not be fetched, or too little room on the disk.
 
@@ -140,43 +143,69 @@ def write_report(
     out, sizes = Path(out).resolve(), dict(parameters or {})
     sources = _chapters(profile, only)
     _check_packages()
-    print(_plan(model, revision), file=sys.stderr)
-    out.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out).free) < ROOM:
-        raise OSError(f"{out} has room for {in_words(free)}, and a report needs {in_words(ROOM)}: choose another disk")
+    known = {source: _sizes_of(source, sizes) for source in sources}
+    if unknown := set(sizes) - {name for of in known.values() for name in of}:
+        raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
+    plan = _plan(model, revision)
+    folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
+    given: dict[str, Any] = {
+        "model": str(folder.resolve()) if folder.is_dir() and model not in EMBEDDED else model,
+        "revision": revision or "", "device": device or "", "profile": profile,
+    }  # fmt: skip
+    weights = weights_hash(folder) if folder.is_dir() else "of the revision"
+    _take_folder(out, {**given, **sizes, "version": __version__, "weights": weights})
+    print(plan, file=sys.stderr)
     work = out / "work"
-    (work / "notebooks").mkdir(parents=True, exist_ok=True)
+    (work / "notebooks").mkdir(exist_ok=True)
     missing: dict[str, str] = {}
-    for source in tqdm(sources, desc="chapters"):
-        target = work / "notebooks" / source.name
-        given = {
-            "model": str(Path(model).resolve()) if Path(model).is_dir() else model, "revision": revision or "", "device": device or "",
-            "profile": profile, "results_folder": str(work / "results"), **_known(source, sizes),
-        }  # fmt: skip
-        record = work / "done" / f"{source.stem}.json"
-        made_by = {"version": __version__, **given}
-        if record.exists() and json.loads(record.read_text(encoding="utf-8")) == made_by and target.exists():
-            continue
-        if reason := _run(source, target, given, cwd=work):
-            missing[source.stem] = reason
-            continue
-        finish_page(target, work / "results")
-        write_json(record, made_by)
-    if len(missing) == len(sources):
+    with tqdm(sources, desc="chapters") as bar:
+        for source in bar:
+            bar.set_postfix_str(source.stem)
+            target = work / "notebooks" / source.name
+            named = {**given, "results_folder": str(work / "results"), **known[source]}
+            if not target.exists() and (reason := _run(source, target, named, cwd=work)):
+                missing[source.stem] = reason
+    done = sorted(file.stem for file in (work / "notebooks").glob("*.ipynb"))
+    if not done:
         raise ValueError("no chapter could be run: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
-    _build(out, work, model, [source.stem for source in sources if source.stem not in missing], missing)
+    _build(out, work, given["model"], done, missing)
     return missing
 
 
 def _chapters(profile: str, only: Sequence[str]) -> list[Path]:
     if profile not in PROFILES:
         raise ValueError(f"there is no profile {profile!r}: choose from {', '.join(PROFILES)}")
-    sources = sorted((BOOK / "notebooks").glob("*.ipynb"))
+    sources = _all_chapters()
     if unknown := set(only) - {source.stem for source in sources}:
         raise ValueError(
             f"there is no chapter {', '.join(sorted(unknown))}: choose from {', '.join(s.stem for s in sources)}"
         )
     return [source for source in sources if not only or source.stem in only]
+
+
+def _all_chapters() -> list[Path]:
+    return sorted((BOOK / "notebooks").glob("*.ipynb"))
+
+
+def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
+    """Make the folder of a report, or go on in it if it holds a report on the same things."""
+    marker = out / "work" / "report.json"
+    if marker.exists():
+        before = json.loads(marker.read_text(encoding="utf-8"))
+        names = [*made_of, *(name for name in before if name not in made_of)]
+        if others := [name for name in names if before.get(name) != made_of.get(name)]:
+            differs = ", ".join(
+                "weights that have changed since" if name == "weights" else f"{name} {before.get(name)!r} and not {made_of.get(name)!r}"
+                for name in others
+            )  # fmt: skip
+            raise FileExistsError(f"{out} holds a report of {differs}: choose another folder, or remove this one")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already and is no report: choose a folder that is new or empty")
+    out.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out).free) < ROOM:
+        raise OSError(f"{out} has room for {in_words(free)}, and a report needs {in_words(ROOM)}: choose another disk")
+    write_json(marker, made_of)
 
 
 def _check_packages() -> None:
@@ -192,13 +221,15 @@ def _plan(model: str, revision: str | None) -> str:
     layers = linear_layers(outline)
     memory = machine_memory()
     has = f"; this machine has {in_words(memory)} of memory" if memory else ""
+    wide = 4 * sum(parameter.numel() for parameter in outline.parameters())
     return (
         f"{model}: {len(layers)} linear-attention layers, {sum(layer.n_heads for layer in layers)} heads with states of {layers[0].d_k} x "
-        f"{layers[0].d_v}; weights take {in_words(weight_bytes(outline))} as they are stored, the states of a prompt {in_words(moment_bytes(outline))}{has}."
+        f"{layers[0].d_v}. Weights take {in_words(weight_bytes(outline))} as they are stored and {in_words(wide)} in float32, which a CPU uses, "
+        f"and some chapters hold a control of the same size beside them; the states of a prompt take {in_words(moment_bytes(outline))}{has}."
     )
 
 
-def _known(source: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+def _sizes_of(source: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     """Of the sizes, those that a chapter has."""
     import papermill
 
@@ -207,14 +238,22 @@ def _known(source: Path, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _run(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path) -> str | None:
-    """Run a chapter in a process of its own; why it failed, or None."""
+    """Run a chapter in a process of its own, and finish its page; why it failed, or None."""
     try:
         with (
             whole_or_not(target) as partial,
-            ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone,
+            # Ctrl-C ends that process at once; this one says so.
+            ProcessPoolExecutor(
+                1,
+                multiprocessing.get_context("spawn"),
+                initializer=signal.signal,
+                initargs=(signal.SIGINT, signal.SIG_DFL),
+            ) as alone,
         ):
-            alone.submit(execute, source, partial.with_suffix(".ipynb"), parameters, cwd=cwd).result()
-            partial.with_suffix(".ipynb").replace(partial)
+            executed = partial.with_suffix(".ipynb")
+            alone.submit(execute, source, executed, parameters, cwd=cwd).result()
+            finish_page(executed, cwd / "results")
+            executed.replace(partial)
     except Exception as error:
         log.warning("%s failed: %s", source.stem, error)
         reason = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
@@ -227,27 +266,36 @@ def _run(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path
 
 def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: Mapping[str, str]) -> None:
     """Write the pages around the chapters, and build the site into OUT."""
-    stage = work / "site"
+    stage, name_of_model = work / "site", Path(model).name if Path(model).is_dir() else model
+
+    def named(text: str) -> str:
+        """A text that names the model and not where it lies on this machine."""
+        return text.replace(json.dumps(model)[1:-1], name_of_model)
+
     shutil.rmtree(stage, ignore_errors=True)
-    shutil.copytree(work / "results", stage / "results")
+    (stage / "results").mkdir(parents=True)
+    for file in (work / "results").iterdir():
+        if file.suffix == ".csv" or file.stem in chapters:
+            (stage / "results" / file.name).write_text(named(file.read_text(encoding="utf-8")), encoding="utf-8")
     (stage / "notebooks").mkdir()
     (stage / "book").mkdir()
     shutil.copytree(BOOK / "book" / "_static", stage / "book" / "_static")
     shutil.copy(BOOK / "book" / "references.bib", stage / "book")
     for name in chapters:
         text = (work / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
-        (stage / "notebooks" / f"{name}.ipynb").write_text(_alone(text, chapters), encoding="utf-8")
+        (stage / "notebooks" / f"{name}.ipynb").write_text(_alone(named(text), chapters), encoding="utf-8")
     (stage / "book" / "_static" / "vega.js").write_text(interactive.bundle(), encoding="utf-8")
-    not_run = "\n".join(f"- *{name}*: {why}" for name, why in missing.items())
+    others = {source.stem: "not asked for" for source in _all_chapters() if source.stem not in chapters}
+    not_run = "\n".join(f"- *{name}*: {named(why)}" for name, why in {**others, **missing}.items())
     pages = {
         "index": "\n\n".join(
             [
-                f"# State ranks of {Path(model).name}",
-                f"The chapters of the book \"State Rank Dynamics, tested\", run on `{model}` with staterank-utils {__version__}. Verdicts are by rules that were "
+                f"# State ranks of {name_of_model}",
+                f"The chapters of the book \"State Rank Dynamics, tested\", run on `{name_of_model}` with staterank-utils {__version__}. Verdicts are by rules that were "
                 "fixed before any model was measured ({doc}`book/claims`).",
                 _answers(stage / "results", chapters),
-                markdown.overview_table(stage / "results", {Path(model).name: _as_stored(stage / "results", model)}),
-                "## What was not run" if missing else "",
+                markdown.overview_table(stage / "results", {name_of_model: name_of_model}),
+                "## What was not run" if not_run else "",
                 not_run,
             ]
         ),
@@ -256,14 +304,14 @@ def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: 
     for name, text in pages.items():
         (stage / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     write_json(stage / "_toc.yml", _contents(chapters))  # JSON is YAML
-    write_json(stage / "_config.yml", _configuration(model))
+    write_json(stage / "_config.yml", _configuration(name_of_model))
     made = subprocess.run(
         [sys.executable, "-c", JUPYTER_BOOK, "build", str(stage), "--path-output", str(work), "--all", "-q"],
         capture_output=True,
         text=True,
     )
     if made.returncode:
-        raise RuntimeError(f"the pages could not be built:\n{made.stdout[-2000:]}\n{made.stderr[-2000:]}")
+        raise ChildProcessError(f"the pages could not be built:\n{made.stdout[-2000:]}\n{made.stderr[-2000:]}")
     shutil.copytree(work / "_build" / "html", out, dirs_exist_ok=True)
     shutil.rmtree(work / "_build")
 
@@ -272,14 +320,6 @@ def _answers(results: Path, chapters: Sequence[str]) -> str:
     """What each chapter found, as a list."""
     found = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["answer"] for name in chapters}
     return "\n".join(f"- {{doc}}`notebooks/{name}` {answer}" for name, answer in found.items())
-
-
-def _as_stored(results: Path, model: str) -> str:
-    """The model as results name it."""
-    for file in sorted(results.glob("[0-9]*.json")):
-        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
-            return str(row["model"])
-    return model
 
 
 def _alone(notebook: str, chapters: Sequence[str]) -> str:
@@ -305,7 +345,7 @@ def _configuration(model: str) -> dict[str, Any]:
     made: dict[str, Any] = yaml.safe_load((BOOK / "_config.yml").read_text(encoding="utf-8"))
     for name in ("repository", "launch_buttons"):
         made.pop(name)
-    made["title"] = f"State ranks of {Path(model).name}"
+    made["title"] = f"State ranks of {model}"
     made["html"] = {"favicon": "book/_static/favicon.svg"}
     kept = ("sphinx-mathjax-offline", "sphinx_proof")
     made["sphinx"]["extra_extensions"] = [name for name in made["sphinx"]["extra_extensions"] if name in kept]

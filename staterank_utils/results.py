@@ -169,7 +169,9 @@ def weights_hash(folder: Path) -> str:
         raise FileNotFoundError(f"{folder} has no .safetensors file")
     total = hashlib.sha256()
     for file in files:
-        total.update(file.read_bytes())
+        with file.open("rb") as stream:
+            while block := stream.read(2**24):
+                total.update(block)
     return total.hexdigest()
 
 
