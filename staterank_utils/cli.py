@@ -1,6 +1,8 @@
 """The command `staterank`: trace, prune or report on a model of one's own."""
 
 import logging
+import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +16,14 @@ import typer
 from staterank_utils import strata
 from staterank_utils.architectures import linear_layers
 from staterank_utils.markdown import markdown_table
-from staterank_utils.memory import half_lives
 from staterank_utils.models import load_model, load_tokenizer, model_outline
 from staterank_utils.report import write_report
 from staterank_utils.results import write_table
-from staterank_utils.spectra import rank_and_norm
-from staterank_utils.studies.handover import RULES, prune_by_rule, write_pruned
+from staterank_utils.selection import head_metrics
+from staterank_utils.studies.handover import RULES, check_pruning, prune_by_rule, write_pruned
 from staterank_utils.surgery import all_heads
 from staterank_utils.tasks import domain_prompts
-from staterank_utils.tracing import trace_states
+from staterank_utils.tracing import check_even
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,6 +67,13 @@ Precision = Annotated[Dtype | None, typer.Option(help="by default float32 on a C
 
 def _dtype(given: Dtype | None) -> torch.dtype | None:
     return None if given is None else getattr(torch, given)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a place that cannot be written, before anything is measured."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {above} is no folder that you may write into")
 
 
 @contextmanager
@@ -118,7 +126,7 @@ def trace(
     """Print ranks, norms and half-lives of every layer, after the last token of some prompts.
 
     Effective rank is the number of singular values over 1e-4 of the largest; a half-life is the number of tokens after which a state has lost
-    half of what it held. Example: staterank trace ./my-model --text notes.txt --out heads.csv
+    half of what it held, by the head's mean decay; the layer's is that of its median head. Example: staterank trace ./my-model --text notes.txt --out heads.csv
     \f
 
     Example:
@@ -128,23 +136,26 @@ def trace(
     """
     with said():
         domain = text if "/" in text or "." not in text else f"./{text}"
-        model_outline(model, revision=revision)
+        if out:
+            _check_writable(out)
+        check_even(linear_layers(model_outline(model, revision=revision)))
         tokenizer = load_tokenizer(model, revision=revision)
         ids = domain_prompts(domain, tokenizer, n_prompts=prompts, n_tokens=tokens, seed=0)
         network = load_model(model, revision=revision, device=device, dtype=_dtype(dtype))
-        found = trace_states(network, ids, positions=[tokens], reduce=rank_and_norm)
-        rank, norm = found.values[:, :, 0].double().mean(1).unbind(-1)
-        lives, strength = half_lives(found).mean(1), found.write_strength.mean(1)
+        layers, measured = linear_layers(network), head_metrics(network, ids)
+        lives = math.log(2) / measured.pop("log_decay").abs()
+        rank, norm = measured["effective_rank"], measured["nuclear_norm"]
+        d = min(layers[0].d_k, layers[0].d_v)
         rows = [
             (
-                f"{index}", f"{rank[row].mean():.1f}", f"{rank[row].min():.1f} to {rank[row].max():.1f}", f"{norm[row].mean():.3g}",
-                f"{lives[row].median():.3g}", f"{strata.share_outside(rank[row].numpy() / found.d):.0%}",
+                f"{layer.index}", f"{rank[row].mean():.1f}", f"{rank[row].min():.1f} to {rank[row].max():.1f}", f"{norm[row].mean():.3g}",
+                f"{lives[row].median():.3g}", f"{strata.share_outside(rank[row].numpy() / d):.0%}",
             )
-            for row, index in enumerate(found.layers)
+            for row, layer in enumerate(layers)
         ]  # fmt: skip
         head = (
             "layer",
-            f"rank (of {found.d})",
+            f"rank (of {d})",
             "lowest to highest",
             "nuclear norm",
             "half-life, tokens",
@@ -152,12 +163,13 @@ def trace(
         )
         print(markdown_table(head, rows))
         if out:
-            tables = {"effective_rank": rank, "nuclear_norm": norm, "half_life": lives, "write_strength": strength}
+            tables = {**measured, "half_life": lives}
             numbers = {name: table.flatten().tolist() for name, table in tables.items()}
             heads = [
                 {"layer": layer, "head": number, **{name: of[place] for name, of in numbers.items()}}
                 for place, (layer, number) in enumerate(all_heads(network))
             ]
+            out.parent.mkdir(parents=True, exist_ok=True)
             write_table(out, heads)
             print(f"{len(heads)} heads in {out}")
 
@@ -189,20 +201,20 @@ def prune(
     with said():
         if out.exists():
             raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
-        layers = linear_layers(model_outline(model, revision=revision))
-        if not layers[0].weights:
-            raise ValueError(f"heads of {layers[0].name} cannot be removed exactly, since {layers[0].kept_whole}")
+        _check_writable(out)
+        outline = model_outline(model, revision=revision)
+        check_pruning(outline, rule=rule, share=share, per_layer=per_layer)
+        if plain and not per_layer:
+            raise ValueError("--plain needs as many heads in every layer: add --per-layer")
+        if plain and not (first := linear_layers(outline)[0]).heads_settings:
+            raise ValueError(
+                f"a model of {first.name} cannot say in its configuration that it has fewer heads: leave --plain out"
+            )
         tokenizer = load_tokenizer(model, revision=revision)
         network = load_model(model, revision=revision, device=device, dtype=_dtype(dtype))
         pruned, cost = prune_by_rule(network, tokenizer, rule=rule, share=share, per_layer=per_layer)
-        write_pruned(
-            out,
-            pruned,
-            tokenizer,
-            cost,
-            base=Path(model).resolve().name if Path(model).is_dir() else model,
-            plain=plain,
-        )
+        base = Path(model).resolve().name if Path(model).is_dir() else model
+        write_pruned(out, pruned, tokenizer, cost, base=base, revision=revision, plain=plain)
         n_removed = sum(map(len, cost.removed.values()))
         print(f"{n_removed} of {cost.n_heads} heads removed; {cost.added()['mean']:.3f} nats per token added on text.")
         print(f"The model and its card are in {out}.")
@@ -215,6 +227,12 @@ def report(
     profile: Annotated[Profile, typer.Option(help="how much is measured")] = Profile.quick,
     only: Annotated[
         list[str] | None, typer.Option(help="a chapter, such as 01_stratification; may be given several times")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="prompts per measurement; by default what the profile says")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="length of a prompt; by default what the profile says")
     ] = None,
     revision: Revision = None,
     device: Device = None,
@@ -230,7 +248,10 @@ def report(
         1
     """
     with said():
-        missing = write_report(model, out, revision=revision, profile=profile, device=device, only=only or ())
+        sizes = {name: size for name, size in (("n_prompts", prompts), ("n_tokens", tokens)) if size is not None}
+        missing = write_report(
+            model, out, revision=revision, profile=profile, device=device, only=only or (), parameters=sizes
+        )
         for name, why in missing.items():
             print(f"not run: {name}: {why}", file=sys.stderr)
         print(f"The report is in {out / 'index.html'}.")

@@ -250,6 +250,9 @@ AutoConfig.register(MODEL_TYPE, PrunedConfig, exist_ok=True)
 def plain_model(pruned: PreTrainedModel) -> PreTrainedModel:
     """The same network as a model of the whole model's own class, which loads without this package.
 
+    Where heads that shared a key head went unevenly, so that layers have different numbers of key heads, some key heads become several with
+    the same weights, as many as its configuration can say for all layers.
+
     Args:
         pruned: from `prune_heads`; it is not changed.
 
@@ -277,27 +280,33 @@ def plain_model(pruned: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"a model of {layers[0].name} cannot say in its configuration that it has fewer heads: keep it as a pruned model"
         )
-    sizes = {(layer.n_heads, layer.n_keys) for layer in layers}
-    if len(sizes) > 1:
+    if len({layer.n_heads for layer in layers}) > 1:
         counts = ", ".join(f"{layer.n_heads} in layer {layer.index}" for layer in layers)
         raise ValueError(
             f"layers keep different numbers of heads ({counts}), and its class has one number for all: choose as many of every layer "
             "(select_heads with per_layer=True)"
         )
+    weights = {name: value.clone() for name, value in pruned.state_dict().items()}
+    trained = {name: parameter.requires_grad for name, parameter in pruned.named_parameters()}
+    per_key = math.gcd(*(layer.n_heads // max(layer.n_keys, 1) for layer in layers))
+    if len({layer.n_keys for layer in layers}) > 1:
+        split = copy.deepcopy(pruned)
+        layers = find_layers(split)
+        for layer in layers:
+            _split_keys(layer, per_key)
+        weights = split.state_dict()
     whole: Any
     whole_config: Any
     whole, whole_config = _made_of[type(pruned)]
     config = whole_config.from_dict(whole_config.to_dict(pruned.config))
     text = config.get_text_config()
     delattr(text, RECORD)
-    for name, size in zip(settings, *sizes, strict=True):
+    for name, size in zip(settings, (layers[0].n_heads, layers[0].n_keys), strict=True):
         setattr(text, name, size)
     with torch.device(pruned.device):  # (also the buffers that are not stored)
         made = whole(config)
-    weights = {name: value.clone() for name, value in pruned.state_dict().items()}
     made.load_state_dict(weights, assign=True)
     made.tie_weights()
-    trained = {name: parameter.requires_grad for name, parameter in pruned.named_parameters()}
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(trained[name])
     if made.can_generate():
@@ -324,7 +333,7 @@ def keep_heads(layer: LinearLayer, kept: Sequence[int]) -> None:
         >>> layer.n_heads, layer.module.out_proj.in_features
         (4, 256)
     """
-    names, keys, module = layer.heads, layer.keys, layer.module
+    names, keys = layer.heads, layer.keys
     if list(kept) == names:
         return
     per_key = len(names) // len(keys)
@@ -333,11 +342,27 @@ def keep_heads(layer: LinearLayer, kept: Sequence[int]) -> None:
     for position, name in enumerate(names):
         if name in kept:
             of_key.setdefault(keys[position // per_key], []).append(position)
+    for key, heads in of_key.items():
+        _check_duplicates(layer, key, sorted({head // per_key for head in heads}))
     size = math.gcd(*map(len, of_key.values()))
-    new = [
-        (key, heads[start : start + size]) for key, heads in of_key.items() for start in range(0, len(heads), size or 1)
-    ]
-    groups = [(keys.index(key), heads) for key, heads in new]
+    chunks = [heads[start : start + size] for heads in of_key.values() for start in range(0, len(heads), size or 1)]
+    _regroup(layer, [(heads[0] // per_key, heads) for heads in chunks])
+    if kept:
+        layer.rescale(len(names), len(kept))
+    elif layer.idle:
+        layer.module.forward = layer.idle
+
+
+def _split_keys(layer: LinearLayer, per_key: int) -> None:
+    """Give a layer a key head for every `per_key` heads, with the weights of the one that they shared, in place."""
+    shared = layer.n_heads // layer.n_keys
+    starts = range(0, layer.n_heads, per_key)
+    _regroup(layer, [(start // shared, range(start, start + per_key)) for start in starts])
+
+
+def _regroup(layer: LinearLayer, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
+    """Leave a layer these key heads, each with the heads on it, all by their positions in it."""
+    names, keys, module = layer.heads, layer.keys, layer.module
     for blocks in layer.blocks:
         there = blocks.tensor(module).shape[blocks.axis]
         expected = blocks.size(n_keys=len(keys), n_heads=len(names), sizes=layer.sizes)
@@ -346,17 +371,35 @@ def keep_heads(layer: LinearLayer, kept: Sequence[int]) -> None:
                 f"{type(layer).__name__} says that {blocks.weight} has {expected} rows along axis {blocks.axis}, and it has {there}: mend its `weights`"
             )
     for blocks in layer.blocks:
-        blocks.cut(module, blocks.rows(groups, n_keys=len(keys), per_key=per_key, sizes=layer.sizes))
-    layer.resize(len(new), len(kept), layer.d_k)
-    if (layer.n_keys, layer.n_heads) != (len(new), len(kept)):
+        blocks.cut(module, blocks.rows(groups, n_keys=len(keys), per_key=len(names) // len(keys), sizes=layer.sizes))
+    kept = [names[position] for _, heads in groups for position in heads]
+    layer.resize(len(groups), len(kept), layer.d_k)
+    if (layer.n_keys, layer.n_heads) != (len(groups), len(kept)):
         raise ValueError(
-            f"{type(layer).__name__} still counts {layer.n_heads} heads on {layer.n_keys} keys where {len(kept)} on {len(new)} are left: mend its `resize`"
+            f"{type(layer).__name__} still counts {layer.n_heads} heads on {layer.n_keys} keys where {len(kept)} on {len(groups)} are left: mend its `resize`"
         )
-    module.staterank_heads, module.staterank_keys = list(kept), [key for key, _ in new]
-    if kept:
-        layer.rescale(len(names), len(kept))
-    elif layer.idle:
-        module.forward = layer.idle
+    module.staterank_heads, module.staterank_keys = kept, [keys[key] for key, _ in groups]
+
+
+def _check_duplicates(layer: LinearLayer, key: int, positions: Sequence[int]) -> None:
+    """Refuse to make one key head of several that differ."""
+    per_key = len(layer.heads) // len(layer.keys)
+    for blocks in layer.blocks if len(positions) > 1 else ():
+        weight = blocks.tensor(layer.module)
+        rows = [
+            torch.tensor(
+                blocks.rows([(at, ())], n_keys=len(layer.keys), per_key=per_key, sizes=layer.sizes),
+                dtype=torch.long,
+                device=weight.device,
+            )
+            for at in positions
+        ]
+        first, *others = (weight.index_select(blocks.axis, of_key) for of_key in rows)
+        if not weight.is_meta and not all(torch.equal(first, other) for other in others):
+            raise ValueError(
+                f"duplicates of key head {key} of layer {layer.index} were trained apart since heads were removed, so they cannot be one again: "
+                "remove all heads at once, before training"
+            )
 
 
 def _cut_as_recorded(model: PreTrainedModel) -> None:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import save_tiny
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from staterank_utils import cli, load_model
@@ -61,7 +64,11 @@ def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
         (["trace", "MODEL", "--device", "cuda:99"], "'cuda:99' is not there"),
         (["prune", "MODEL", "--share", "2", "--out", "new"], "between 0 and 1, got 2.0"),
         (["prune", "MODEL", "--out", "short.txt"], "is there already"),
-        (["prune", "MODEL", "--share", "0.4", "--plain", "--out", "new"], "different numbers of heads"),
+        (["prune", "MODEL", "--share", "0.05", "--out", "new"], "0.05 of 8 heads rounds to not one"),
+        (["prune", "MODEL", "--plain", "--out", "new"], "as many heads in every layer: add --per-layer"),
+        (["prune", "MODEL", "--out", "short.txt/new"], "cannot be written"),
+        (["trace", "MODEL", "--out", "short.txt/heads.csv"], "cannot be written"),
+        (["report", "MODEL", "--out", "short.txt"], "is no report"),
         (["report", "MODEL", "--only", "99_none", "--out", "new"], "there is no chapter 99_none: choose from 00_"),
         (["report", "nowhere", "--out", "new"], "nowhere"),
         (["report", "OWNER/NAME", "--out", "new"], "revision"),
@@ -82,6 +89,41 @@ def test_a_rule_that_does_not_exist_is_named_with_those_that_do(tiny: Path) -> N
     done = RUN.invoke(cli.app, ["prune", str(tiny), "--rule", "best", "--out", "new"])
     assert done.exit_code == 2
     assert "low-rank" in done.output
+
+
+def test_what_cannot_be_done_is_said_before_weights_are_read(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    uneven = tmp_path / "uneven"
+    assert RUN.invoke(cli.app, ["prune", str(tiny), "--share", "0.125", "--out", str(uneven)]).exit_code == 0
+    assert "Layers keep different numbers of heads" in (uneven / "README.md").read_text()
+    mamba = tmp_path / "mamba"
+    ARCHITECTURES["mamba2"].build().save_pretrained(mamba)
+    monkeypatch.setattr(cli, "load_model", lambda *args, **options: pytest.fail("weights were read"))
+    for words, reason in (
+        (["trace", str(uneven)], "different numbers of them: {0: 3, 2: 4}"),
+        (["prune", str(uneven), "--out", "new"], "different numbers of them"),
+        (["prune", str(tiny), "--share", "0", "--out", "new"], "between 0 and 1, got 0.0"),
+        (["prune", str(mamba), "--share", "0.5", "--per-layer", "--plain", "--out", "new"], "leave --plain out"),
+    ):
+        done = RUN.invoke(cli.app, words)
+        assert (done.exit_code, reason in done.stderr) == (1, True), done.stderr
+
+
+def test_a_full_disk_is_told_in_a_line(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    done = RUN.invoke(cli.app, ["prune", str(tiny), "--share", "0.5", "--out", str(tmp_path / "new")])
+    assert done.exit_code == 1
+    assert "could not write the weights" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_a_trace_may_go_into_a_folder_that_is_not_there(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "heads.csv"
+    done = RUN.invoke(cli.app, ["trace", str(tiny), "--tokens", "16", "--prompts", "1", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert out.exists()
 
 
 @pytest.mark.parametrize("command", [[], ["trace"], ["prune"], ["report"]])

@@ -14,6 +14,7 @@ from architectures import ARCHITECTURES
 from conftest import tiny_qwen3_next
 from transformers import AutoModelForCausalLM
 
+from staterank_utils.architectures import linear_layers
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import token_nats
 from staterank_utils.models import load_model
@@ -94,6 +95,27 @@ def test_a_plain_model_is_the_same_network_also_after_a_second_removal_and_on_on
     assert model.config.linear_num_value_heads == 4
 
 
+def test_a_plain_model_where_layers_keep_different_numbers_of_key_heads() -> None:
+    model = tiny_qwen3_next(["linear_attention", "full_attention", "linear_attention"])
+    pruned, ids = prune_heads(model, {0: [0, 1], 2: [0, 2]}), torch.randint(0, 64, (2, 40))
+    assert [layer.n_keys for layer in linear_layers(pruned)] == [1, 2]
+    plain = plain_model(pruned)
+    assert (plain.config.linear_num_value_heads, plain.config.linear_num_key_heads) == (2, 2)
+    torch.testing.assert_close(plain(ids).logits, pruned(ids).logits, atol=1e-5, rtol=0)
+    assert [layer.n_keys for layer in linear_layers(pruned)] == [1, 2]
+
+
+def test_duplicates_that_were_trained_apart_are_not_made_one_again() -> None:
+    pruned = prune_heads(tiny_qwen3_next(["linear_attention"]), {0: [0]})
+    assert linear_layers(pruned)[0].keys == [0, 1, 1]
+    prune_heads(pruned, {0: [1]})
+    with torch.no_grad():
+        linear_layers(pruned)[0].module.in_proj_qkvz.weight.normal_()
+    with pytest.raises(ValueError, match="duplicates of key head 1 of layer 0 were trained apart"):
+        prune_heads(pruned, {0: [1]})
+    prune_heads(pruned, {0: [2]})  # leaves one of them
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid"])
 def test_other_classes_that_can_say_fewer_heads(name: str, tmp_path: Path) -> None:
     model = ARCHITECTURES[name].build()
@@ -125,7 +147,12 @@ def test_what_cannot_be_plain_is_refused() -> None:
         ({"rule": "best", "share": 0.5}, "there is no rule 'best': choose from rank"),
         ({"rule": "rank", "share": 0.0}, "between 0 and 1, got 0.0"),
         ({"rule": "rank", "share": 1.0}, "between 0 and 1, got 1.0"),
-        ({"rule": "rank", "share": 0.001}, "of 144 heads is not one head"),
+        ({"rule": "rank", "share": 0.001}, "0.001 of 144 heads rounds to not one: ask for a larger share"),
+        ({"rule": "rank", "share": 0.999}, "0.999 of 144 heads rounds to all: ask for a smaller share"),
+        (
+            {"rule": "rank", "share": 0.01, "per_layer": True},
+            "0.01 of the 16 heads of a layer rounds to not one: ask for a larger share",
+        ),
     ],
 )
 def test_a_rule_or_share_that_does_not_exist_is_refused(options: dict, reason: str, hybrid, tokenizer) -> None:

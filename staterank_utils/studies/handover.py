@@ -1,16 +1,17 @@
 """A model to hand on: pruned by a rule, with what that costs, in a folder whose card says both."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from staterank_utils import __version__
-from staterank_utils.architectures import state_size
+from staterank_utils.architectures import linear_layers, state_size
 from staterank_utils.evaluation import token_nats
 from staterank_utils.markdown import markdown_table
 from staterank_utils.pruned import plain_model, removed_heads
@@ -21,6 +22,7 @@ from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.studies.shrinking import Footprint, footprint
 from staterank_utils.studies.texts import LOSS_TEXTS, draw_texts, over_texts
 from staterank_utils.surgery import all_heads
+from staterank_utils.tracing import check_even
 
 Measures = Mapping[str, Measure]
 
@@ -45,7 +47,7 @@ SAID = {
     "joint": "those of the highest saturation, rank and nuclear norm together (arXiv:2602.02195, Eq. 14, alpha = 0.5)",
     "norm": "those of the largest nuclear norm",
     "half-life": "those of the longest half-life",
-    "random": "at random",
+    "random": "at random (seed 0)",
 }
 
 
@@ -88,6 +90,41 @@ class Cost:
         return of_text | {"mean": over_texts(added)}
 
 
+def check_pruning(model: PreTrainedModel, *, rule: str, share: float, per_layer: bool = False) -> None:
+    """Refuse what `prune_by_rule` cannot do, before anything is measured.
+
+    Args:
+        model: whole, or its outline without weights (`model_outline`).
+        rule, share, per_layer: as there.
+
+    Raises:
+        ValueError: as there.
+
+    Example:
+        >>> from staterank_utils.models import model_outline
+        >>> check_pruning(model_outline("hybrid"), rule="rank", share=1.5)
+        Traceback (most recent call last):
+            ...
+        ValueError: the share of heads to remove lies between 0 and 1, got 1.5
+    """
+    layers = linear_layers(model)
+    if rule not in RULES:
+        raise ValueError(f"there is no rule {rule!r}: choose from {', '.join(RULES)}")
+    if not 0 < share < 1:
+        raise ValueError(f"the share of heads to remove lies between 0 and 1, got {share}")
+    if not layers[0].weights:
+        raise ValueError(
+            f"heads of {layers[0].name} cannot be removed exactly, since {layers[0].kept_whole}: ablate them instead"
+        )
+    check_even(layers)
+    n_heads, of = layers[0].n_heads, "the {} heads of a layer"
+    if not per_layer:
+        n_heads, of = n_heads * len(layers), "{} heads"
+    if not 0 < round(share * n_heads) < n_heads:
+        wrong, other = ("not one", "larger") if round(share * n_heads) == 0 else ("all", "smaller")
+        raise ValueError(f"{share:.3g} of {of.format(n_heads)} rounds to {wrong}: ask for a {other} share")
+
+
 def prune_by_rule(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -116,7 +153,8 @@ def prune_by_rule(
         The smaller model, and the cost.
 
     Raises:
-        ValueError: an unknown rule, a share outside (0, 1) or too small for one head; or as in `prune_heads`.
+        ValueError: an unknown rule, a share outside (0, 1) or that rounds to no head or to all, a model whose layers have different
+            numbers of heads; or as in `prune_heads`.
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
@@ -125,15 +163,10 @@ def prune_by_rule(
         >>> sum(map(len, cost.removed.values())), cost.after.recurrent / cost.before.recurrent
         (48, 0.75)
     """
-    if rule not in RULES:
-        raise ValueError(f"there is no rule {rule!r}: choose from {', '.join(RULES)}")
-    if not 0 < share < 1:
-        raise ValueError(f"the share of heads to remove lies between 0 and 1, got {share}")
+    check_pruning(model, rule=rule, share=share, per_layer=per_layer)
     texts = draw_texts(tokenizer, n_windows=n_windows, window=window, n_copies=0, copy=1, n_calibration=n_calibration)
     scores = RULES[rule](measure_heads(model, texts.calibration), state_size(model))
     chosen = select_heads(scores, share=share, per_layer=per_layer, model=model)
-    if not chosen:
-        raise ValueError(f"{share:.3g} of {len(scores)} heads is not one head: ask for a larger share")
     pruned = prune_heads(model, chosen)
     intact, without = (token_nats(each, texts.windows).mean(1) for each in (model, pruned))
     return pruned, Cost(
@@ -151,7 +184,9 @@ pipeline_tag: text-generation
 # {base} without {n_removed} of its {n_heads} linear-attention heads
 
 {gone} of the heads were removed, {rule}{layers}. The recurrent state of a prompt takes {after:,} bytes in place of {before:,},
-and the weights are {parameters:.1%} fewer. Nothing was trained afterwards.
+and the weights are {parameters:.1%} fewer. Nothing was trained afterwards.{uneven}
+
+The licence of {base} holds for these weights too.
 
 ## What it costs
 
@@ -169,7 +204,7 @@ A model that was not trained on English books or Python code may lose more, or l
 
 {table}
 
-Heads are named by their indices in {base}. They were ordered on technical prose and Python code. Made with staterank-utils {version}.
+Heads are named by their indices in {base}{revision}. They were ordered on technical prose and Python code. Made with staterank-utils {version}.
 """
 LOAD = """\
 ```python
@@ -182,14 +217,18 @@ tokenizer = AutoTokenizer.from_pretrained({folder})
 {note}"""
 
 
-def model_card(base: str, cost: Cost, *, folder: str = ".", plain: bool = False) -> str:
+def model_card(
+    base: str, cost: Cost, *, revision: str | None = None, folder: str = ".", plain: bool = False, even: bool = True
+) -> str:
     """The card of a pruned model, as Markdown with the front matter of a model hub.
 
     Args:
         base: name of the whole model: OWNER/NAME of a hub, or of a folder.
         cost: of the removal.
+        revision: commit or tag of the whole model.
         folder: where the model is loaded from.
         plain: whether it loads without this package.
+        even: whether all layers keep as many heads.
 
     Example:
         >>> nothing = Footprint(4, 0, 0, 0, 8, 0)
@@ -208,7 +247,10 @@ def model_card(base: str, cost: Cost, *, folder: str = ".", plain: bool = False)
     ]
     rows.append(("mean", *(f"{np.mean(of):.3f}" for of in means.values()), f"{added['mean']:.3f}"))
     n_removed = sum(map(len, cost.removed.values()))
-    note = "It is a model of a stock class and needs no other package."
+    note = (
+        "It is a model of a stock class and needs no other package. Without a GPU, flash-linear-attention must not be installed: transformers would call "
+        "its kernels all the same, which need one."
+    )
     if not plain:
         note = (
             "`import staterank_utils` (`pip install staterank-utils`) makes the type of the model known; without it, transformers says that it "
@@ -225,12 +267,20 @@ def model_card(base: str, cost: Cost, *, folder: str = ".", plain: bool = False)
         parameters=1 - cost.after.parameters / cost.before.parameters, n_windows=len(cost.intact) // len(LOSS_TEXTS), window=cost.window,
         cost=markdown_table(("text", "whole", "without the heads", "added"), rows), load=load,
         table=markdown_table(("layer", "heads"), [(f"{layer}", ", ".join(map(str, heads))) for layer, heads in cost.removed.items()]),
-        version=__version__,
+        revision=f" at revision {revision}" if revision else "", version=__version__,
+        uneven="" if even else "\nLayers keep different numbers of heads, so staterank-utils cannot trace this model: trace the whole one.",
     )  # fmt: skip
 
 
 def write_pruned(
-    folder: Path | str, pruned: PreTrainedModel, tokenizer: Any, cost: Cost, *, base: str, plain: bool = False
+    folder: Path | str,
+    pruned: PreTrainedModel,
+    tokenizer: Any,
+    cost: Cost,
+    *,
+    base: str,
+    revision: str | None = None,
+    plain: bool = False,
 ) -> None:
     """Write a pruned model, its tokenizer and its card into a folder, whole or not at all.
 
@@ -238,7 +288,7 @@ def write_pruned(
         folder: that is not there yet; those above it are made.
         pruned, cost: from `prune_by_rule`.
         tokenizer: of the whole model.
-        base: name of the whole model, for the card.
+        base, revision: of the whole model, for the card.
         plain: write it as `plain_model` makes it, which loads without this package.
 
     Raises:
@@ -262,8 +312,15 @@ def write_pruned(
     if not removed_heads(pruned.config.get_text_config()):
         raise ValueError("no heads were removed from this model: prune it first (prune_by_rule)")
     model = plain_model(pruned) if plain else pruned
+    if plain:  # it may have more key heads
+        cost = replace(cost, after=footprint(model))
+    even = len({layer.n_heads for layer in linear_layers(model)}) == 1
+    card = model_card(base, cost, revision=revision, folder=folder.name, plain=plain, even=even)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_not(folder) as partial:
-        model.save_pretrained(partial)
+        try:
+            model.save_pretrained(partial)
+        except SafetensorError as error:  # which is no OSError
+            raise OSError(f"could not write the weights to {folder}: {error}") from error
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(base, cost, folder=str(folder), plain=plain), encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
