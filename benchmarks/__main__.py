@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import ablate, large, prune, spectra, trace
+from benchmarks import ablate, large, prune, spectra, trace, watch
 
-ALL: tuple[Callable[[list[str]], None], ...] = (trace.main, spectra.main, ablate.main, prune.main)
+ALL: tuple[Callable[[list[str]], None], ...] = (trace.main, spectra.main, ablate.main, prune.main, watch.main)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from staterank_utils.report import execute, finish_page
 from staterank_utils.results import STORED
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("trace", "spectra", "ablate", "prune", "large")
+BENCHMARKS = ("trace", "spectra", "ablate", "prune", "watch", "large")
 REFERENCE = 0.7  # seconds that the machine of the time limits takes for `reference_seconds`
 PACKAGES = (
     "torch", "transformers", "flash-linear-attention", "triton", "numpy", "scipy", "diptest", "matplotlib", "seaborn", "papermill", "jupyter-book",
