@@ -63,7 +63,7 @@ found = {name: repeat_groups(name, *of, **run.sizes, **run.where) for name, of i
 shown = {name: groups.shown for name, groups in found.items()}
 end = {name: groups["end"] for name, groups in shown.items()}
 
-# %% mystnb={"figure": {"caption": "r/d of every head at the last token per kind of input, mean over prompts. Dots are high on prose, squares low. Where they mix, the input moved heads from one group to the other.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by kind of input, one panel per model; on natural input dots stay at the top and squares at the bottom, on repeated symbols and random tokens they mix."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "r/d of every head at the last token per kind of input, mean over prompts. Dots are high on prose, squares low. Where they mix, the input moved heads from one group to the other.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by kind of input, one panel per model; dots are heads that are high on prose, squares those that are low."}} tags=["hide-input"]
 _, panels = plotting.panel_grid(len(run.models), 1, width=10, row_height=2.7)
 for ax, (name, groups) in zip(panels.flat, end.items(), strict=True):
     means = {domain: groups.relative(domain).mean(0) for domain in DOMAINS}
@@ -213,7 +213,7 @@ turned = (
     for name, of in found.items()
 )
 rho = {
-    row["model"]: ", ".join(f"{x['label']} {x['point']:.2f}" for x in row["criteria"])
+    row["model"]: ", ".join(markdown.number(x) for x in row["criteria"])
     for row in verdicts
     if row["claim"] == "C3a"
 }

@@ -127,6 +127,20 @@ def overview_table(folder: Path, models: Sequence[str] | Mapping[str, str]) -> s
     return markdown_table(("claim", "holds if", "paper", *columns), rows)
 
 
+def number(criterion: Mapping[str, Any]) -> str:
+    """A number that a verdict rests on, with its label.
+
+    Args:
+        criterion: of a row of `claims.judge`.
+
+    Example:
+        >>> number({"label": "rho", "point": 0.914}), number({"label": "rho", "point": None})
+        ('rho 0.91', 'rho undefined')
+    """
+    point = criterion["point"]
+    return f"{criterion['label']} {'undefined' if point is None else format(point, '.2f')}"
+
+
 def _interval(number: Mapping[str, Any]) -> str:
     if number["point"] is None:
         return "undefined"

@@ -14,7 +14,7 @@ from conftest import save_tiny, tiny_qwen3_next
 
 from staterank_utils import claims
 from staterank_utils.architectures import linear_layers
-from staterank_utils.memory import predicted_rank
+from staterank_utils.memory import half_life_at, predicted_rank
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.strata import cohen_kappa
 from staterank_utils.studies import groups, repeated
@@ -224,6 +224,25 @@ def test_heads_that_move_and_half_lives() -> None:
     groups = of_two_heads([-math.log(2), 0.0])
     assert (groups.moved(["code"]), groups.moved(["prose"]), groups.moved(["code", "prose"])) == (1, 0, 1)
     assert groups.half_life().tolist() == [1.0, math.inf]
+
+
+def test_half_lives_beside_the_gap_are_counted_also_without_decay() -> None:
+    lives = np.array([0.5, 1.0, 2.0, 100.0, np.inf])
+    one = np.ones((1, 5))
+    found = Groups(
+        tuple((0, head) for head in range(5)),
+        64,
+        256,
+        {"prose": one},
+        {"prose": -np.log(2) / lives[None]},
+        one,
+        one,
+        one,
+    )
+    around = found.around_gap()
+    assert around["spread"] == pytest.approx((0.5, np.inf))
+    assert around["window"] == pytest.approx([half_life_at(0.2 * 64), half_life_at(0.8 * 64)])
+    assert around["sides"] == pytest.approx((1 / 5, 2 / 5))
 
 
 def test_labels_are_compared_over_all_kinds_of_input() -> None:

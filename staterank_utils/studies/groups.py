@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from staterank_utils import claims, strata
 from staterank_utils.architectures import linear_layers, state_size
-from staterank_utils.memory import check_memory_bound, predicted_rank, scale_decay
+from staterank_utils.memory import check_memory_bound, half_life_at, predicted_rank, scale_decay
 from staterank_utils.spectra import Spectrum, rank_and_norm, singular_values, stable_rank
 from staterank_utils.strata import Estimate, bootstrap, cosine, is_high, mean_kappa, mean_spearman, spearman
 from staterank_utils.surgery import Head, all_heads
@@ -137,6 +137,19 @@ class Groups:
     def half_life(self, domain: str = "prose") -> NDArray[np.float64]:
         """Tokens after which a state has fallen to half, (head,), by the mean log-decay over prompts; infinite without decay."""
         return half_lives_from(self.log_decay[domain].mean(0))
+
+    def around_gap(self) -> dict[str, tuple[float, ...]]:
+        """Where half-lives on prose lie, in tokens.
+
+        Returns:
+            "spread", the quantiles 0.05 and 0.95 of heads; "window", the half-lives at which the law gives ranks of 0.2 d and 0.8 d;
+            "sides", the shares of heads below the window and above it.
+        """
+        lives, window = self.half_life(), tuple(half_life_at(share * self.d) for share in strata.GAP)
+        sides = (float((lives < window[0]).mean()), float((lives > window[1]).mean()))
+        # A quantile between two heads without decay is infinite, and not the NaN that interpolation gives.
+        low, high = (float(np.quantile(lives, at, method="closest_observation")) for at in (0.05, 0.95))
+        return {"spread": (low, high), "window": window, "sides": sides}
 
     def predicted(self, domain: str = "prose") -> NDArray[np.float64]:
         """Ranks that the law predicts from log-decays alone, (head,); the mean over prompts and tokens decides."""
