@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
 from typing import Any, Literal
@@ -24,6 +24,9 @@ from staterank_utils.architectures import LinearLayer, find_layers, linear_layer
 from staterank_utils.fla_cpu import FlaKernel
 from staterank_utils.rebinding import Rebinding, forward_slot, functions_called, replaced
 
+SEGMENT = 2048  # tokens of a prompt that run through the model at a time
+TOKENS_ON_GPU = 8192  # of all prompts together, where fla's kernels serve
+WHOLE_CHUNKS = 64  # tokens, of fla's kernels
 PLAIN_KERNELS = "STATERANK_PLAIN_KERNELS"  # the environment variable
 # What transformers takes of fla for these, by the names in its modeling modules.
 OF_FLA = {
@@ -218,6 +221,26 @@ def backend_of(layer: LinearLayer) -> Backend:
         if called and all(isinstance(kernel, Kernel) and kernel.backend == "fla" for kernel in called)
         else "torch"
     )
+
+
+def segment_size(layers: Sequence[LinearLayer], *, n_prompts: int) -> int:
+    """How many tokens of each prompt a model is given at a time.
+
+    Of what a layer takes, only softmax attention's grows with the prompt. On a GPU larger segments are faster, since experts are read anew
+    for each; but only fla's kernels leave room for them: transformers' own take 100 kB per token and head, and more.
+
+    Args:
+        layers: from `linear_layers`.
+        n_prompts: that are read side by side.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> segment_size(linear_layers(load_model("hybrid", device="cpu")), n_prompts=1)
+        2048
+    """
+    if all(backend_of(layer) == "fla" for layer in layers):
+        return max(SEGMENT, TOKENS_ON_GPU // n_prompts // WHOLE_CHUNKS * WHOLE_CHUNKS)
+    return SEGMENT
 
 
 _chosen: "WeakSet[nn.Module]" = WeakSet()  # models with kernels of their own

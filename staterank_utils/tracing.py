@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from staterank_utils import recurrence
 from staterank_utils.architectures import LinearLayer, linear_layers
 from staterank_utils.budget import budget, in_words, machine_memory, out_of_memory
-from staterank_utils.dispatch import Kernel, backend_of, suited_kernels
+from staterank_utils.dispatch import Kernel, segment_size, suited_kernels
 from staterank_utils.kernels import serves_kernel
 from staterank_utils.models import check_ids, make_cache, output_logits, read_tokens, unwrapped
 from staterank_utils.rebinding import eagerly
@@ -28,9 +28,6 @@ from staterank_utils.spectra import finite_at_the_end
 MOST_WAITING = 2**28  # bytes of states that wait on a GPU to be reduced together: a few times what fills it
 WAITING_ON_CPU = 2**25  # enough for all threads, and little memory
 HELD_TOGETHER = 2**24  # bytes of a layer's states at positions that a kernel tells one by one
-SEGMENT = 2048  # tokens of a prompt that run through the model at a time; of what a layer takes, only softmax attention's grows with the prompt
-TOKENS_ON_GPU = 8192  # of all prompts together, if that is more: experts are read anew for every segment
-WHOLE_CHUNKS = 64  # tokens, of fla's kernels
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,10 @@ class StateTrace:
         layers: index in the model of each linear-attention layer.
         d_k, d_v: size of a state.
         log_decay: (layer, batch, head), natural logarithm of the decay a_t, mean over all tokens read, float64.
-        write_strength: (layer, batch, head), b_t, mean over all tokens read, float64: in [0, 1] for the delta rule, the step dt for
-            Mamba-2.
+        write_strength: (layer, batch, head), b_t, mean over all tokens read, float64: as its
+            `LinearLayer.gates` gives it, in [0, 1] for a delta rule.
         log_norms: (layer, batch, token, head), float64, the logarithm of the spectral norm of the transition A_t at every token, if
-            asked for: the largest decay of a channel, or for RWKV-7 the norm of its matrix. `memory.rank_bound` takes it.
+            asked for: the largest decay of a channel, or the norm of its matrix. `memory.rank_bound` takes it.
         logits: (batch, position, vocabulary) after each of the positions, if they were asked for.
 
     Example:
@@ -85,8 +82,8 @@ def trace_states(
 ) -> StateTrace:
     """Read prompts once, up to the last position, and keep S(t) of every linear-attention head at each position.
 
-    A prompt is read once, in segments of 2,048 tokens through the model's cache; where fla's kernels for delta rules serve, of up to
-    8,192 of all prompts together. Inside a segment only the kernels of the linear-attention layers stop at the positions, or tell the states on the way where they can. That is
+    A prompt is read once, in segments of 2,048 tokens through the model's cache; where kernels that take little memory serve, of up to
+    8,192 of all prompts together (`dispatch.segment_size`). Inside a segment only the kernels of the linear-attention layers stop at the positions, or tell the states on the way where they can. That is
     the same computation as one full pass, up to the order of float32 sums. Where an architecture has no such kernel, the segments
     themselves end at the positions. On a GPU the states of a delta rule between two segments are made beside the kernel,
     from what it is given (`recurrence`): in float32, where the kernel rounds some products to the dtype of its inputs.
@@ -212,7 +209,7 @@ def _trace_batch(
 
 
 def _check_kept(model: PreTrainedModel, cache: Any, n_tokens: int, layer_indices: Sequence[int]) -> None:
-    """Refuse a model that drops the cache it is given; by its states, since a count of tokens misses the one-token steps of Mamba-2."""
+    """Refuse a model that drops the cache it is given; by its states, since a layer may step over one token without telling a cache."""
     if any(cache.layers[index].recurrent_states[0] is None for index in layer_indices):
         raise ValueError(
             f"{type(model).__name__} was given a cache and did not keep the states after {n_tokens} tokens in it, so what comes next "
@@ -236,11 +233,7 @@ def _stacked(kept: list[list[Tensor]]) -> Num[Tensor, "layer batch position *mad
 def _borders(positions: Sequence[int], layers: list[LinearLayer], *, n_prompts: int) -> list[int]:
     """Where segments begin and end."""
     wanted = positions[-1:] if all(layer.scans for layer in layers) else positions
-    size = SEGMENT
-    # Kernels that are not fla's take too much: transformers' own 100 kB per token and head and more (Kimi Linear, Mamba-2).
-    if all(backend_of(layer) == "fla" for layer in layers):
-        size = max(SEGMENT, TOKENS_ON_GPU // n_prompts // WHOLE_CHUNKS * WHOLE_CHUNKS)
-    return sorted({*range(0, positions[-1], size), *wanted})
+    return sorted({*range(0, positions[-1], segment_size(layers, n_prompts=n_prompts)), *wanted})
 
 
 class _StateTap:

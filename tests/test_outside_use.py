@@ -67,7 +67,7 @@ def test_a_compiled_model_is_ablated(model, ids: Tensor) -> None:
 
 
 def test_a_compiled_model_or_base_is_traced(model, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("staterank_utils.tracing.SEGMENT", 8)
+    monkeypatch.setattr("staterank_utils.dispatch.SEGMENT", 8)
     expected = states(model, ids)
     assert torch.equal(states(torch.compile(model, backend="eager"), ids), expected)
     model.model = torch.compile(model.model, backend="eager")
@@ -75,7 +75,7 @@ def test_a_compiled_model_or_base_is_traced(model, ids: Tensor, monkeypatch: pyt
 
 
 def test_gradient_checkpointing_in_train_mode_keeps_the_cache(model, ids, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("staterank_utils.tracing.SEGMENT", 8)
+    monkeypatch.setattr("staterank_utils.dispatch.SEGMENT", 8)
     expected = states(model, ids)
     model.gradient_checkpointing_enable()
     model.train()
@@ -84,7 +84,7 @@ def test_gradient_checkpointing_in_train_mode_keeps_the_cache(model, ids, monkey
 
 
 def test_a_base_model_that_takes_anything_gets_its_cache(model, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("staterank_utils.tracing.SEGMENT", 8)
+    monkeypatch.setattr("staterank_utils.dispatch.SEGMENT", 8)
     expected = states(model, ids)
     base_class = type(model.model)
 

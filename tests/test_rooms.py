@@ -1,6 +1,7 @@
 """The order of rooms: CONTRIBUTING's table against what the package imports."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,16 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("staterank_utils."):
             found.add(str(node.module).split(".")[1])
     return found
+
+
+def test_what_measures_and_intervenes_knows_no_architecture_and_no_kernel() -> None:
+    names = re.compile(
+        r"hasattr|qwen|mamba|kimi|olmo|falcon|rwkv|m?lstm|\bfla\b|triton|kda|(chunk|recurrent)_\w*(rule|attention)",
+        re.IGNORECASE,
+    )
+    for room in ("tracing", "surgery", "pruning", "decoding", "channels", "streaming", "memory"):
+        found = names.findall((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
+        assert not found, (room, found)
 
 
 def test_a_room_imports_only_rooms_of_lines_above_its_own() -> None:

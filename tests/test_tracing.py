@@ -17,7 +17,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from staterank_utils import tracing
+from staterank_utils import dispatch, tracing
 from staterank_utils.architectures import WRONG_IN_SEGMENTS, linear_layers
 from staterank_utils.dispatch import backends, choose_kernels
 from staterank_utils.models import load_model, make_cache
@@ -83,8 +83,8 @@ def test_long_prompts_run_in_segments(
     tiny_model, prompts: torch.Tensor, segment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trace_states(tiny_model, prompts, positions=POSITIONS, logits=True)
-    monkeypatch.setattr(tracing, "SEGMENT", segment)
-    monkeypatch.setattr(tracing, "TOKENS_ON_GPU", segment)
+    monkeypatch.setattr(dispatch, "SEGMENT", segment)
+    monkeypatch.setattr(dispatch, "TOKENS_ON_GPU", segment)
     cut = trace_states(tiny_model, prompts, positions=POSITIONS, logits=True)
     assert (whole.values - cut.values).abs().max() < TOLERANCE
     assert (whole.logits - cut.logits).abs().max() < TOLERANCE
@@ -103,7 +103,7 @@ def test_segments_are_longer_for_few_prompts_where_fla_serves(
 ) -> None:
     layers = linear_layers(tiny_model)
     assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == [0, 2048, 4096, 6144, 8192, 9000]
-    monkeypatch.setattr(tracing, "backend_of", lambda layer: "fla" if layer.scans else "torch")
+    monkeypatch.setattr(dispatch, "backend_of", lambda layer: "fla" if layer.scans else "torch")
     assert tracing._borders([100, 9000], layers, n_prompts=n_prompts) == borders
     for layer in layers:
         layer.scans = ()
