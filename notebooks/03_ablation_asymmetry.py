@@ -121,18 +121,20 @@ f"{name}, without 9 heads: {without - token_nats(network, texts.windows).mean():
 # %% [markdown]
 # Heads are ordered by effective rank on other text. Try it: colour the heads by a measure, choose an order, and move the slider.
 
-# %% mystnb={"figure": {"caption": "All heads of the first model, layer by layer. Crosses: removed, in the chosen order. Below: what each order costs, stored; the line marks the slider's dose.", "name": "fig-explorer"}} tags=["hide-input"]
-name, found = next(iter(shown.items()))
-measures = {"r / d": found.rank / found.d, **half_lives_of(name)}
-places = {
-    order: found.places(order) for order in (HIGH, LOW, removals.JOINT) if order in found.orders
-}
-ALT = f"Grid of the heads of {name}, coloured by relative rank, with curves of added nats by number of heads removed."
-chart = interactive.heads_chart(
-    found.heads, measures, places, found.costs(MODEL, (*places, RANDOM))
-)
-run.keep("fig-explorer", interactive.rows_of(chart))
-HTML(interactive.embed(chart, name="heads", alt_text=ALT))
+# %% mystnb={"figure": {"caption": "All heads of each model, layer by layer. Crosses: removed, in the chosen order. Below: what each order costs, stored; the line marks the slider's dose.", "name": "fig-explorer"}} tags=["hide-input"]
+ALT = "Grid of the heads of {}, coloured by relative rank, with curves of added nats by number of heads removed."
+explorers, rows = [], []
+for name, found in shown.items():
+    measures = {"r / d": found.rank / found.d, **half_lives_of(name)}
+    orders = [order for order in (HIGH, LOW, removals.JOINT) if order in found.orders]
+    places = {order: found.places(order) for order in orders}
+    costs = found.costs(MODEL, (*places, RANDOM))
+    chart = interactive.heads_chart(found.heads, measures, places, costs).properties(title=name)
+    rows += [{"model": name, **row} for row in interactive.rows_of(chart)]
+    label = f"heads {len(explorers)}"
+    explorers.append(interactive.embed(chart, name=label, alt_text=ALT.format(name)))
+run.keep("fig-explorer", rows)
+HTML("".join(explorers))
 
 # %% [markdown]
 # Choose *low rank* and a quarter of the heads: the crosses gather in a few layers. Choose *joint*, the paper's score: it takes heads of the first

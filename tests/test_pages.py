@@ -1,11 +1,13 @@
 """The built pages in a browser: they load without a network, fit a phone, and their charts show what is stored."""
 
+import csv
 import functools
 import json
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright import sync_api
@@ -141,7 +143,13 @@ def test_the_slider_moves_the_law_and_the_points_are_those_that_are_stored(page,
 
 def test_the_head_explorer_marks_as_many_heads_as_the_slider_says(page, address: str) -> None:
     ready(page, f"{address}/notebooks/03_ablation_asymmetry.html")
-    figure = page.locator("figure.interactive")
+    figures = page.locator("figure.interactive")
+    assert figures.count() == 2
+    for figure in figures.all():
+        move_the_slider(page, figure)
+
+
+def move_the_slider(page, figure) -> None:
     crosses = figure.locator("svg g.mark-symbol path[stroke-width='2.5'][stroke='white']")
     slider = figure.locator("input[type=range]")
     shown = int(slider.input_value())
@@ -153,6 +161,35 @@ def test_the_head_explorer_marks_as_many_heads_as_the_slider_says(page, address:
     figure.locator("select").nth(1).select_option("low rank")
     page.wait_for_timeout(300)
     assert crosses.count() == shown + 1
+
+
+@pytest.mark.parametrize("name", ["00_what_rank_measures", "03_ablation_asymmetry"])
+def test_the_numbers_in_a_chart_are_those_of_the_file_under_it(page, address: str, name: str) -> None:
+    ready(page, f"{address}/notebooks/{name}.html")
+    shown = []
+    for script in page.locator("figure.interactive script").all_inner_texts():
+        shown += [row for row in rows_of(json.loads(script)) if row]
+    figure = {"00": "fig-law", "03": "fig-explorer"}[name[:2]]
+    [link] = page.locator(f"a.download[href*='{figure}.csv']").all()
+    text = page.request.get(link.evaluate("each => each.href")).text()
+    stored = [{key: value for key, value in row.items() if value} for row in csv.DictReader(text.splitlines())]
+    for row in stored if name[:2] == "03" else ():
+        row.pop("model")  # each has a chart of its own
+    assert sorted(tuple(sorted(row.items())) for row in stored) == sorted(
+        tuple(sorted((key, str(value)) for key, value in row.items())) for row in shown
+    )
+
+
+def rows_of(spec: Any) -> list[dict[str, Any]]:
+    """All data inside a specification."""
+    if isinstance(spec, list):
+        return [row for each in spec for row in rows_of(each)]
+    if not isinstance(spec, dict):
+        return []
+    return [
+        *spec.get("data", {}).get("values", []),
+        *(row for key, each in spec.items() if key != "data" for row in rows_of(each)),
+    ]
 
 
 def test_charts_have_a_picture_without_a_script_and_change_with_the_theme(browser, address: str, page) -> None:
