@@ -218,10 +218,10 @@ def pruned_model_class(whole: type[PreTrainedModel], whole_config: type[PreTrain
         attributes = {"config_class": config, "__module__": whole.__module__, "__doc__": words}
         _model_classes[whole] = type(f"Pruned{whole.__name__}", (_Pruned, whole), attributes)
         _made_of[_model_classes[whole]] = (whole, whole_config)
-        for auto in vars(modeling_auto).values():
-            mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
-            if mapping is not None and whole_config in mapping and mapping[whole_config] is whole:
-                auto.register(config, _model_classes[whole], exist_ok=True)  # type: ignore[attr-defined]
+    for auto in vars(modeling_auto).values():  # also of those that learned of the whole model since the last call
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if mapping is not None and whole_config in mapping and mapping[whole_config] is whole:
+            auto.register(pruned_config_class(whole_config), _model_classes[whole], exist_ok=True)  # type: ignore[attr-defined]
     return _model_classes[whole]
 
 

@@ -1,5 +1,6 @@
 """What an adapter may leave out, and what happens then, on each tiny model with a delta rule."""
 
+import contextlib
 import copy
 import re
 import sys
@@ -18,7 +19,7 @@ from staterank_utils import tracing
 from staterank_utils.architectures import ADAPTERS, Blocks, LinearLayer, cache_bytes, linear_layers, register
 from staterank_utils.decoding import check_padding
 from staterank_utils.dispatch import Kernel, choose_kernels
-from staterank_utils.memory import cap_half_life
+from staterank_utils.memory import cap_half_life, half_lives
 from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.pruning import prune_heads
 from staterank_utils.surgery import ablate_heads, all_heads
@@ -170,15 +171,16 @@ def test_what_an_xlstm_cache_holds_is_counted(ids) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_the_page() -> Iterator[dict[str, Any]]:
+def on_the_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """What the page "Add an architecture" defines, run as it stands there."""
     page = (ROOT / "book" / "architectures.md").read_text(encoding="utf-8").split("## Add an architecture")[1]
     defined: dict[str, Any] = {"__name__": "toy"}
     torch.manual_seed(0)
     sys.modules["toy"] = ModuleType("toy")
     try:
-        for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
-            exec(compile(block, "architectures.md", "exec"), defined)
+        with contextlib.chdir(tmp_path_factory.mktemp("page")):
+            for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+                exec(compile(block, "architectures.md", "exec"), defined)
         yield defined
     finally:
         ADAPTERS.pop("toy.ToyAttention", None)
@@ -209,13 +211,18 @@ def test_its_heads_are_removed_ablated_and_frozen(on_the_page: dict[str, Any]) -
     assert (smaller(ids).logits - on_the_page["ablated"]).abs().max() < 1e-6
     with ablate_heads(model, [(0, 1), (0, 2)], kind="frozen"):
         assert (model(ids).logits - on_the_page["ablated"]).abs().max() < 1e-6
-    with pytest.raises(ValueError, match="ToyAttention cannot run without any"):
-        prune_heads(model, {0: [0, 1, 2, 3]})
-    with (
-        pytest.raises(ValueError, match="layer 0 .ToyAttention. has no decay that can be changed"),
-        cap_half_life(model, 4),
-    ):
-        pass
+    idle = prune_heads(model, {0: [0, 1, 2, 3]})
+    with ablate_heads(model, [(0, head) for head in range(4)]):
+        assert (model(ids).logits - idle(ids).logits).abs().max() < 1e-6
+    assert torch.equal(on_the_page["loaded"](ids).logits, smaller(ids).logits)
+
+
+def test_its_decay_is_capped(on_the_page: dict[str, Any]) -> None:
+    model, ids = on_the_page["model"], on_the_page["ids"]
+    with cap_half_life(model, 0.5):
+        capped = trace_states(model, ids, positions=[12])
+    assert half_lives(capped).max() <= 0.5 + 1e-6
+    assert not torch.equal(on_the_page["forgetful"], model(ids).logits)
 
 
 def test_a_changed_decay_of_minimax_is_made_where_the_layer_is() -> None:
