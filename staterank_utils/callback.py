@@ -102,10 +102,11 @@ class StateRankCallback(TrainerCallback):
         check_ids(unwrapped(trainer.model), input_ids)
         check_even(linear_layers(unwrapped(trainer.model)))
         self.trainer, self.input_ids, self.every = trainer, input_ids, every
+        self.last = -every  # step of the last measurement
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count steps anew."""
-        self.last = -self.every
+        """Count steps anew; where a training is resumed, as if it had measured at the step that it resumes at."""
+        self.last = state.global_step if state.global_step else -self.every
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Measure where the training's own loss was logged."""
@@ -115,7 +116,7 @@ class StateRankCallback(TrainerCallback):
         started = time.perf_counter()
         try:
             metrics = layer_metrics(kwargs["model"], self.input_ids)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             log.warning("states were not measured at step %d: %s", state.global_step, error)
             return
         self.trainer.log({**metrics, f"{PREFIX}/seconds": time.perf_counter() - started})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from conftest import tiny_qwen3_next, unchecked
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from staterank_utils.callback import StateRankCallback, layer_metrics
 from staterank_utils.spectra import effective_rank
@@ -87,12 +87,31 @@ def test_states_that_are_not_finite_do_not_stop_a_training(tmp_path: Path, ids: 
     assert "states were not measured at step 4: " in caplog.text
 
 
+def test_it_may_be_added_while_a_training_runs(tmp_path: Path, ids: torch.Tensor) -> None:
+    class Later(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                trainers[0].add_callback(StateRankCallback(trainers[0], ids))
+
+    trainers: list[Trainer] = []
+
+    def added(trainer: Trainer) -> Later:
+        trainers.append(trainer)
+        return Later()
+
+    logged = trained(tmp_path, steps=8, every=4, callback=added).state.log_history
+    assert [entry["step"] for entry in logged if "staterank/seconds" in entry] == [4, 8]
+
+
 def test_it_measures_no_more_often_than_asked(tmp_path: Path, ids: torch.Tensor) -> None:
     trainer = trained(tmp_path, steps=10, every=2, callback=lambda trainer: StateRankCallback(trainer, ids, every=4))
     for _ in range(2):
         logged = [entry["step"] for entry in trainer.state.log_history if "staterank/seconds" in entry]
         assert logged == [2, 6, 10]
         trainer.train()  # counts anew
+    callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, StateRankCallback))
+    callback.on_train_begin(None, SimpleNamespace(global_step=7), None)
+    assert callback.last == 7
 
 
 def test_a_loop_of_ones_own_gets_what_a_trace_says(ids: torch.Tensor) -> None:
