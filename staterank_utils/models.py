@@ -85,7 +85,7 @@ def load_model(
     """
     source, options = _source(name_or_path, revision, trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+    check_device(device)
     if device == "auto" and importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError("device='auto' needs accelerate: pip install 'staterank-utils[large]'")
     on_cpu = not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
@@ -178,8 +178,21 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
     return tokenizer
 
 
-def _check_device(device: str) -> None:
-    """Refuse a device that torch does not know, or that this machine does not have."""
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know, or that this machine does not have.
+
+    Args:
+        device: as `load_model` takes it.
+
+    Raises:
+        ValueError: with what was expected.
+
+    Example:
+        >>> check_device("tpu")
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown device 'tpu': expected 'cpu', 'cuda', 'cuda:0', ... or 'auto'
+    """
     if device == "auto":
         return
     expected = "expected 'cpu', 'cuda', 'cuda:0', ... or 'auto'"

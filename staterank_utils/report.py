@@ -1,5 +1,6 @@
 """A report on one model: the chapters of the book run on it, as a folder of pages that opens from disk."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -21,8 +22,9 @@ from tqdm import tqdm
 from staterank_utils import __version__, claims, interactive, markdown
 from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
-from staterank_utils.models import CHECKPOINTS, EMBEDDED, model_outline
+from staterank_utils.models import CHECKPOINTS, EMBEDDED, check_device, model_outline
 from staterank_utils.results import PROFILES, weights_hash, whole_or_not, write_json
+from staterank_utils.tracing import check_even
 
 log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
@@ -90,6 +92,7 @@ def finish_page(notebook: Path, numbers: Path) -> None:
         ['injected-parameters', 'remove-cell']
     """
     content = json.loads(notebook.read_text(encoding="utf-8"))
+    content.get("metadata", {}).pop("papermill", None)  # which tells where it lay
     for cell in content["cells"]:
         tags = cell["metadata"].get("tags", [])
         if "injected-parameters" in tags:
@@ -146,14 +149,14 @@ def write_report(
     known = {source: _sizes_of(source, sizes) for source in sources}
     if unknown := set(sizes) - {name for of in known.values() for name in of}:
         raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
-    plan = _plan(model, revision)
+    plan = _plan(model, revision, device)
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
     given: dict[str, Any] = {
         "model": str(folder.resolve()) if folder.is_dir() and model not in EMBEDDED else model,
         "revision": revision or "", "device": device or "", "profile": profile,
     }  # fmt: skip
-    weights = weights_hash(folder) if folder.is_dir() else "of the revision"
-    _take_folder(out, {**given, **sizes, "version": __version__, "weights": weights})
+    files = _files_hash(folder) if folder.is_dir() else "of the revision"
+    _take_folder(out, {**given, **sizes, "version": __version__, "files": files})
     print(plan, file=sys.stderr)
     work = out / "work"
     (work / "notebooks").mkdir(exist_ok=True)
@@ -188,19 +191,19 @@ def _all_chapters() -> list[Path]:
 
 
 def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
-    """Make the folder of a report, or go on in it if it holds a report on the same things."""
+    """Make the folder of a report, or go on in it if it holds a report on the same things, or one of which no chapter is done."""
     marker = out / "work" / "report.json"
-    if marker.exists():
+    if marker.exists() and any((out / "work" / "notebooks").glob("*.ipynb")):
         before = json.loads(marker.read_text(encoding="utf-8"))
         names = [*made_of, *(name for name in before if name not in made_of)]
         if others := [name for name in names if before.get(name) != made_of.get(name)]:
             differs = ", ".join(
-                "weights that have changed since" if name == "weights" else f"{name} {before.get(name)!r} and not {made_of.get(name)!r}"
+                "files of the model that have changed since" if name == "files" else f"{name} {before.get(name)!r} and not {made_of.get(name)!r}"
                 for name in others
             )  # fmt: skip
             raise FileExistsError(f"{out} holds a report of {differs}: choose another folder, or remove this one")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not marker.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and is no report: choose a folder that is new or empty")
     out.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out).free) < ROOM:
@@ -215,10 +218,21 @@ def _check_packages() -> None:
         )
 
 
-def _plan(model: str, revision: str | None) -> str:
+def _files_hash(folder: Path) -> str:
+    """Over weights, configuration and tokenizer of a model."""
+    told = hashlib.sha256(weights_hash(folder).encode())
+    for file in sorted(folder.glob("*.json")):
+        told.update(file.name.encode() + file.read_bytes())
+    return told.hexdigest()
+
+
+def _plan(model: str, revision: str | None, device: str | None) -> str:
     """What will be measured and what it takes, from the configuration alone."""
+    if device:
+        check_device(device)
     outline = model_outline(model, revision=revision)
     layers = linear_layers(outline)
+    check_even(layers)
     memory = machine_memory()
     has = f"; this machine has {in_words(memory)} of memory" if memory else ""
     wide = 4 * sum(parameter.numel() for parameter in outline.parameters())
@@ -269,8 +283,11 @@ def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: 
     stage, name_of_model = work / "site", Path(model).name if Path(model).is_dir() else model
 
     def named(text: str) -> str:
-        """A text that names the model and not where it lies on this machine."""
-        return text.replace(json.dumps(model)[1:-1], name_of_model)
+        """A text that names the model, and no place of this machine."""
+        places = {model: name_of_model, str(work): ".", str(BOOK): ".", sys.prefix: "python"}
+        for place, name in places.items():
+            text = text.replace(json.dumps(place)[1:-1], name)
+        return text
 
     shutil.rmtree(stage, ignore_errors=True)
     (stage / "results").mkdir(parents=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny
 
-from staterank_utils import report
+from staterank_utils import load_model, prune_heads, report
 from staterank_utils.report import write_report
 
 CHAPTER = "01_stratification"
@@ -48,6 +48,9 @@ def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path)
             start = made if text is first else made / "notebooks"
             assert (start / link).exists(), link
     assert json.loads((made / "work" / "results" / f"{CHAPTER}.json").read_text())["rows"]
+    published = [file for file in made.rglob("*") if file.is_file() and made / "work" not in file.parents]
+    places = (str(tiny), str(made), sys.prefix)
+    assert [file for file in published for place in places if place.encode() in file.read_bytes()] == []
 
 
 def test_the_same_call_again_runs_nothing_twice(made: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +101,7 @@ def test_a_folder_holds_one_report(made: Path, tiny: Path, tmp_path: Path, monke
     kept = (tiny / "model.safetensors").read_bytes()
     (tiny / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     try:
-        with pytest.raises(FileExistsError, match="weights that have changed since: choose another folder"):
+        with pytest.raises(FileExistsError, match="files of the model that have changed since: choose another folder"):
             write_report(str(tiny), made, only=[CHAPTER], parameters=SMALL)
     finally:
         (tiny / "model.safetensors").write_bytes(kept)
@@ -118,6 +121,18 @@ def test_a_report_without_any_chapter_is_an_error(tiny: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="no chapter could be run: .*n_tokens must be over 128, got 100"):
         write_report(str(tiny), tmp_path, only=[CHAPTER], parameters={"n_tokens": 100})
     assert not (tmp_path / "index.html").exists()
+    with pytest.raises(ValueError, match="n_tokens must be over 128, got 101"):  # such a folder is still free
+        write_report(str(tiny), tmp_path, only=[CHAPTER], parameters={"n_tokens": 101})
+
+
+def test_a_model_or_device_that_cannot_be_measured_makes_no_folder(tiny: Path, tmp_path: Path) -> None:
+    uneven = tmp_path / "uneven"
+    prune_heads(load_model(str(tiny)), {0: [1]}).save_pretrained(uneven)
+    with pytest.raises(ValueError, match="different numbers of them"):
+        write_report(str(uneven), tmp_path / "out")
+    with pytest.raises(ValueError, match="'cuda:99' is not there"):
+        write_report(str(tiny), tmp_path / "out", device="cuda:99")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: Path) -> None:
