@@ -22,7 +22,7 @@ from staterank_utils.results import write_table
 from staterank_utils.selection import head_metrics
 from staterank_utils.studies.handover import RULES, check_pruning, prune_by_rule, write_pruned
 from staterank_utils.surgery import all_heads
-from staterank_utils.tasks import domain_prompts
+from staterank_utils.tasks import DOMAINS, domain_prompts
 from staterank_utils.tracing import check_even
 
 app = typer.Typer(
@@ -72,6 +72,8 @@ def _dtype(given: Dtype | None) -> torch.dtype | None:
 def _check_writable(path: Path) -> None:
     """Refuse a place that cannot be written, before anything is measured."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file in it")
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise PermissionError(f"{path} cannot be written: {above} is no folder that you may write into")
 
@@ -135,7 +137,8 @@ def trace(
         1
     """
     with said():
-        domain = text if "/" in text or "." not in text else f"./{text}"
+        is_file = text not in DOMAINS and not text.startswith("dataset:") and ("." in text or Path(text).exists())
+        domain = f"./{text}" if is_file and "/" not in text else text
         if out:
             _check_writable(out)
         check_even(linear_layers(model_outline(model, revision=revision)))
@@ -213,6 +216,8 @@ def prune(
         tokenizer = load_tokenizer(model, revision=revision)
         network = load_model(model, revision=revision, device=device, dtype=_dtype(dtype))
         pruned, cost = prune_by_rule(network, tokenizer, rule=rule, share=share, per_layer=per_layer)
+        if dtype is None:  # exact: each weight was one of the checkpoint's
+            pruned = pruned.to(outline.dtype)
         base = Path(model).resolve().name if Path(model).is_dir() else model
         write_pruned(out, pruned, tokenizer, cost, base=base, revision=revision, plain=plain)
         n_removed = sum(map(len, cost.removed.values()))

@@ -471,7 +471,7 @@ def domain_prompts(
         Token ids.
 
     Raises:
-        ValueError: an unknown domain, sizes under 1, or a text too short.
+        ValueError: an unknown domain, sizes under 1, a text too short or not in UTF-8.
         FileNotFoundError: `domain` looks like a path and there is no such file.
 
     Example:
@@ -482,13 +482,19 @@ def domain_prompts(
     if n_prompts < 1 or n_tokens < 1:
         raise ValueError(f"n_prompts and n_tokens must be at least 1, got {n_prompts} and {n_tokens}")
     # Shuffled prose begins with the draws of prose, and so shuffles the same passages.
-    rng = random.Random(f"{'prose' if domain == 'shuffled prose' else domain} {seed}")
+    is_path = domain not in DOMAINS and not domain.startswith("dataset:")
+    name = "prose" if domain == "shuffled prose" else Path(domain).name if is_path else domain
+    rng = random.Random(f"{name} {seed}")
     if domain in DOMAINS:
         return DOMAINS[domain](tokenizer, n_prompts, n_tokens, rng)
     if domain.startswith("dataset:"):
         return _windows(_dataset_text(domain), tokenizer, n_prompts, n_tokens, rng)
     if "/" in domain or domain.endswith((".txt", ".md", ".rst")):
-        return _windows(Path(domain).read_text(encoding="utf-8"), tokenizer, n_prompts, n_tokens, rng)
+        try:
+            text = Path(domain).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{domain} is no text in UTF-8: {error}") from error
+        return _windows(text, tokenizer, n_prompts, n_tokens, rng)
     raise ValueError(
         f"unknown domain {domain!r}: choose from {', '.join(DOMAINS)}, a path to a text file, or dataset:NAME"
     )

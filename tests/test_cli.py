@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from conftest import save_tiny
+from conftest import save_tiny, save_with_tokenizer
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from staterank_utils import cli, load_model
@@ -60,6 +60,8 @@ def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
     [
         (["trace", "nowhere"], "nowhere"),
         (["trace", "MODEL", "--text", "none.txt"], "none.txt"),
+        (["trace", "MODEL", "--text", "prse"], "unknown domain 'prse': choose from"),
+        (["trace", "MODEL", "--out", "."], "is a folder"),
         (["trace", "MODEL", "--text", "short.txt"], "too few for 4 prompts of 512"),
         (["trace", "MODEL", "--device", "cuda:99"], "'cuda:99' is not there"),
         (["prune", "MODEL", "--share", "2", "--out", "new"], "between 0 and 1, got 2.0"),
@@ -106,6 +108,33 @@ def test_what_cannot_be_done_is_said_before_weights_are_read(tiny: Path, tmp_pat
     ):
         done = RUN.invoke(cli.app, words)
         assert (done.exit_code, reason in done.stderr) == (1, True), done.stderr
+
+
+def test_a_text_is_found_by_its_name_and_however_its_path_is_typed(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes").write_text("The state of a head is a matrix that forgets, but not at once. " * 60)
+    sizes = ["--tokens", "16", "--prompts", "1"]
+    said = [
+        RUN.invoke(cli.app, ["trace", str(tiny), "--text", text, *sizes]).stdout
+        for text in ("notes", str(tmp_path / "notes"))
+    ]
+    assert said[0] == said[1]
+    assert "| 2 |" in said[0]
+    Path("latin.txt").write_bytes("Zustände ".encode("latin-1") * 300)
+    done = RUN.invoke(cli.app, ["trace", str(tiny), "--text", "latin.txt", *sizes])
+    assert "latin.txt is no text in UTF-8" in done.stderr
+
+
+def test_a_checkpoint_keeps_its_dtype(tiny: Path, tmp_path: Path) -> None:
+    narrow = tmp_path / "narrow"
+    save_with_tokenizer(load_model(str(tiny)).bfloat16(), narrow)
+    done = RUN.invoke(
+        cli.app,
+        ["prune", str(narrow), "--share", "0.5", "--per-layer", "--device", "cpu", "--out", str(tmp_path / "out")],
+    )
+    assert done.exit_code == 0, done.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert "in bfloat16" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_full_disk_is_told_in_a_line(tiny: Path, tmp_path: Path, monkeypatch) -> None:

@@ -184,7 +184,7 @@ pipeline_tag: text-generation
 # {base} without {n_removed} of its {n_heads} linear-attention heads
 
 {gone} of the heads were removed, {rule}{layers}. The recurrent state of a prompt takes {after:,} bytes in place of {before:,},
-and the weights are {parameters:.1%} fewer. Nothing was trained afterwards.{uneven}
+and the weights, in {dtype}, are {parameters:z.1%} fewer. Nothing was trained afterwards.{uneven}
 
 The licence of {base} holds for these weights too.
 
@@ -204,7 +204,7 @@ A model that was not trained on English books or Python code may lose more, or l
 
 {table}
 
-Heads are named by their indices in {base}{revision}. They were ordered on technical prose and Python code. Made with staterank-utils {version}.
+Heads of {base}{revision} are named by the indices that they had before any was removed. They were ordered on technical prose and Python code. Made with staterank-utils {version}.
 """
 LOAD = """\
 ```python
@@ -218,7 +218,14 @@ tokenizer = AutoTokenizer.from_pretrained({folder})
 
 
 def model_card(
-    base: str, cost: Cost, *, revision: str | None = None, folder: str = ".", plain: bool = False, even: bool = True
+    base: str,
+    cost: Cost,
+    *,
+    revision: str | None = None,
+    folder: str = ".",
+    plain: bool = False,
+    even: bool = True,
+    dtype: str = "float32",
 ) -> str:
     """The card of a pruned model, as Markdown with the front matter of a model hub.
 
@@ -229,6 +236,7 @@ def model_card(
         folder: where the model is loaded from.
         plain: whether it loads without this package.
         even: whether all layers keep as many heads.
+        dtype: of the weights.
 
     Example:
         >>> nothing = Footprint(4, 0, 0, 0, 8, 0)
@@ -267,7 +275,7 @@ def model_card(
         parameters=1 - cost.after.parameters / cost.before.parameters, n_windows=len(cost.intact) // len(LOSS_TEXTS), window=cost.window,
         cost=markdown_table(("text", "whole", "without the heads", "added"), rows), load=load,
         table=markdown_table(("layer", "heads"), [(f"{layer}", ", ".join(map(str, heads))) for layer, heads in cost.removed.items()]),
-        revision=f" at revision {revision}" if revision else "", version=__version__,
+        revision=f" at revision {revision}" if revision else "", version=__version__, dtype=dtype,
         uneven="" if even else "\nLayers keep different numbers of heads, so staterank-utils cannot trace this model: trace the whole one.",
     )  # fmt: skip
 
@@ -315,7 +323,15 @@ def write_pruned(
     if plain:  # it may have more key heads
         cost = replace(cost, after=footprint(model))
     even = len({layer.n_heads for layer in linear_layers(model)}) == 1
-    card = model_card(base, cost, revision=revision, folder=folder.name, plain=plain, even=even)
+    card = model_card(
+        base,
+        cost,
+        revision=revision,
+        folder=folder.name,
+        plain=plain,
+        even=even,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_not(folder) as partial:
         try:
