@@ -171,7 +171,7 @@ run.keep("fig-bound")
 # $b_t k_t k_t^\top$, which the law ignores, and a mean that stands for a varying decay are candidates.
 #
 # For comparison, $R^2$ of a straight line in the geometric mean decay $\exp(\overline{\log a})$, the predictor of the independent replication (0.90
-# there): {glue:text}`r2_decay`. The law does about as well with no line fitted, and says why.
+# there): {glue:text}`r2_decay`. The law has no line fitted, and says why.
 #
 # ## Is it the decay, or something that goes with it?
 #
@@ -257,7 +257,7 @@ explained = (
     or "nothing: these models do not forget"
 )
 said |= {
-    "answer": f"The number of tokens that a head remembers, cut at the size of its state. Decay alone, with nothing fitted, explains this part of the variance of rank: {explained}.",
+    "answer": f"The number of tokens that a head remembers, cut at the size of its state, by the registered rule: {markdown.yes_or_no(verdicts, 'C0a')}. Decay alone, with nothing fitted, explains this part of the variance of rank: {explained}.",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),
     "half_lives": f"{half_lives_remembered:.1f}",
     "full_from": f"{63 / half_lives_remembered:.1f}",

@@ -123,9 +123,7 @@ numbers = {
 }
 rows, passing, untrained = [], [], []
 for (name, label), of in numbers.items():
-    rule = claims.judge(
-        "C1", name, strata.two_groups(shown[name][VARIANTS[label]].relative("prose"))
-    )
+    [rule] = first_claims(name, shown[name][VARIANTS[label]], initial=None, keys=["C1"])
     rows.append((name, label, *(f"{number:.3f}" for number in of.values()), rule["verdict"]))
     if label == "before training":
         untrained.append({"claim": "C1", "model": name, "verdict": rule["verdict"]})

@@ -221,7 +221,7 @@ said |= {
     "gap": f"{GAP}",
     "sources": " ".join(of.source(name) for name, of in found.items()),
     "answer": " ".join(recall_in_words(name, of) for name, of in without.items())
-    or "This model has no stored run: the figure of caps below is of this run.",
+    or "Not measured: heads were removed from the models of the ladder alone. Of this model, the next section shows what shorter half-lives cost.",
     "lowest": "; ".join(memory_of_lowest(*pair) for pair in named) or "not measured here",
 }
 run.conclude(said, verdicts, found, badges=("C6",))
@@ -229,7 +229,7 @@ run.conclude(said, verdicts, found, badges=("C6",))
 # %% [markdown]
 # ## What this does not say
 #
-# These models are small and read 262 million tokens. Recall is measured in one way, a passage read twice. What the first half of this page says of the
+# The embedded models are small and read 262 million tokens. Recall is measured in one way, a passage read twice. What the first half of this page says of the
 # embedded pair was not registered before it was seen. On another pair:
 #
 # ```bash
