@@ -149,6 +149,8 @@ def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: P
     assert "chapters" in said
     assert not (tmp_path / "out" / "index.html").exists()
     assert not list((tmp_path / "out").glob("work/notebooks/*"))
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "out" / "index.html").exists()
 
 
 @pytest.mark.parametrize(
