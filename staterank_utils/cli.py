@@ -14,7 +14,7 @@ import torch
 import typer
 
 from staterank_utils import strata
-from staterank_utils.architectures import linear_layers
+from staterank_utils.architectures import linear_layers, state_size
 from staterank_utils.markdown import markdown_table
 from staterank_utils.models import load_model, load_tokenizer, model_outline
 from staterank_utils.report import write_report
@@ -148,7 +148,7 @@ def trace(
         layers, measured = linear_layers(network), head_metrics(network, ids)
         lives = math.log(2) / measured.pop("log_decay").abs()
         rank, norm = measured["effective_rank"], measured["nuclear_norm"]
-        d = min(layers[0].d_k, layers[0].d_v)
+        d = state_size(network)
         rows = [
             (
                 f"{layer.index}", f"{rank[row].mean():.1f}", f"{rank[row].min():.1f} to {rank[row].max():.1f}", f"{norm[row].mean():.3g}",

@@ -286,15 +286,12 @@ def plain_model(pruned: PreTrainedModel) -> PreTrainedModel:
             f"layers keep different numbers of heads ({counts}), and its class has one number for all: choose as many of every layer "
             "(select_heads with per_layer=True)"
         )
-    weights = {name: value.clone() for name, value in pruned.state_dict().items()}
-    trained = {name: parameter.requires_grad for name, parameter in pruned.named_parameters()}
-    per_key = math.gcd(*(layer.n_heads // max(layer.n_keys, 1) for layer in layers))
+    copied = copy.deepcopy(pruned)
+    layers = find_layers(copied)
     if len({layer.n_keys for layer in layers}) > 1:
-        split = copy.deepcopy(pruned)
-        layers = find_layers(split)
+        per_key = math.gcd(*(layer.n_heads // layer.n_keys for layer in layers))
         for layer in layers:
             _split_keys(layer, per_key)
-        weights = split.state_dict()
     whole: Any
     whole_config: Any
     whole, whole_config = _made_of[type(pruned)]
@@ -305,8 +302,9 @@ def plain_model(pruned: PreTrainedModel) -> PreTrainedModel:
         setattr(text, name, size)
     with torch.device(pruned.device):  # (also the buffers that are not stored)
         made = whole(config)
-    made.load_state_dict(weights, assign=True)
+    made.load_state_dict(copied.state_dict(), assign=True)
     made.tie_weights()
+    trained = {name: parameter.requires_grad for name, parameter in pruned.named_parameters()}
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(trained[name])
     if made.can_generate():

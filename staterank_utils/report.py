@@ -195,8 +195,7 @@ def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
     marker = out / "work" / "report.json"
     if marker.exists() and any((out / "work" / "notebooks").glob("*.ipynb")):
         before = json.loads(marker.read_text(encoding="utf-8"))
-        names = [*made_of, *(name for name in before if name not in made_of)]
-        if others := [name for name in names if before.get(name) != made_of.get(name)]:
+        if others := [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]:
             differs = ", ".join(
                 "files of the model that have changed since" if name == "files" else f"{name} {before.get(name)!r} and not {made_of.get(name)!r}"
                 for name in others
@@ -208,6 +207,7 @@ def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out).free) < ROOM:
         raise OSError(f"{out} has room for {in_words(free)}, and a report needs {in_words(ROOM)}: choose another disk")
+    shutil.rmtree(marker.parent, ignore_errors=True)  # what a start without a finished chapter left
     write_json(marker, made_of)
 
 

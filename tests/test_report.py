@@ -121,8 +121,12 @@ def test_a_report_without_any_chapter_is_an_error(tiny: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="no chapter could be run: .*n_tokens must be over 128, got 100"):
         write_report(str(tiny), tmp_path, only=[CHAPTER], parameters={"n_tokens": 100})
     assert not (tmp_path / "index.html").exists()
+    left = tmp_path / "work" / "results" / "fig-of-another-model.csv"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.touch()
     with pytest.raises(ValueError, match="n_tokens must be over 128, got 101"):  # such a folder is still free
         write_report(str(tiny), tmp_path, only=[CHAPTER], parameters={"n_tokens": 101})
+    assert not left.exists()
 
 
 def test_a_model_or_device_that_cannot_be_measured_makes_no_folder(tiny: Path, tmp_path: Path) -> None:
