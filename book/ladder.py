@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from staterank_utils import plotting, strata
-from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND
+from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND, THIRD
 from staterank_utils.markdown import brief_table, markdown_table
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED, whole_or_not, write_table
@@ -191,7 +191,16 @@ def _of_direction() -> str:
     parts = [
         f"{what} ({key}): **{rows[key]['verdict']}**{rows[key]['note']}" for key, what in said.items() if key in rows
     ]
-    return f"By the seeds that were trained after these claims were registered: {'; '.join(parts)}."
+    within = [
+        f"`{row['model']}` **{row['verdict']}**{row['note']}"
+        for data in (THIRD[key].numbers["design"] for key in said)
+        for row in over_models()
+        if row["claim"] == "C4b" and row["model"] == f"hybrid-{data}"
+    ]
+    return (
+        f"By the seeds that were trained after these claims were registered: {'; '.join(parts)}. That rank has an effect within layers, on all "
+        f"seeds (C4b): {', '.join(within)}."
+    )
 
 
 def _beyond_layers() -> str:
