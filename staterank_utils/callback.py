@@ -9,10 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from staterank_utils.architectures import linear_layers
+from staterank_utils.architectures import linear_layers, state_size
 from staterank_utils.models import check_ids, unwrapped
-from staterank_utils.selection import head_metrics
-from staterank_utils.strata import share_outside
+from staterank_utils.selection import by_layer, head_metrics
 from staterank_utils.tracing import check_even
 
 log = logging.getLogger(__name__)
@@ -31,8 +30,7 @@ def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
 
     Returns:
         "staterank/layer_INDEX/NAME" -> number, means over prompts: "effective_rank" (arXiv:2602.02195, Eq. 6, eps = 1e-4) and
-        "nuclear_norm", means over heads; "half_life", tokens, of the median head, left out where it does not decay; "share_outside", of
-        the heads whose rank is not between 0.2 d and 0.8 d.
+        "nuclear_norm", "half_life" and "share_outside", as `selection.by_layer` has them; a half-life without end is left out.
 
     Raises:
         TypeError, ValueError: as in `trace_states`.
@@ -44,20 +42,14 @@ def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
         >>> sorted(metrics)[:4]
         ['staterank/layer_0/effective_rank', 'staterank/layer_0/half_life', 'staterank/layer_0/nuclear_norm', 'staterank/layer_0/share_outside']
     """
-    of_heads, layers = head_metrics(model, input_ids), linear_layers(unwrapped(model))
-    metrics: dict[str, float] = {}
-    for row, layer in enumerate(layers):
-        rank, norm, log_decay = (of_heads[name][row] for name in ("effective_rank", "nuclear_norm", "log_decay"))
-        of_layer = {
-            "effective_rank": rank.mean().item(),
-            "nuclear_norm": norm.mean().item(),
-            "half_life": math.log(2) / log_decay.abs().median().item() if log_decay.median() else math.inf,
-            "share_outside": share_outside(rank.numpy() / min(layer.d_k, layer.d_v)),
-        }
-        metrics |= {
-            f"{PREFIX}/layer_{layer.index}/{name}": value for name, value in of_layer.items() if math.isfinite(value)
-        }
-    return metrics
+    bare = unwrapped(model)
+    of_layers = by_layer(head_metrics(model, input_ids), state_size(bare))
+    return {
+        f"{PREFIX}/layer_{layer.index}/{name}": value
+        for layer, numbers in zip(linear_layers(bare), of_layers, strict=True)
+        for name, value in numbers.items()
+        if math.isfinite(value)
+    }
 
 
 class StateRankCallback(TrainerCallback):

@@ -13,13 +13,12 @@ from typing import Annotated
 import torch
 import typer
 
-from staterank_utils import strata
 from staterank_utils.architectures import linear_layers, state_size
 from staterank_utils.markdown import markdown_table
 from staterank_utils.models import load_model, load_tokenizer, model_outline
 from staterank_utils.report import write_report
 from staterank_utils.results import write_table
-from staterank_utils.selection import head_metrics
+from staterank_utils.selection import by_layer, head_metrics
 from staterank_utils.studies.handover import RULES, check_pruning, prune_by_rule, write_pruned
 from staterank_utils.surgery import all_heads
 from staterank_utils.tasks import DOMAINS, domain_prompts
@@ -65,6 +64,16 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... or auto; by def
 Precision = Annotated[Dtype | None, typer.Option(help="by default float32 on a CPU, and the checkpoint's own on a GPU")]
 
 
+# What an error of the package calls its arguments -> what the command calls them.
+OPTIONS = {
+    "n_prompts": "--prompts",
+    "n_tokens": "--tokens",
+    "lower batch_size": "lower --prompts or --tokens",
+    "device='auto'": "--device auto",
+    "dtype=torch.bfloat16": "--dtype bfloat16",
+}
+
+
 def _dtype(given: Dtype | None) -> torch.dtype | None:
     return None if given is None else getattr(torch, given)
 
@@ -92,7 +101,10 @@ def said() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"staterank: {error}", file=sys.stderr)
+        message = str(error)
+        for name, option in OPTIONS.items():
+            message = message.replace(name, option)
+        print(f"staterank: {message}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 
@@ -128,7 +140,7 @@ def trace(
     """Print ranks, norms and half-lives of every layer, after the last token of some prompts.
 
     Effective rank is the number of singular values over 1e-4 of the largest; a half-life is the number of tokens after which a state has lost
-    half of what it held, by the head's mean decay; the layer's is that of its median head. Example: staterank trace ./my-model --text notes.txt --out heads.csv
+    half of what it held, by the head's mean decay; the layer's is by the median of its heads. Example: staterank trace ./my-model --text notes.txt --out heads.csv
     \f
 
     Example:
@@ -145,16 +157,13 @@ def trace(
         tokenizer = load_tokenizer(model, revision=revision)
         ids = domain_prompts(domain, tokenizer, n_prompts=prompts, n_tokens=tokens, seed=0)
         network = load_model(model, revision=revision, device=device, dtype=_dtype(dtype))
-        layers, measured = linear_layers(network), head_metrics(network, ids)
-        lives = math.log(2) / measured.pop("log_decay").abs()
-        rank, norm = measured["effective_rank"], measured["nuclear_norm"]
-        d = state_size(network)
+        measured, d = head_metrics(network, ids), state_size(network)
         rows = [
             (
-                f"{layer.index}", f"{rank[row].mean():.1f}", f"{rank[row].min():.1f} to {rank[row].max():.1f}", f"{norm[row].mean():.3g}",
-                f"{lives[row].median():.3g}", f"{strata.share_outside(rank[row].numpy() / d):.0%}",
+                f"{layer.index}", f"{of['effective_rank']:.1f}", f"{rank.min():.1f} to {rank.max():.1f}", f"{of['nuclear_norm']:.3g}",
+                f"{of['half_life']:.3g}", f"{of['share_outside']:.0%}",
             )
-            for row, layer in enumerate(layers)
+            for layer, rank, of in zip(linear_layers(network), measured["effective_rank"], by_layer(measured, d), strict=True)
         ]  # fmt: skip
         head = (
             "layer",
@@ -166,7 +175,8 @@ def trace(
         )
         print(markdown_table(head, rows))
         if out:
-            tables = {**measured, "half_life": lives}
+            tables = {**measured, "half_life": math.log(2) / measured["log_decay"].abs()}
+            tables.pop("log_decay")
             numbers = {name: table.flatten().tolist() for name, table in tables.items()}
             heads = [
                 {"layer": layer, "head": number, **{name: of[place] for name, of in numbers.items()}}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from staterank_utils.architectures import state_size
 from staterank_utils.pruning import removed_heads
 from staterank_utils.spectra import rank_and_norm
+from staterank_utils.strata import share_outside
 from staterank_utils.surgery import Head, all_heads
 from staterank_utils.tracing import trace_states
 
@@ -56,6 +57,39 @@ def head_metrics(
         "write_strength": trace.write_strength,
     }
     return {name: table.mean(1) for name, table in tables.items()}
+
+
+def by_layer(metrics: Mapping[str, Float[Tensor, "layer head"]], d: int) -> list[dict[str, float]]:
+    """What a table or a log says of a layer, from the numbers of its heads.
+
+    Args:
+        metrics: from `head_metrics`.
+        d: largest rank that a state can have, from `state_size`.
+
+    Returns:
+        Per linear layer: "effective_rank" and "nuclear_norm", means over heads; "half_life", tokens, by the median of the heads' mean
+        log-decays, infinite where that is 0; "share_outside", of the heads whose rank is not between 0.2 d and 0.8 d.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> metrics = head_metrics(load_model("hybrid"), torch.arange(64).reshape(1, 64))
+        >>> list(by_layer(metrics, 64)[0])
+        ['effective_rank', 'nuclear_norm', 'half_life', 'share_outside']
+    """
+    names = ("effective_rank", "nuclear_norm", "log_decay")
+    layers = []
+    for rank, norm, log_decay in zip(*(metrics[name].cpu() for name in names), strict=True):
+        decay = log_decay.abs().quantile(0.5).item()
+        layers.append(
+            {
+                "effective_rank": rank.mean().item(),
+                "nuclear_norm": norm.mean().item(),
+                "half_life": math.log(2) / decay if decay else math.inf,
+                "share_outside": share_outside(rank.numpy() / d),
+            }
+        )
+    return layers
 
 
 def measure_heads(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"]) -> dict[str, Measure]:

@@ -158,6 +158,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "LOG_EVERY": 1,
         "SAVE_EVERY": 0.0,
         "RECORD_AT": (0, 1),
+        "STATES_EVERY": 2,
         "RECORD_PROMPTS": 1,
         "RECORD_DOMAINS": ("prose",),
         "KEEP_AT": (2,),
@@ -204,6 +205,9 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(
     )
     made = json.loads((killed.out / "training.json").read_text())
     assert [entry["step"] for entry in made["log"]] == [1, 2, 3, 4]
+    watched = [[name for name in entry if name.endswith("effective_rank")] for entry in made["log"]]
+    each = [f"staterank/layer_{layer}/effective_rank" for layer in (0, 2)]
+    assert watched == [[], each, [], each]
     assert made["recipe"] == TINY.settings()
     assert list(made["record"]["steps"]) == ["0", "1", "end"]
     assert np.array(made["record"]["steps"]["end"]["prose"]["effective_rank"]).shape == (2, 4)

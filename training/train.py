@@ -5,7 +5,7 @@
 trains by steps, or with `--minutes` by the clock. RUN/progress.pt holds everything needed to resume: the same command continues a run
 that was killed, with the batches and the learning rate that it would have had, to the same weights. RUN/model is the finished model in
 Hugging Face format, bfloat16, RUN/step-500 and RUN/step-2000 are what it was on the way, and RUN/training.json is the record of heads
-and losses.
+and losses; every 500 steps its log has what `layer_metrics` says of the states.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from staterank_utils.callback import layer_metrics
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.models import initial_model
 from staterank_utils.results import whole_or_not, write_json
@@ -46,6 +47,7 @@ RECORD_DOMAINS = ("prose", "code", "arithmetic")
 RECORD_PROMPTS = 4  # of each domain
 KEEP_AT = (500, 2_000)  # weights that are kept beside the last ones
 LOG_EVERY = 50  # steps
+STATES_EVERY = 500  # steps, a multiple of LOG_EVERY, as often as transformers' Trainer logs
 SAVE_EVERY = 120  # seconds
 HELD_OUT_WINDOWS = 128
 NEVER = 10**7  # steps
@@ -215,8 +217,11 @@ def train(run: Run, recurrence: Recurrence, *, device: str = "cuda", compiled: b
                 entry = {"step": step, "seconds": round(elapsed, 1), "text": round(losses[~asked].mean().item(), 4)}
                 if asked.any():
                     entry["answers"] = round(losses[asked].mean().item(), 4)
-                log.append(entry)
                 bar.set_postfix(entry)
+                if step % STATES_EVERY == 0:
+                    states = layer_metrics(model, prompts[RECORD_DOMAINS[0]].to(device))
+                    entry |= {name: float(f"{value:.6g}") for name, value in states.items()}
+                log.append(entry)
                 bar.update(step - bar.n)
             if elapsed - saved_at > SAVE_EVERY:
                 check_loss()
