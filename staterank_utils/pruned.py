@@ -340,10 +340,10 @@ def keep_heads(layer: LinearLayer, kept: Sequence[int]) -> None:
     for position, name in enumerate(names):
         if name in kept:
             of_key.setdefault(keys[position // per_key], []).append(position)
-    for key, heads in of_key.items():
-        _check_duplicates(layer, key, sorted({head // per_key for head in heads}))
     size = math.gcd(*map(len, of_key.values()))
     chunks = [heads[start : start + size] for heads in of_key.values() for start in range(0, len(heads), size or 1)]
+    for heads in chunks:
+        _check_duplicates(layer, sorted({head // per_key for head in heads}))
     _regroup(layer, [(heads[0] // per_key, heads) for heads in chunks])
     if kept:
         layer.rescale(len(names), len(kept))
@@ -379,8 +379,8 @@ def _regroup(layer: LinearLayer, groups: Sequence[tuple[int, Sequence[int]]]) ->
     module.staterank_heads, module.staterank_keys = kept, [keys[key] for key, _ in groups]
 
 
-def _check_duplicates(layer: LinearLayer, key: int, positions: Sequence[int]) -> None:
-    """Refuse to make one key head of several that differ."""
+def _check_duplicates(layer: LinearLayer, positions: Sequence[int]) -> None:
+    """Refuse to make one key head of several that differ, all by their positions in a layer."""
     per_key = len(layer.heads) // len(layer.keys)
     for blocks in layer.blocks if len(positions) > 1 else ():
         weight = blocks.tensor(layer.module)
@@ -395,7 +395,7 @@ def _check_duplicates(layer: LinearLayer, key: int, positions: Sequence[int]) ->
         first, *others = (weight.index_select(blocks.axis, of_key) for of_key in rows)
         if not weight.is_meta and not all(torch.equal(first, other) for other in others):
             raise ValueError(
-                f"duplicates of key head {key} of layer {layer.index} were trained apart since heads were removed, so they cannot be one again: "
+                f"duplicates of key head {layer.keys[positions[0]]} of layer {layer.index} were trained apart since heads were removed, so they cannot be one again: "
                 "remove all heads at once, before training"
             )
 

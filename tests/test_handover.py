@@ -116,6 +116,19 @@ def test_duplicates_that_were_trained_apart_are_not_made_one_again() -> None:
     prune_heads(pruned, {0: [2]})  # leaves one of them
 
 
+def test_duplicates_that_were_trained_apart_may_stay_apart() -> None:
+    model = tiny_qwen3_next(["linear_attention"], n_v=8)
+    pruned, both = prune_heads(model, {0: [0]}), prune_heads(model, {0: [0, 1, 2]})
+    with torch.no_grad():
+        linear_layers(pruned)[0].module.in_proj_qkvz.weight[-1] += 1  # of the last duplicate
+    again = prune_heads(pruned, {0: [1, 2]})
+    assert linear_layers(again)[0].keys == linear_layers(both)[0].keys == [0, 1, 1, 1, 1]
+    ids = torch.randint(0, 64, (2, 40))
+    with ablate_heads(pruned, [(0, 1), (0, 2)]):
+        expected = pruned(ids).logits
+    torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid"])
 def test_other_classes_that_can_say_fewer_heads(name: str, tmp_path: Path) -> None:
     model = ARCHITECTURES[name].build()
