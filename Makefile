@@ -16,7 +16,7 @@ GPUS ?= 1
 OUT ?= _build/report
 LADDER := _build/ladder
 
-.PHONY: help book pdf test test-slow test-pages test-gpu conformance check notebooks bench quick figure report sweep ladder clean
+.PHONY: help book pdf test test-slow test-pages test-gpu workflows conformance check notebooks bench quick figure report sweep ladder clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,6 +49,9 @@ test-pages: .venv/installed ## look at the built book in a browser: needs chromi
 
 test-gpu: .venv/installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+workflows: .venv/installed ## run what the GitHub workflows run, block by block, in a fresh clone of the last commit (half an hour)
+	$(BIN)/python .ci/workflows
 
 conformance: .venv/installed ## run every architecture's checks, on a GPU where there is one, and store the table of differences
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --store-conformance tests/test_conformance.py

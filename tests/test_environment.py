@@ -86,6 +86,26 @@ def test_workflows_run_what_this_repository_runs_itself() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+def test_the_blocks_of_workflows_are_run_in_a_clone(tmp_path: Path) -> None:
+    flows = tmp_path / "repository" / ".github" / "workflows"
+    flows.mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path / "repository"), "-c", "user.name=x", "-c", "user.email=x@x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    script = [sys.executable, str(ROOT / ".ci" / "workflows"), str(tmp_path / "repository")]
+    for block, status in (("echo a; pwd >> $PLACES", 0), ("false | true; echo b", 1)):
+        steps = [{"uses": "actions/checkout@v4"}, {"run": block}, {"run": block}]
+        (flows / "test.yml").write_text(yaml.safe_dump({"jobs": {"all": {"steps": steps}}}))
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-qm", "x"], check=True)
+        places = os.environ | {"PLACES": str(tmp_path / "places")}
+        done = subprocess.run(script, capture_output=True, text=True, env=places)
+        assert done.returncode == status, done.stderr
+        assert "actions/checkout@v4 (of GitHub)" in done.stdout
+    assert "false | true; echo b ended with status 1" in done.stderr
+    [place] = (tmp_path / "places").read_text().splitlines()  # one block, one run
+    assert not Path(place).exists()
+
+
 def test_make_report_calls_the_command(tmp_path: Path) -> None:
     make = ["make", "--no-print-directory", "-o", ".venv/installed", "-C", str(ROOT), "BIN=bin"]
     done = subprocess.run([*make, "-n", "report", "MODEL=OWNER/NAME", "REVISION=abc"], capture_output=True, text=True)
