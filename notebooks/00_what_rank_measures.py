@@ -282,7 +282,10 @@ run.conclude(said, verdicts, found, badges=("C0", "C0a", "C0c"))
 # The bound is void where nothing decays (DeltaNet): there every head may fill, and in {doc}`the ladder <../book/ladder>` every head does. The law
 # takes a mean over tokens, and the replication's finding on a model of 1.3 billion parameters is the only one on a larger model that we know
 # of. That rank follows decay does not say what a head does with its memory: {doc}`05_memory_and_recall` shortens the memory at nearly the
-# same rank. On another model:
+# same rank.
+
+# %% [markdown] tags=["of-the-book"]
+# On another model:
 #
 # ```bash
 # papermill notebooks/00_what_rank_measures.ipynb mine.ipynb -p model OWNER/NAME -p revision COMMIT

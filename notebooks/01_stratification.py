@@ -62,7 +62,7 @@ found = {
 }
 shown = {name: groups.shown for name, groups in found.items()}
 
-# %% mystnb={"figure": {"caption": "Left: half-lives of heads; in the grey window the law gives ranks between 0.2 d and 0.8 d. Right: r/d, sorted. Circles: every sixth head, this run.", "name": "fig-rank-distribution"}, "image": {"alt": "Per model a histogram of half-lives on a logarithmic axis with a grey window, and sorted curves of relative rank."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Left: half-lives of heads; in the grey window the law gives ranks between 0.2 d and 0.8 d. Right: r/d, sorted. Circles beside a stored curve: every sixth head, this run.", "name": "fig-rank-distribution"}, "image": {"alt": "Per model a histogram of half-lives on a logarithmic axis with a grey window, and sorted curves of relative rank."}} tags=["hide-input"]
 VARIANTS = {"trained": "end", "before training": "initial", "shuffled": "shuffled"}
 _, panels = plotting.panel_grid(len(run.models), 2, width=10, row_height=2.6, sharey=False)
 for (left, right), (name, groups) in zip(panels, shown.items(), strict=True):
@@ -124,7 +124,9 @@ numbers = {
 rows, passing, untrained = [], [], []
 for (name, label), of in numbers.items():
     [rule] = first_claims(name, shown[name][VARIANTS[label]], initial=None, keys=["C1"])
-    rows.append((name, label, *(f"{number:.3f}" for number in of.values()), rule["verdict"]))
+    rows.append(
+        (name, label, *(f"{strata.exactly(number)}" for number in of.values()), rule["verdict"])
+    )
     if label == "before training":
         untrained.append({"claim": "C1", "model": name, "verdict": rule["verdict"]})
     if label != "trained" and rule["verdict"] == claims.HOLDS:
@@ -137,7 +139,7 @@ Markdown(markdown.markdown_table(HEAD, rows))
 # shares below 0.2 and above 0.8, so it needs both. *By law* says what decays alone give.
 #
 # Controls that pass C1 as well: {glue:text}`controls_pass`. Where one does, or where only its interval misses, the rule hardly tells a trained model
-# from an untrained one. The two-group share tells them apart; training changed it {glue:text}`two_group_change`.
+# from an untrained one. The two-group share needs both heaps; training changed it {glue:text}`two_group_change`.
 #
 # Whether training decided *who is in which group* is claim C1c. Its measure is the Spearman correlation between the ranks of the same heads
 # before and after training, on the same prompts: {glue:text}`rho_initial`. The higher it is, the more of the order was there before
@@ -231,7 +233,7 @@ for name, groups in shown.items():
     before, after = numbers[name, "before training"], numbers[name, "trained"]
     both = [groups[key].rank["prose"].mean(0) for key in ("initial", "end")]
     outside.append(f"{after['share outside']:.0%} ({name})")
-    spearmans.append(f"{strata.spearman(*both):.2f} ({name})")
+    spearmans.append(f"{strata.exactly(strata.spearman(*both)):.2f} ({name})")
     pair = [f"{of['two-group share']:.2f}" for of in (before, after)]
     changes.append(f"from {pair[0]} to {pair[1]} ({name})")
     for key, (low, high) in groups["end"].around_gap().items():
@@ -256,9 +258,11 @@ run.conclude(said, verdicts, found, badges=("C1", "C1b", "C1c"))
 # %% [markdown]
 # ## What this does not say
 #
-# The paper shows one layer of Qwen3-Next-80B-A3B. Here are all layers of the models above, on one domain; the embedded ones are some thousands of
-# times smaller. Nothing follows for the large model until this page is run on it. And one training is one draw: the embedded `hybrid`, trained again from the same seed on another GPU, got a
-# weaker verdict here ({doc}`ladder <../book/ladder>`).
+# The paper shows one layer of Qwen3-Next-80B-A3B. Here are all layers of the models above, on one domain. The controls are our additions.
+
+# %% [markdown] tags=["of-the-book"]
+# The embedded models are some thousands of times smaller, and nothing follows for the large one until this page is run on it. And one training is one
+# draw: the embedded `hybrid`, trained again from the same seed on another GPU, got a weaker verdict here ({doc}`ladder <../book/ladder>`).
 #
 # To run it:
 #
@@ -266,5 +270,3 @@ run.conclude(said, verdicts, found, badges=("C1", "C1b", "C1c"))
 # papermill notebooks/01_stratification.ipynb mine.ipynb -p profile full \
 #     -p model Qwen/Qwen3-Next-80B-A3B-Instruct -p revision main
 # ```
-#
-# The controls are our additions.

@@ -241,7 +241,10 @@ run.conclude(said, verdicts, found, badges=("C2", "C3", "C3a"))
 # ## What this does not say
 #
 # The paper's prompt set is not published; the inputs here are ours, made offline from the Python installation. Two of the four
-# adversarial inputs are ours, and so are the untrained controls. The models are small. On another model:
+# adversarial inputs are ours, and so are the untrained controls.
+
+# %% [markdown] tags=["of-the-book"]
+# The models are small. On another model:
 #
 # ```bash
 # papermill notebooks/02_input_invariance.ipynb mine.ipynb -p model OWNER/NAME -p revision COMMIT

@@ -95,8 +95,8 @@ run.keep("fig-removal")
 # heads from every layer; *layer 0 protected* leaves the first layer whole. At a quarter, layer-matched: {glue:text}`matched`. With layer 0
 # protected: {glue:text}`protected`.
 #
-# The paper reports that low-rank heads are indispensable for reasoning and high-rank heads redundant, by scores on tasks. The embedded models
-# were trained on text, so this page takes losses on text. Recall from context is another measure, with another answer:
+# The paper reports that low-rank heads are indispensable for reasoning and high-rank heads redundant, by scores on tasks. A small model masters
+# few of them, so this page takes losses on text. Recall from context is another measure, with another answer:
 # {doc}`05_memory_and_recall`.
 #
 # ```{admonition} Where the numbers come from
@@ -121,7 +121,7 @@ f"{name}, without 9 heads: {without - token_nats(network, texts.windows).mean():
 # %% [markdown]
 # Heads are ordered by effective rank on other text. Try it: colour the heads by a measure, choose an order, and move the slider.
 
-# %% mystnb={"figure": {"caption": "All heads of each model, layer by layer. Crosses: removed, in the chosen order. Below: what each order costs, stored; the line marks the slider's dose.", "name": "fig-explorer"}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "All heads of each model, layer by layer. Crosses: removed, in the chosen order. Below: what each order costs; the line marks the slider's dose.", "name": "fig-explorer"}} tags=["hide-input"]
 ALT = "Grid of the heads of {}, coloured by relative rank, with curves of added nats by number of heads removed."
 explorers, rows = [], []
 for name, found in shown.items():
@@ -137,8 +137,8 @@ run.keep("fig-explorer", rows)
 HTML("".join(explorers))
 
 # %% [markdown]
-# Choose *low rank* and a quarter of the heads: the crosses gather in a few layers. Choose *joint*, the paper's score: it takes heads of the first
-# layer early.
+# Choose *low rank* and a quarter of the heads: do the crosses gather in a few layers? Choose *joint*, the paper's score: does it take heads of the
+# first layer early?
 #
 # ## Or is it the layer?
 #
@@ -169,7 +169,7 @@ Markdown(markdown.markdown_table(HEAD, rows))
 # distribution, the registered verdict is "explained by layers". The test is weak, with 60 orders per model: it says that an effect of rank is
 # not shown, not that there is none. Over the models of {doc}`the ladder <../book/ladder>` the signs of $D$ are counted.
 
-# %% mystnb={"figure": {"caption": "D of random orders within layers, both signs. Dashed: D of rank on the same windows. It must lie outside 97.5 % of the random orders to count.", "name": "fig-within"}, "image": {"alt": "A histogram per model with a dashed vertical line inside its left half."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "D of random orders within layers, both signs. Dashed: D of rank on the same windows. It must lie outside 97.5 % of the random orders to count.", "name": "fig-within"}, "image": {"alt": "A histogram per model with a dashed vertical line. In the embedded models it is inside the left half."}} tags=["hide-input"]
 if drawn := [name for name in run.models if len(shown[name].within)]:
     for name, ax in plotting.model_panels(drawn).items():
         removal = shown[name]
@@ -198,7 +198,7 @@ Markdown(markdown.markdown_table(("model", "first to go", *removals.SCHEMES), ro
 # them is kept (claim C7). Beside it stand groups of as many heads at random.
 # With a quarter kept, the share of the damage undone is {glue:text}`undone`. Both groups hold heads of layer 0, which this does not take apart.
 
-# %% mystnb={"figure": {"caption": "Share of the damage that keeping a part undoes, mean and range over draws. Dots: heads of full rank. Grey: random groups of that size. The claim asks for 0.8 at 25 %.", "name": "fig-undone"}, "image": {"alt": "Curves that rise with the share of the group kept; both need more than a quarter."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Share of the damage that keeping a part undoes, mean and range over draws. Dots: heads of full rank. Grey: random groups of that size. The claim asks for 0.8 at 25 %.", "name": "fig-undone"}, "image": {"alt": "Curves that rise with the share of the group kept. In the embedded models both need more than a quarter."}} tags=["hide-input"]
 keeps = [0, *map(float, claims.SECOND["C7"].numbers["keeps"])]
 if grouped := [of for of in run.models if shown[of].groups and shown[of].groups["high"].size]:
     for name, ax in plotting.model_panels(grouped).items():
@@ -283,9 +283,11 @@ run.conclude(said, verdicts, removed, badges=("C4b", "C4c", "C7", "C4"))
 #
 # The number of heads the paper removed, its rule for low and high, its kind of removal and its prompts are not known. It scores tasks; this page
 # takes losses on text. The schemes and the random orders are ours. A replication on a pure model of 1.3 billion parameters found the opposite
-# of the paper at every share, and its high-rank heads recall from context; what recalls in these models is on {doc}`05_memory_and_recall`. Both
-# models here begin with a linear layer. With a softmax layer in front, one model of {doc}`the ladder <../book/ladder>` shows the paper's
-# asymmetry beyond any random order. On another model:
+# of the paper at every share, and its high-rank heads recall from context; what recalls in these models is on {doc}`05_memory_and_recall`.
+
+# %% [markdown] tags=["of-the-book"]
+# Both models here begin with a linear layer. With a softmax layer in front, models of {doc}`the ladder <../book/ladder>` show the paper's asymmetry
+# beyond any random order. On another model:
 #
 # ```bash
 # papermill notebooks/03_ablation_asymmetry.ipynb mine.ipynb -p model OWNER/NAME -p revision COMMIT

@@ -122,7 +122,7 @@ for name, (network, words) in loaded.items():
     counts = {**run.sizes, "n_draws": max(run.sizes["n_draws"], 8)}
     by_task[name] = measure_by_task(network, words, tasks_of(profile), name=name, **counts)
 
-# %% mystnb={"figure": {"caption": "Every head by relative effective rank and relative nuclear norm on calibration code, this run. Crosses: the 38.9 % of highest joint score. Circles: those that stay.", "name": "fig-saturation"}, "image": {"alt": "Scatter of rank against norm, one panel per model; the removed heads stand at the right, at full rank and over a wide range of norms."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Every head by relative effective rank and relative nuclear norm on calibration code, this run. Crosses: the 38.9 % of highest joint score. Circles: those that stay.", "name": "fig-saturation"}, "image": {"alt": "Scatter of rank against norm, one panel per model. In the embedded models the removed heads stand at the right, at full rank and over a wide range of norms."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(run.models).items():
     found = shrunk[name]
     removed = np.array([head in set(found.removed) for head in found.heads])
@@ -284,10 +284,9 @@ for name, found in shown.items():
         )
     protected.append(f"{found.near_in_words(removals.PROTECTED, ORDERS, SHARE)} ({name})")
     spare = found.spare_share() or SHARE
-    worse = "worse" if found.near(removals.MODEL, JOINT, SHARE).point > found.ruin else "better"
     few = [f"{found.near(removals.MODEL, order, spare).point:.2f}" for order in (JOINT, RANDOM)]
     answer.append(
-        f"{few[0]} nats per token against {few[1]} at random at {spare:.1%}, and at 38.9 % the model is {worse} than token frequencies ({name})"
+        f"{few[0]} nats per token against {few[1]} at random at {spare:.1%}, and {found.ruin_in_words(removals.MODEL, JOINT, SHARE)} ({name})"
     )
 scores = (
     f"{', '.join(f'{task} {score_interval(x).point:.2f}' for task, x in found.intact.items())} ({name})"
@@ -308,8 +307,10 @@ run.conclude(said, verdicts, pruned, badges=("C5a", "C5b", "C5"))
 # ## What this does not say
 #
 # How the paper removes heads, its $\alpha$, its maximum and its prompts are not known. Its 38.9 % are 448 of 1,152 heads of a model of 80
-# billion parameters, judged on GSM8K; the embedded models are small and read text only. The baselines, the schemes and the reduction of channels are
-# ours. On another model:
+# billion parameters, judged on GSM8K. The baselines, the schemes and the reduction of channels are ours.
+
+# %% [markdown] tags=["of-the-book"]
+# The embedded models are small and read text only. On another model:
 #
 # ```bash
 # papermill notebooks/04_joint_rank_norm_pruning.ipynb mine.ipynb -p model OWNER/NAME -p revision COMMIT

@@ -45,10 +45,11 @@ def in_words(n_bytes: int) -> str:
     """A number of bytes in the unit that suits it.
 
     Example:
-        >>> in_words(786_432), in_words(160_000_000_000)
-        ('0.8 MB', '160.0 GB')
+        >>> in_words(3_072), in_words(786_432), in_words(160_000_000_000)
+        ('3.1 kB', '0.8 MB', '160.0 GB')
     """
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+    name, unit = ("GB", 1e9) if n_bytes >= 1e9 else ("MB", 1e6) if n_bytes >= 1e5 else ("kB", 1e3)
+    return f"{n_bytes / unit:,.1f} {name}"
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

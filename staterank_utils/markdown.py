@@ -114,7 +114,7 @@ def overview_table(folder: Path, models: Sequence[str] | Mapping[str, str]) -> s
         file = folder / f"{notebook}.json"
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else ():
             numbers = (f"{number['label']} {_interval(number)}" for number in row["criteria"])
-            cells[row["claim"], row["model"]] = "<br>".join([f"**{row['verdict']}**", *numbers])
+            cells[row["claim"], row["model"]] = "<br>".join([f"**{row['verdict']}**{row['note']}", *numbers])
     rows = [
         (
             f"**{key}** {claim.statement}",

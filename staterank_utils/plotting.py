@@ -814,11 +814,11 @@ def plot_recall_without(
 
     Args:
         left, right: where to draw.
-        found: a `studies.ladder.RecallWithout`.
+        found: a `studies.recall.RecallWithout`.
         live: percent of heads -> order -> gains of another run, as open marks on the left.
 
     Example:
-        >>> from staterank_utils.studies.ladder import RecallWithout
+        >>> from staterank_utils.studies.recall import RecallWithout
         >>> one = {order: np.array([0.5]) for order in ("low rank", "high rank", "random")}
         >>> left, right = Figure().subplots(1, 2)
         >>> plot_recall_without(left, right, RecallWithout("hybrid", (0.25,), 1.0, one, np.array([[0.4, 0.6]]), one))

@@ -317,6 +317,7 @@ def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: 
             ]
         ),
         "book/claims": "\n\n".join(["# The registered rules", claims.PREAMBLE, markdown.registered_table(), claims.CONTROLS]),
+        "book/references": "# References\n\n```{bibliography}\n:all:\n```",
     }  # fmt: skip
     for name, text in pages.items():
         (stage / f"{name}.md").write_text(text + "\n", encoding="utf-8")
@@ -340,19 +341,37 @@ def _answers(results: Path, chapters: Sequence[str]) -> str:
 
 
 def _alone(notebook: str, chapters: Sequence[str]) -> str:
-    """A chapter without references to pages that the report does not have."""
+    """A chapter without what it says of the book's own models, with its parameters as given, and without references to pages that the report lacks."""
+    content = json.loads(notebook)
+    cells = [cell for cell in content["cells"] if not {"of-the-book", "parameters"} & _tags(cell)]
+    for cell in cells:
+        if "injected-parameters" in _tags(cell):
+            cell["metadata"]["tags"] = ["hide-input"]
+        if image := cell["metadata"].get("mystnb", {}).get("image"):
+            sentences = re.split(r"(?<=\.) ", image["alt"])
+            image["alt"] = " ".join(sentence for sentence in sentences if "embedded" not in sentence)
+    content["cells"] = cells
 
     def plain(found: re.Match[str]) -> str:
         text, target = found["text"], found["target"] or found["text"]
         there = target == "../book/claims" or target in chapters
         return found[0] if there else text if found["target"] else f"the chapter {target} of the book"
 
-    return re.sub(r"\{doc\}`(?P<text>[^`<]*?)(?: <(?P<target>[^`>]*)>)?`", plain, notebook)
+    texts = json.dumps(content, indent=1, ensure_ascii=False)
+    return re.sub(r"\{doc\}`(?P<text>[^`<]*?)(?: <(?P<target>[^`>]*)>)?`", plain, texts)
+
+
+def _tags(cell: Mapping[str, Any]) -> set[str]:
+    return set(cell["metadata"].get("tags", ()))
 
 
 def _contents(chapters: Sequence[str]) -> dict[str, Any]:
     files = [{"file": f"notebooks/{name}"} for name in chapters]
-    return {"format": "jb-book", "root": "index", "chapters": [*files, {"file": "book/claims"}]}
+    return {
+        "format": "jb-book",
+        "root": "index",
+        "chapters": [*files, *({"file": f"book/{name}"} for name in ("claims", "references"))],
+    }
 
 
 def _configuration(model: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ drawing the prompts anew, because prompts are what a measurement could have draw
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ GAP = (0.2, 0.8)  # "between the groups", in shares of d
 class Estimate:
     """A number with its interval; a format goes for all three of its numbers, and powers of ten are written out.
 
+    An interval without width, as of one window, is not written, and a NaN is "undefined".
+
     Attributes:
         point: the statistic on all prompts.
         low, high: ends of the interval.
@@ -30,6 +33,8 @@ class Estimate:
         0.950 [0.900, 0.970]
         >>> f"{Estimate(0.95, 0.9, 0.97):.0%}", f"{Estimate(674.1, 243.2, 1850.0):.3g}"
         ('95% [90%, 97%]', '674 [243, 1,850]')
+        >>> f"{Estimate(0.5, 0.5, 0.5):.2f}", f"{Estimate(math.nan, math.nan, math.nan):.2f}"
+        ('0.50', 'undefined')
     """
 
     point: float
@@ -37,10 +42,12 @@ class Estimate:
     high: float
 
     def __format__(self, spec: str) -> str:
+        if math.isnan(self.point):
+            return "undefined"
         texts = [without_minus(format(number, spec or ".3f")) for number in (self.point, self.low, self.high)]
         numbers = zip(texts, (self.point, self.low, self.high), strict=True)
         point, low, high = (f"{number:,.0f}" if "e+" in text else text for text, number in numbers)
-        return f"{point} [{low}, {high}]"
+        return point if self.low == self.high else f"{point} [{low}, {high}]"
 
     def __str__(self) -> str:
         return format(self)

@@ -1,6 +1,7 @@
 """The command `staterank`, as a shell calls it."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from staterank_utils import cli, load_model
+from staterank_utils import cli, load_model, tracing
 from staterank_utils.spectra import effective_rank
 from staterank_utils.tasks import domain_prompts
 from staterank_utils.tracing import trace_states
@@ -62,7 +63,7 @@ def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
         (["trace", "MODEL", "--text", "none.txt"], "none.txt"),
         (["trace", "MODEL", "--text", "prse"], "unknown domain 'prse': choose from"),
         (["trace", "MODEL", "--out", "."], "is a folder"),
-        (["trace", "MODEL", "--text", "short.txt"], "too few for 4 prompts of 512"),
+        (["trace", "MODEL", "--text", "short.txt"], "too few for 4 prompts of 512: lower --prompts or --tokens"),
         (["trace", "MODEL", "--device", "cuda:99"], "'cuda:99' is not there"),
         (["prune", "MODEL", "--share", "2", "--out", "new"], "between 0 and 1, got 2.0"),
         (["prune", "MODEL", "--out", "short.txt"], "is there already"),
@@ -85,6 +86,26 @@ def test_bad_input_is_told_in_a_line(words: list[str], reason: str, tiny: Path, 
     assert done.stderr.count("staterank: ") == 1
     assert "Traceback" not in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("load", "no room for the weights of .*: .*--dtype bfloat16, .*--device auto"),
+        ("read", "take shorter prompts .*--dtype bfloat16"),
+    ],
+)
+def test_a_gpu_that_is_full_says_what_to_lower(
+    where: str, reason: str, tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    place = (torch.nn.Module, "to") if where == "load" else (tracing, "_trace_batch")
+    monkeypatch.setattr(*place, full)
+    done = RUN.invoke(cli.app, ["trace", str(tiny), "--device", "cpu"])
+    assert done.exit_code == 1
+    assert re.search(reason, done.stderr), done.stderr
 
 
 def test_a_rule_that_does_not_exist_is_named_with_those_that_do(tiny: Path) -> None:

@@ -17,7 +17,7 @@ from staterank_utils.report import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
-TAGS = {"parameters", "remove-cell", "hide-input"}
+TAGS = {"parameters", "remove-cell", "hide-input", "of-the-book"}
 
 
 def cells(source: Path, kind: str) -> list:
@@ -35,7 +35,11 @@ def test_a_notebook_is_the_image_of_its_source_without_outputs(source: Path) -> 
 
 
 def test_every_page_opens_with_a_question_its_answer_and_its_verdicts(source: Path) -> None:
-    first, last = (cells(source, "markdown")[i].source for i in (0, -1))
+    texts = cells(source, "markdown")
+    first, last = (
+        texts[0].source,
+        [cell.source for cell in texts if "of-the-book" not in cell.metadata.get("tags", [])][-1],
+    )
     assert first.splitlines()[0].startswith("# ")
     assert first.splitlines()[0].endswith("?")
     assert "{glue:text}`answer`" in first

@@ -1,5 +1,6 @@
 """A report on a model, and what a stop leaves behind."""
 
+import html
 import json
 import os
 import re
@@ -42,6 +43,9 @@ def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path)
     page = (made / "notebooks" / f"{CHAPTER}.html").read_text()
     assert "Do heads fall into two groups?" in page
     assert "/book/ladder.html" not in page
+    assert f'model = "{tiny.name}"' in html.unescape(re.sub(r"<[^>]+>", "", page))
+    for words in ("hybrid, pure", "papermill notebooks", "the embedded"):  # what the book says of its own models
+        assert words not in page, words
     for text in (first, page):
         assert str(tiny.parent) not in text  # it says nothing of the machine
         for link in re.findall(r'(?:href|src)="([^"#?:]+)', text):

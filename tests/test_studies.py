@@ -210,7 +210,7 @@ def test_a_model_of_which_nothing_is_stored_is_measured_whole(
     found = repeated.repeat_removal("OWNER/NAME", hybrid, draw_texts(tokenizer, n_windows=1, window=64), sizes=FEW)
     assert found.shown is found.live
     assert found.curves(MODEL, [LOW])[1] is None
-    assert found.source("x") == "x was measured by this run on 1 windows of each text."
+    assert found.source("x") == "x was measured by this run, 1 window of each text."
 
 
 def of_two_heads(decays: list[float]) -> Groups:
@@ -324,4 +324,4 @@ def test_recall_that_is_another_stops_the_build() -> None:
     recall = measured.recall
     live = replace(recall, gains={"intact": recall.gains["intact"] + 1})
     with pytest.raises(ValueError, match="gains of hybrid differ by 1"):
-        RepeatedRecall(recall, live, "0", content["provenance"]).check("hybrid")
+        RepeatedRecall(recall, live, "0", content["provenance"], measured.removal).check("hybrid")

@@ -33,16 +33,14 @@ from staterank_utils.studies.groups import (
     measure_turning,
     shares,
 )
-from staterank_utils.studies.recall import GAPS, Recall, measure_recall
+from staterank_utils.studies.recall import GAPS, Recall, RecallWithout, measure_recall, without_heads
 from staterank_utils.studies.removal import (
     HIGH,
     JOINT,
     LAYERS,
     LOW,
     MODEL,
-    POSITION_DOSES,
     PROTECTED,
-    RANDOM,
     SCHEMES,
     Removal,
     Sizes,
@@ -469,37 +467,6 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
 # ---------------------------------------------------------------- over models
 
 
-@dataclass(frozen=True)
-class RecallWithout:
-    """What a model still recalls without a part of its heads, layer by layer the same number; nats per token.
-
-    Attributes:
-        name: of the model.
-        shares: of the heads of every layer that were removed, increasing.
-        intact: gain with all heads.
-        gain: "low rank", "high rank" -> gain without them, one per share.
-        random: gains without as many random heads, (share, draw).
-        added: "low rank", "high rank", "random" -> added nats on text that is read once, one per share.
-
-    Example:
-        >>> found = recall_without([load_measured("hybrid-text-0")[0]])[0]
-        >>> found.shares, bool(found.gain["low rank"][0] < found.random[0].min())
-        ((0.125, 0.25, 0.375), True)
-    """
-
-    name: str
-    shares: tuple[float, ...]
-    intact: float
-    gain: Mapping[str, NDArray[np.float64]]
-    random: NDArray[np.float64]
-    added: Mapping[str, NDArray[np.float64]]
-
-    @property
-    def recalls(self) -> bool:
-        """Whether there is recall to lose: the intact gain is at least the registered one of C6."""
-        return bool(self.intact >= claims.SECOND["C6"].numbers["gain"])
-
-
 def recall_without(models: Iterable[Measured]) -> list[RecallWithout]:
     """Recall of measured models without some heads of every layer.
 
@@ -510,55 +477,7 @@ def recall_without(models: Iterable[Measured]) -> list[RecallWithout]:
         >>> round(recall_without([load_measured("hybrid-text-1")[0]])[0].intact, 1)
         0.6
     """
-    found = []
-    for measured in models:
-        recall, removal = measured.recall, measured.removal
-        shares = tuple(share for share in map(float, POSITION_DOSES) if f"{LOW}, {share:.1%}, {LAYERS}" in recall.gains)
-
-        def gains(order: str, recall: Recall = recall, shares: tuple[float, ...] = shares) -> NDArray[np.float64]:
-            return np.array([recall.gain(f"{order}, {share:.1%}, {LAYERS}").point for share in shares])
-
-        n_draws = sum(label.startswith(RANDOM) for label in recall.removal_labels()) // len(shares)
-        added = {
-            order: np.array([removal.added(LAYERS, order, share).mean() for share in shares]) for order in (LOW, HIGH)
-        }
-        added[RANDOM] = np.array([removal.draws(LAYERS, share)[:n_draws].mean() for share in shares])
-        found.append(
-            RecallWithout(
-                measured.name, shares, recall.gain().point, {order: gains(order) for order in (LOW, HIGH)},
-                np.stack([gains(f"{RANDOM} {draw}") for draw in range(n_draws)], 1), added,
-            )
-        )  # fmt: skip
-    return found
-
-
-def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> str:
-    """The heads that the recall of a model needs, in a sentence.
-
-    Args:
-        name: as the sentence calls it.
-        found: of the model.
-        share: of the heads of every layer.
-
-    Example:
-        >>> print(recall_in_words("pure", recall_without([load_measured("pure-text-0")[0]])[0]))
-        pure hardly recalls: its gain from reading a text twice is -0.01 nats per token.
-    """
-    if not found.recalls:
-        return f"{name} hardly recalls: its gain from reading a text twice is {found.intact:.2f} nats per token."
-    at = found.shares.index(share)
-    low, high, random = found.gain[LOW][at], found.gain[HIGH][at], found.random[at]
-    who = (
-        "heads of low rank"
-        if low < min(high, random.min())
-        else "heads of high rank"
-        if high < min(low, random.min())
-        else "no group alone"
-    )
-    return (
-        f"{name}'s recall needs {who}. Without {share:.0%} of the heads of every layer, its gain from reading a text twice goes from "
-        f"{found.intact:.2f} nats per token to {low:.2f} (lowest ranks), {high:.2f} (highest) or {random.mean():.2f} (random)."
-    )
+    return [without_heads(of.name, of.recall, of.removal) for of in models]
 
 
 def recall_over_models(found: Iterable[RecallWithout], *, share: float = 0.25) -> str:

@@ -19,7 +19,7 @@ from staterank_utils.strata import Estimate, bootstrap, cohen_kappa, is_high
 from staterank_utils.studies.groups import Groups, Row, trace_heads
 from staterank_utils.studies.removal import HIGH, LAYERS, LOW, POSITION_DOSES, RANDOM, Removal
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
-from staterank_utils.surgery import ablate_heads
+from staterank_utils.surgery import Head, ablate_heads
 from staterank_utils.tasks import domain_prompts
 
 GAPS = (16, 64, 256, 512, 1024)  # tokens of a copy, and so the distance that is looked back
@@ -192,6 +192,27 @@ def _capped(model: PreTrainedModel, caps: Sequence[int]) -> dict[str, Callable[[
     return {INTACT: nullcontext} | {f"cap {cap}": partial(cap_half_life, model, cap) for cap in caps}
 
 
+def recall_arms(removal: Removal) -> dict[str, list[Head]]:
+    """The arms whose recall is measured: those at `POSITION_DOSES`, of random orders the first four.
+
+    Args:
+        removal: of a model.
+
+    Returns:
+        Label -> the heads that are removed.
+
+    Example:
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> len(recall_arms(load_measured("hybrid-text-0")[0].removal)["low rank, 25.0%, layer-matched"])
+        36
+    """
+    return {
+        arm.label: [removal.heads[index] for index in arm.heads]
+        for arm in removal.arms
+        if arm.share in map(float, POSITION_DOSES) and (arm.order != RANDOM or arm.draw < 4)
+    }
+
+
 def measure_recall(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -222,11 +243,7 @@ def measure_recall(
         >>> load_measured("hybrid-text-0")[0].recall.gains["intact"].shape  # of 5 gaps and 8 windows of each text
         (5, 16)
     """
-    arms = {
-        arm.label: [removal.heads[index] for index in arm.heads]
-        for arm in removal.arms
-        if arm.share in map(float, POSITION_DOSES) and (arm.order != RANDOM or arm.draw < 4)
-    }
+    arms = recall_arms(removal)
     capped = measure_caps(model, tokenizer, texts, gaps=gaps, n_prompts=n_prompts, n_tokens=groups.n_tokens, seed=seed)
     gains, task_nats = dict(capped.gains), {}
     blocks = _capped(model, CAPS)
@@ -247,3 +264,98 @@ def measure_recall(
         for name, task in tasks.items()
     }
     return replace(capped, gains=gains, scores=scores, task_nats=task_nats)
+
+
+# ---------------------------------------------------------------- without heads
+
+
+@dataclass(frozen=True)
+class RecallWithout:
+    """What a model still recalls without a part of its heads, layer by layer the same number; nats per token.
+
+    Attributes:
+        name: of the model.
+        shares: of the heads of every layer that were removed, increasing.
+        intact: gain with all heads.
+        gain: "low rank", "high rank" -> gain without them, one per share.
+        random: gains without as many random heads, (share, draw).
+        added: "low rank", "high rank", "random" -> added nats on text that is read once, one per share.
+
+    Example:
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> measured, _ = load_measured("hybrid-text-0")
+        >>> found = without_heads("hybrid", measured.recall, measured.removal)
+        >>> found.shares, bool(found.gain["low rank"][0] < found.random[0].min())
+        ((0.125, 0.25, 0.375), True)
+    """
+
+    name: str
+    shares: tuple[float, ...]
+    intact: float
+    gain: Mapping[str, NDArray[np.float64]]
+    random: NDArray[np.float64]
+    added: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def recalls(self) -> bool:
+        """Whether there is recall to lose: the intact gain is at least the registered one of C6."""
+        return bool(self.intact >= claims.SECOND["C6"].numbers["gain"])
+
+
+def without_heads(name: str, recall: Recall, removal: Removal) -> RecallWithout:
+    """What a model recalls without some heads of every layer, of those shares that were measured.
+
+    Args:
+        name: of the model.
+        recall: with the gains of the arms of `removal`, from `measure_recall` or `gains_without`.
+        removal: of the same model.
+
+    Example:
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> measured, _ = load_measured("hybrid-text-1")
+        >>> round(without_heads("hybrid", measured.recall, measured.removal).intact, 1)
+        0.6
+    """
+    shares = tuple(share for share in map(float, POSITION_DOSES) if f"{LOW}, {share:.1%}, {LAYERS}" in recall.gains)
+    n_draws = sum(label.startswith(RANDOM) for label in recall.removal_labels()) // len(shares)
+
+    def gains(order: str) -> NDArray[np.float64]:
+        return np.array([recall.gain(f"{order}, {share:.1%}, {LAYERS}").point for share in shares])
+
+    added = {order: np.array([removal.added(LAYERS, order, share).mean() for share in shares]) for order in (LOW, HIGH)}
+    added[RANDOM] = np.array([removal.draws(LAYERS, share)[:n_draws].mean() for share in shares])
+    return RecallWithout(
+        name, shares, recall.gain().point, {order: gains(order) for order in (LOW, HIGH)},
+        np.stack([gains(f"{RANDOM} {draw}") for draw in range(n_draws)], 1), added,
+    )  # fmt: skip
+
+
+def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> str:
+    """The heads that the recall of a model needs, in a sentence.
+
+    Args:
+        name: as the sentence calls it.
+        found: of the model.
+        share: of the heads of every layer.
+
+    Example:
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> measured, _ = load_measured("pure-text-0")
+        >>> print(recall_in_words("pure", without_heads("pure", measured.recall, measured.removal)))
+        pure hardly recalls: its gain from reading a text twice is -0.01 nats per token.
+    """
+    if not found.recalls:
+        return f"{name} hardly recalls: its gain from reading a text twice is {found.intact:.2f} nats per token."
+    at = found.shares.index(share)
+    low, high, random = found.gain[LOW][at], found.gain[HIGH][at], found.random[at]
+    who = (
+        "heads of low rank"
+        if low < min(high, random.min())
+        else "heads of high rank"
+        if high < min(low, random.min())
+        else "no group alone"
+    )
+    return (
+        f"{name}'s recall needs {who}. Without {share:.0%} of the heads of every layer, its gain from reading a text twice goes from "
+        f"{found.intact:.2f} nats per token to {low:.2f} (lowest ranks), {high:.2f} (highest) or {random.mean():.2f} (random)."
+    )

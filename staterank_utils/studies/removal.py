@@ -491,6 +491,13 @@ class Removal:
         """Added nats of several orders at the doses nearest to a share, as "order number, order number"."""
         return ", ".join(f"{order} {self.near(scheme, order, share):.2f}" for order in orders)
 
+    def ruin_in_words(self, scheme: str, order: str, share: float) -> str:
+        """Whether the model still reads better than a unigram model at the dose nearest to a share."""
+        if self.ruin < 0:
+            return "with all heads the model is worse than token frequencies already"
+        worse = "worse" if self.near(scheme, order, share).point > self.ruin else "better"
+        return f"at {share:.1%} the model is {worse} than token frequencies"
+
     def undone_in_words(self, keep: float) -> str:
         """Share of the damage that keeping a part of each group of C7 undoes, as "number (group), number (group)"."""
         row = [0.0, *map(float, claims.SECOND["C7"].numbers["keeps"])].index(keep)

@@ -22,7 +22,7 @@ from staterank_utils.studies.groups import (
     measure_turning,
 )
 from staterank_utils.studies.ladder import LADDER, Measured, load_measured
-from staterank_utils.studies.recall import Recall, induction_gains, measure_caps
+from staterank_utils.studies.recall import Recall, induction_gains, measure_caps, recall_arms
 from staterank_utils.studies.removal import HIGH, LAYERS, LOW, RANDOM, Removal, Sizes, measure_removal
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, draw_texts
 from staterank_utils.surgery import ablate_heads
@@ -35,8 +35,14 @@ def _where(made: Mapping[str, Any]) -> str:
     return f"on {made['device']} ({made['date'][:10]}, commit {made['commit'][:7]})"
 
 
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 AGREE = 0.8  # share of live intervals that must hold the stored value, and of labels that must be the same
 CLOSE = 0.05  # nats per token, by which losses on the same windows may differ
+# What chapter 5 removes from a model of which nothing is stored.
+QUARTER = Sizes((LOW, HIGH), (0.25,), 4, n_chance=0, n_within=0, within_windows=0, n_groups=0, secondary=False, schemes=(LAYERS,))  # fmt: skip
 
 
 def stored_on(model: str) -> tuple[Measured, dict[str, Any]] | None:
@@ -281,7 +287,7 @@ class RepeatedRemoval(Repeated[Removal]):
     Example:
         >>> removal = load_measured("hybrid-text-0")[0].removal
         >>> RepeatedRemoval(removal, removal, "0", None).source("hybrid")
-        'hybrid was measured by this run on 16 windows of each text.'
+        'hybrid was measured by this run, 16 windows of each text.'
     """
 
     def curves(self, scheme: str, orders: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -310,10 +316,10 @@ class RepeatedRemoval(Repeated[Removal]):
     def source(self, name: str) -> str:
         """Where the shown numbers come from, in words."""
         if self.made is None:
-            return f"{name} was measured by this run on {self.live.n_windows} windows of each text."
+            return f"{name} was measured by this run, {_several(self.live.n_windows, 'window')} of each text."
         n_arms, difference = self.live.repeated(self.shown)
         return (
-            f"{name} was measured on {self.shown.n_windows} windows of each text {_where(self.made)}. "
+            f"{name} was measured on {_several(self.shown.n_windows, 'window')} of each text {_where(self.made)}. "
             f"This run repeated {n_arms} arms on {self.live.n_windows} of them: no loss on books differs "
             f"by more than {difference:.0e} nats per token."
         )
@@ -353,14 +359,20 @@ def repeat_removal(name: str, model: PreTrainedModel, texts: Texts, *, sizes: Si
 # ---------------------------------------------------------------- recall
 
 
+@dataclass(frozen=True)
 class RepeatedRecall(Repeated[Recall]):
     """The recall of a model, stored and measured again.
 
+    Attributes:
+        removal: losses without the heads that recall was measured without, stored or of this run.
+
     Example:
-        >>> recall = load_measured("hybrid-text-0")[0].recall
-        >>> RepeatedRecall(recall, recall, "0", None).source("hybrid")
-        'hybrid was measured by this run on 8 copies of each text.'
+        >>> measured, _ = load_measured("hybrid-text-0")
+        >>> RepeatedRecall(measured.recall, measured.recall, "0", None, measured.removal).source("hybrid")
+        'hybrid was measured by this run, 8 passages of each text.'
     """
+
+    removal: Removal
 
     def difference(self) -> float:
         """The largest difference of a gain from the stored one on the same copy of books, nats per token."""
@@ -394,9 +406,9 @@ class RepeatedRecall(Repeated[Recall]):
         """Where the shown numbers come from, in words."""
         n_copies, live = (of.gains["intact"].shape[1] // len(LOSS_TEXTS) for of in (self.shown, self.live))
         if self.made is None:
-            return f"{name} was measured by this run on {live} copies of each text."
+            return f"{name} was measured by this run, {_several(live, 'passage')} of each text."
         return (
-            f"{name} was measured on {n_copies} copies of each text {_where(self.made)}. "
+            f"{name} was measured on {_several(n_copies, 'passage')} of each text {_where(self.made)}. "
             f"This run repeated {len(self.live.gains)} arms on {live} of them: no gain on books differs by more "
             f"than {self.difference():.0e} nats per token."
         )
@@ -414,7 +426,9 @@ def repeat_recall(
     gaps: Sequence[int],
     seed: int = 0,
 ) -> RepeatedRecall:
-    """Measure what caps on half-lives take from recall, and a quarter of the heads, beside what is stored of a model's weights.
+    """Measure what caps on half-lives take from recall, and a quarter of the heads of every layer, beside what is stored of a model's weights.
+
+    Of a model of which nothing is stored, random heads are removed as well, in four draws.
 
     Args:
         name: as it was given to `load_model`.
@@ -438,17 +452,15 @@ def repeat_recall(
         model, tokenizer, texts, caps=caps, gaps=gaps, n_prompts=n_prompts, n_tokens=n_tokens, seed=seed
     )
     stored = None if seed else stored_on(name)
-    if stored is None:
-        return RepeatedRecall(live, live, "?", None)
-    measured, content = stored
-    removal, gains = measured.removal, dict(live.gains)
-    for arm in removal.arms:
-        if (
-            (arm.scheme, arm.share) == (LAYERS, 0.25)
-            and arm.order in (LOW, HIGH)
-            and arm.label in measured.recall.gains
-        ):
-            with ablate_heads(model, [removal.heads[index] for index in arm.heads]):
-                gains[arm.label] = induction_gains(model, texts, gaps)
+    removal = stored[0].removal if stored else measure_removal(model, texts, name=name, sizes=QUARTER)
+    quarter = [f"{order}, {share:.1%}, {LAYERS}" for order in (LOW, HIGH) for share in QUARTER.shares or ()]
+    gains = dict(live.gains)
+    for label, heads in recall_arms(removal).items():
+        if label in quarter or not stored:
+            with ablate_heads(model, heads):
+                gains[label] = induction_gains(model, texts, gaps)
     live = replace(live, gains=gains)
-    return RepeatedRecall(measured.recall, live, f"{measured.training['seed']}", content["provenance"])
+    if stored is None:
+        return RepeatedRecall(live, live, "?", None, removal)
+    measured, content = stored
+    return RepeatedRecall(measured.recall, live, f"{measured.training['seed']}", content["provenance"], removal)
