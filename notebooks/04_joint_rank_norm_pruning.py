@@ -192,15 +192,12 @@ Markdown(markdown.markdown_table(HEAD, rows))
 #
 # A removed head computes what an ablated one does: the largest difference of any logit is {glue:text}`same`.
 
-# %% mystnb={"figure": {"caption": "Added nats against the share of the state removed, four ways to shrink it, this run. The band is the 95 % interval of the joint score over windows.", "name": "fig-channels"}, "image": {"alt": "Rising curves of added nats for the joint score, rank alone, key channels and both, one panel per model."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Added nats where the state is made smaller, in four ways, this run; lower is better. Intervals over windows, where there are several.", "name": "fig-channels"}, "image": {"alt": "Dots of added nats for the joint score, rank alone, key channels and both, one panel per model. In the embedded models key channels cost least and the joint score most."}} tags=["hide-input"]
 for name, ax in plotting.model_panels(run.models).items():
-    costs = shrunk[name].added
-    shares = [0.0, *next(iter(costs.values()))]
-    nothing = np.zeros_like(next(iter(next(iter(costs.values())).values())))
-    curves = {
-        m: [over_texts(nats) for nats in (nothing, *of.values())] for m, of in costs.items()
+    methods = {
+        m: {x: over_texts(nats) for x, nats in of.items()} for m, of in shrunk[name].added.items()
     }
-    plotting.plot_methods(ax, shares, curves)
+    plotting.plot_methods(ax, methods)
     ax.set_ylabel("added nats per token")
 plotting.legend_above(ax.figure)
 costs = {

@@ -176,7 +176,9 @@ def figure_data(figure: Figure) -> list[dict[str, Any]]:
 def _of_lines(ax: Axes) -> Iterator[dict[str, Any]]:
     for line in ax.lines:
         label = str(line.get_label())
-        for x, y in np.asarray(line.get_xydata()).tolist():
+        for x, y in zip(
+            *(np.asarray(data).tolist() for data in (line.get_xdata(orig=True), line.get_ydata(orig=True))), strict=True
+        ):
             yield {"series": "" if label.startswith("_") else label, "x": x, "y": y}
 
 
@@ -466,7 +468,7 @@ def plot_thresholds(ax: Axes, curves: Mapping[float, NDArray], *, registered: fl
 
 
 def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.bool_]) -> None:
-    """One column of heads per kind of input, r/d upwards; marks are by the label given, columns spread for legibility.
+    """One column of heads per kind of input, r/d upwards; marks are by the label given, high ones on the left and low ones on the right.
 
     Args:
         ax: where to draw.
@@ -479,7 +481,7 @@ def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.boo
         >>> [label.get_text() for label in ax.get_xticklabels()], [line.get_ydata().item() for line in ax.lines]
         (['prose', 'code'], [0.9, 0.1, 0.8, 0.2])
     """
-    spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(high))
+    spread = np.random.default_rng(0).uniform(0.04, 0.36, len(high)) * np.where(high, -1, 1)
     for column, relative in enumerate(values.values()):
         plot_head_pairs(ax, column + spread, relative, high, xlabel="", ylabel="effective rank r / d")
     ax.set_xticks(range(len(values)), list(values), rotation=20)
@@ -574,7 +576,7 @@ def plot_agreement(ax: Axes, matrix: NDArray, labels: Sequence[str], *, title: s
     """
     hidden = np.triu(np.ones_like(matrix, dtype=bool), k=1)
     sns.heatmap(
-        matrix, mask=hidden, ax=ax, vmin=-0.2, vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws={"fontsize": "x-small"},
+        matrix.round(2) + 0.0, mask=hidden, ax=ax, vmin=-0.2, vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws={"fontsize": "x-small"},
         square=True, cbar=False, xticklabels=labels, yticklabels=labels,
     )  # fmt: skip
     ax.set_title(title, fontsize="medium")
@@ -606,43 +608,26 @@ def plot_with_band(
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def plot_methods(ax: Axes, shares: Sequence[float], methods: Mapping[str, Sequence[Estimate]]) -> None:
-    """Something against the share of the state that is removed, one curve per method, told apart by mark and dash as well as colour.
+def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> None:
+    """What each method costs: a dot per share of the state that is removed, with its interval.
 
     Args:
         ax: where to draw.
-        shares: 0..1, increasing.
-        methods: label -> estimates, one for each share, at most six methods; the band of the first alone is drawn.
-
-    Raises:
-        ValueError: more methods than can be told apart.
+        methods: label -> share, 0..1 -> estimate; the same shares for each.
 
     Example:
-        >>> ax, flat = Figure().subplots(), [Estimate(1.0, 0.9, 1.0), Estimate(0.5, 0.4, 0.6)]
-        >>> _ = ax.axhline(1)  # what is drawn already does not matter
-        >>> plot_methods(ax, [0.0, 0.389], {"joint": flat, "random": flat})
-        >>> [line.get_marker() for line in ax.lines[1:]], len(ax.collections), ax.get_xlabel()
-        (['o', 's'], 1, 'share of the state removed, %')
+        >>> ax = Figure().subplots()
+        >>> plot_methods(ax, {"joint": {0.389: Estimate(1.0, 0.9, 1.1)}, "random": {0.389: Estimate(0.5, 0.4, 0.6)}})
+        >>> ax.lines[0].get_xdata(orig=True).tolist(), ax.lines[-1].get_label()
+        (['joint', 'random'], '95 % interval')
     """
-    looks = list(zip(("o", "s", "^", "v", "D", "P"), ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))), strict=True))
-    if len(methods) > len(looks):
-        raise ValueError(f"{len(methods)} curves cannot be told apart: at most {len(looks)}, draw the others elsewhere")
-    for which, ((label, estimates), (marker, dash)) in enumerate(zip(methods.items(), looks, strict=False)):
-        x = [100 * share for share in shares]
-        [line] = ax.plot(x, [e.point for e in estimates], marker=marker, linestyle=dash, markersize=5, label=label)
-        if which == 0:
-            ax.fill_between(
-                x,
-                [e.low for e in estimates],
-                [e.high for e in estimates],
-                color=line.get_color(),
-                alpha=0.2,
-                linewidth=0,
-            )
-    ax.set(xlabel="share of the state removed, %")
-    ax.set_xticks(
-        [100 * share for share in shares], [f"{100 * share:.3g}" for share in shares], fontsize="small", rotation=45
-    )
+    for share, marker in zip(next(iter(methods.values())), ("o", "s", "^", "D"), strict=False):
+        points = [of[share].point for of in methods.values()]
+        ax.plot(list(methods), points, marker, markersize=7, label=f"{share:.1%} of the state removed")
+    for method, of in methods.items():
+        for estimate in of.values():
+            ax.plot([method, method], [estimate.low, estimate.high], color="0.4", linewidth=1.5, zorder=0, label="95 % interval")  # fmt: skip
+    ax.margins(x=0.15)
 
 
 def plot_added(
