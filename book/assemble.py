@@ -185,7 +185,7 @@ def main() -> None:
         "tiles_ladder": home.ladder_tiles(stored | {name: content["rows"] for name, content in first_pair().items()}),
         "ladder_answer": f"**{home.ladder_answer(stored)}**",
         "tiles_legend": home.legend(),
-        "answers": home.answers(stage / "results"),
+        "answers": f"{home.answers(stage / 'results')}\n- {{doc}}`ladder` {home.ladder_answer(stored)}",
         "overview": markdown.overview_table(stage / "results", EMBEDDED),
         "registered": markdown.registered_table(),
         "preamble": claims.PREAMBLE,
