@@ -180,9 +180,12 @@ def main() -> None:
             archive.write(source, source.name)
     (stage / "book" / "_static" / "vega.js").write_text(interactive.bundle(), encoding="utf-8")
     stored = {name: content["rows"] for name, (_, content) in stored_models().items()}
+    of_first_pair = {name: content["rows"] for name, content in first_pair().items()}
     generated = {
-        "tiles": home.home_tiles(stage / "results", EMBEDDED, home.ladder_verdicts(stored, over_models())),
-        "tiles_ladder": home.ladder_tiles(stored | {name: content["rows"] for name, content in first_pair().items()}),
+        "tiles": home.home_tiles(
+            stage / "results", EMBEDDED, home.ladder_verdicts(stored | of_first_pair, over_models())
+        ),
+        "tiles_ladder": home.ladder_tiles(stored | of_first_pair),
         "ladder_answer": f"**{home.ladder_answer(stored)}**",
         "tiles_legend": home.legend(),
         "answers": f"{home.answers(stage / 'results')}\n- {{doc}}`ladder` {home.ladder_answer(stored)}",

@@ -15,12 +15,14 @@ FINDINGS = (
     ("Heads fall into two groups", "01_stratification", "C1"),
     ("Their order is kept over time", "02_input_invariance", "C2"),
     ("Groups do not depend on natural input", "02_input_invariance", "C3"),
-    ("Rank matters beyond the choice of layers", "03_ablation_asymmetry", "C4b"),
+    ("Low-rank heads are needed more, by scores on tasks", "03_ablation_asymmetry", "C4"),
+    ("Rank matters beyond the choice of layers, by losses", "03_ablation_asymmetry", "C4b"),
     ("High-rank heads are redundant with each other", "03_ablation_asymmetry", "C7"),
     ("Long memory is spare where attention recalls", "05_memory_and_recall", "C6"),
     ("A hybrid recalls with its heads of lowest rank", "05_memory_and_recall", "C11"),
     ("The paper's score prunes better than chance", "04_joint_rank_norm_pruning", "C5a"),
 )
+PAPERS = ("C1", "C2", "C3", "C4")  # claims that are findings of the paper; the others are tests that the book added
 WORDS = {"holds": "yes", "partly": "in part", "fails": "no", "open": "open"}
 ORDER = tuple(dict.fromkeys(notebook for _, notebook, _ in FINDINGS))  # of the chapters
 
@@ -77,14 +79,15 @@ def home_tiles(results: Path, models: Sequence[str], ladder: Mapping[str, Sequen
     rows = []
     for finding, notebook, key in FINDINGS:
         link = f"../notebooks/{notebook}.html"
-        cells = [f'<th scope="row"><a href="{link}">{escape(finding)}</a></th>']
+        whose = "paper" if key in PAPERS else "ours"
+        cells = [f'<th scope="row"><a href="{link}">{escape(finding)}</a></th>', f"<td>{whose}</td>"]
         for model in models:
             where = (key, model) if (key, model) in known else (key, both)
             why = f"fewer than {ENOUGH_SEEDS} training seeds" if where in known else NOT_MEASURED
             cells.append(tile(known.get(where), f"{link}#verdicts", about=f"{finding}, {model}", otherwise=why))
         cells.append(f'<td><a class="count" href="ladder.html">{counted(ladder.get(key, ()))}</a></td>')
         rows.append(cells)
-    return table(("finding", *models, "ladder"), rows)
+    return table(("claim", "whose", *models, "ladder"), rows)
 
 
 def ladder_verdicts(

@@ -297,6 +297,8 @@ def ladder_tables() -> dict[str, str]:
         "ladder_over": brief_table(over_models()),
         "ladder_decides": _what_decides(),
         "ladder_direction": _of_direction(),
+        "ladder_mastering": _mastering(),
+        "ladder_tasks": _of_tasks(),
         "ladder_beyond": _beyond_layers(),
         "ladder_still": _without_decay(),
         "ladder_inherited": _inherited(),
@@ -310,6 +312,28 @@ def ladder_tables() -> dict[str, str]:
         "ladder_repeats": _repeats(data),
         "ladder_capped": _capped(),
     }
+
+
+def _of_tasks() -> str:
+    """What training on tasks does to the two groups of hybrids, beside what C1e looks at, in sentences."""
+    by_name = designs()
+    of_data = {data: [shares(of.groups["end"]) for of in by_name[f"hybrid-{data}"]] for data in ("text", "tasks63")}
+    outside, two = (
+        {data: np.mean([each[key] for each in of]) for data, of in of_data.items()} for key in ("outside", "two groups")
+    )
+    return (
+        f"C1e judges the share outside: {outside['text']:.2f} in hybrids trained on text, {outside['tasks63']:.2f} in those trained with tasks (means over "
+        f"seeds). Their two-group shares are {two['text']:.2f} and {two['tasks63']:.2f}."
+    )
+
+
+def _mastering() -> str:
+    """On which models the claims about tasks could be tested, in sentences."""
+    names = [f"`{name}`" for name, of in _measured().items() if len(ladder.mastered(of.recall.scores)) > 1]
+    return (
+        "C4, C4a and C5 are about tasks: a model that masters fewer than two cannot be tested. Of the ladder these master at least two: "
+        f"{', '.join(names) or 'none'}. On them the claims could be tested, and were not yet. They were tested on the pair of 9 million parameters, in the last two rows."
+    )
 
 
 def _by_model(data: Mapping[str, Mapping[str, Any]], registered: Iterable[str]) -> str:
@@ -396,10 +420,15 @@ def _signs() -> str:
     for scheme in SCHEMES:
         cells = []
         for kind in ("hybrid", "pure"):
-            areas = [of.removal.area(scheme) for name, of in _measured().items() if name.startswith(kind)]
-            cells.append(f"{sum(area < 0 for area in areas)} of {len(areas)}")
+            areas = [of.removal.area_interval(scheme) for name, of in _measured().items() if name.startswith(kind)]
+            cells += [
+                f"{sum(area.point < 0 for area in areas)} of {len(areas)}",
+                f"{sum(area.high < 0 for area in areas)}",
+            ]
         rows.append((scheme, *cells))
-    return markdown_table(("models in which D is negative", "hybrid", "pure"), rows)
+    return markdown_table(
+        ("models in which D is negative", "hybrid", "with its interval", "pure", "with its interval"), rows
+    )
 
 
 def _recall(data: Mapping[str, Mapping[str, Any]]) -> str:

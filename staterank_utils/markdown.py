@@ -54,7 +54,7 @@ def verdict_table(rows: Iterable[Mapping[str, Any]]) -> str:
         statement, _, holds, paper = _printed(row["claim"])
         model, measured, verdict = _outcome(row)
         cells.append((f"**{row['claim']}** {statement}", model, verdict, measured, holds, paper))
-    return markdown_table(("claim", "model", "verdict", "measured", "holds if", "paper"), cells)
+    return markdown_table(("claim", "model", "verdict", "measured", "holds if", "paper, second-hand"), cells)
 
 
 def brief_table(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -134,9 +134,34 @@ class Groups:
         on_prose, *others = (is_high(self.rank[domain].mean(0), self.d) for domain in ("prose", *domains))
         return int(np.any([label != on_prose for label in others], 0).sum())
 
+    def least_with_prose(self, domains: Sequence[str]) -> float:
+        """The smallest Spearman of the heads' mean ranks on some kinds of input with those on prose; NaN where one is undefined."""
+        return float(
+            np.min([strata.spearman(self.rank[domain].mean(0), self.rank["prose"].mean(0)) for domain in domains])
+        )
+
     def half_life(self, domain: str = "prose") -> NDArray[np.float64]:
         """Tokens after which a state has fallen to half, (head,), by the mean log-decay over prompts; infinite without decay."""
         return half_lives_from(self.log_decay[domain].mean(0))
+
+    def filling(self, ranges: Sequence[tuple[float, float]] = ((4, 6), (10, 20), (40, 80))) -> str:
+        """Median r/d on prose of the heads whose half-lives lie in some ranges of tokens, in words; ranges without a head are left out."""
+        lives, relative = self.half_life(), self.relative("prose").mean(0)
+        inside = {(low, high): relative[(low <= lives) & (lives < high)] for low, high in ranges}
+        found = [f"{np.median(x):.2f} at {low:g} to {high:g} tokens" for (low, high), x in inside.items() if x.size]
+        return ", ".join(found) or "no head in the ranges"
+
+    def between(self) -> tuple[int, int]:
+        """How many heads have a mean rank on prose between 0.2 d and 0.8 d, and how many of these a half-life at which the law says so."""
+        low, high = self.around_gap()["window"]
+        relative, lives = self.relative("prose").mean(0), self.half_life()
+        there = (relative > strata.GAP[0]) & (relative < strata.GAP[1])
+        return int(there.sum()), int((there & (lives >= low) & (lives <= high)).sum())
+
+    def crossed(self, domains: Sequence[str]) -> int:
+        """How many heads have a mean rank under 0.2 d on one of these kinds of input and over 0.8 d on another."""
+        means = np.stack([self.relative(domain).mean(0) for domain in domains])
+        return int(((means < strata.GAP[0]).any(0) & (means > strata.GAP[1]).any(0)).sum())
 
     def around_gap(self) -> dict[str, tuple[float, ...]]:
         """Where half-lives on prose lie, in tokens.

@@ -480,6 +480,20 @@ def recall_without(models: Iterable[Measured]) -> list[RecallWithout]:
     return [without_heads(of.name, of.recall, of.removal) for of in models]
 
 
+def pure_direction(models: Iterable[Measured]) -> str:
+    """In how many pure models the lowest ranks cost more loss over the model, as the paper says, in words.
+
+    Args:
+        models: from `load_measured`.
+
+    Example:
+        >>> pure_direction([load_measured("pure-text-0")[0], load_measured("hybrid-text-0")[0]])
+        'in 1 of 1 pure models of the ladder the lowest ranks cost more, as the paper says'
+    """
+    areas = [of.removal.area(MODEL) for of in models if of.name.startswith("pure")]
+    return f"in {sum(area < 0 for area in areas)} of {len(areas)} pure models of the ladder the lowest ranks cost more, as the paper says"
+
+
 def recall_over_models(found: Iterable[RecallWithout], *, share: float = 0.25) -> str:
     """Which heads the models that recall do it with, in two sentences.
 
@@ -545,11 +559,14 @@ def later_hybrids(found: Iterable[RecallWithout]) -> str:
     if not later:
         return "No hybrid was measured since C11 was registered."
     [row] = recalling_heads(later)
-    share = claims.THIRD["C11"].numbers["share"]
+    share, least = (claims.THIRD["C11"].numbers[name] for name in ("share", "left"))
+    alone = {of.name: recalling_heads([of])[0]["verdict"] for of in later if of.recalls}
+    others = [name for name, verdict in alone.items() if verdict != claims.HOLDS]
     left = [f"{of.gain[LOW][of.shares.index(share)] / of.intact:.0%} ({of.name})" for of in later if of.recalls]
     return (
         f"C11, on the {len(left)} hybrids measured since: {row['verdict']}{row['note']}. Without the lowest ranks, the share of the "
-        f"gain that is left is {', '.join(left)}."
+        f"gain that is left is {', '.join(left)}. The rule asks for less than {least:.0%} and than any random draw leaves, and for more without the "
+        f"highest ranks than without random heads; it is not met in {', '.join(others) or 'none'}."
     )
 
 

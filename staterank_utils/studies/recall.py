@@ -17,7 +17,7 @@ from staterank_utils.evaluation import TASKS, answer_nats, evaluate, token_nats
 from staterank_utils.memory import cap_half_life
 from staterank_utils.strata import Estimate, bootstrap, cohen_kappa, is_high
 from staterank_utils.studies.groups import Groups, Row, trace_heads
-from staterank_utils.studies.removal import HIGH, LAYERS, LOW, POSITION_DOSES, RANDOM, Removal
+from staterank_utils.studies.removal import HIGH, LAYERS, LOW, POSITION_DOSES, PROTECTED, RANDOM, Removal
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
 from staterank_utils.surgery import Head, ablate_heads
 from staterank_utils.tasks import domain_prompts
@@ -25,6 +25,7 @@ from staterank_utils.tasks import domain_prompts
 GAPS = (16, 64, 256, 512, 1024)  # tokens of a copy, and so the distance that is looked back
 CAPS = (128, 64, 32, 16, 8)  # tokens
 INTACT = "intact"
+GAP = claims.SECOND["C6"].numbers["copy"]  # tokens of the copy that claims look at
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Recall:
             ValueError: the gap was not measured.
         """
         return over_texts(self._at(label, gap))
+
+    def by_distance(self) -> str:
+        """Gains of the intact model over each distance that was measured, in words."""
+        return ", ".join(f"{self.gain(gap=gap).point:.2f} over {gap} tokens" for gap in self.gaps)
 
     def taken(
         self, cap: int = claims.SECOND["C6"].numbers["cap"], gap: int = claims.SECOND["C6"].numbers["copy"]
@@ -330,6 +335,26 @@ def without_heads(name: str, recall: Recall, removal: Removal) -> RecallWithout:
     )  # fmt: skip
 
 
+def gains_protected(recall: Recall, *, share: float = 0.25) -> str:
+    """Gains without heads of layers other than layer 0, in words.
+
+    Args:
+        recall: with the gains of those arms.
+        share: of all heads.
+
+    Example:
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> gains_protected(load_measured("hybrid-text-0")[0].recall)[:24]
+        '0.02 without the lowest '
+    """
+    low, high = (recall.gain(f"{order}, {share:.1%}, {PROTECTED}").point for order in (LOW, HIGH))
+    labels = [
+        label for label in recall.gains if label.startswith(RANDOM) and label.endswith(f", {share:.1%}, {PROTECTED}")
+    ]
+    random = [recall.gain(label).point for label in labels]
+    return f"{low:.2f} without the lowest ranks, {high:.2f} without the highest, {min(random):.2f} to {max(random):.2f} without random heads"
+
+
 def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> str:
     """The heads that the recall of a model needs, in a sentence.
 
@@ -342,10 +367,10 @@ def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> 
         >>> from staterank_utils.studies.ladder import load_measured
         >>> measured, _ = load_measured("pure-text-0")
         >>> print(recall_in_words("pure", without_heads("pure", measured.recall, measured.removal)))
-        pure hardly recalls: its gain from reading a text twice is -0.01 nats per token.
+        pure hardly recalls: its gain from reading 512 tokens twice is -0.01 nats per token.
     """
     if not found.recalls:
-        return f"{name} hardly recalls: its gain from reading a text twice is {found.intact:.2f} nats per token."
+        return f"{name} hardly recalls: its gain from reading {GAP} tokens twice is {found.intact:.2f} nats per token."
     at = found.shares.index(share)
     low, high, random = found.gain[LOW][at], found.gain[HIGH][at], found.random[at]
     who = (
@@ -356,6 +381,6 @@ def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> 
         else "no group alone"
     )
     return (
-        f"{name}'s recall needs {who}. Without {share:.0%} of the heads of every layer, its gain from reading a text twice goes from "
+        f"{name}'s recall needs {who}. Without {share:.0%} of the heads of every layer, its gain from reading {GAP} tokens twice goes from "
         f"{found.intact:.2f} nats per token to {low:.2f} (lowest ranks), {high:.2f} (highest) or {random.mean():.2f} (random)."
     )

@@ -28,8 +28,8 @@ AREA = SIXTEENTHS[:4]  # over which D is taken
 MODEL, LAYERS, PROTECTED = "over the model", "layer-matched", "layer 0 protected"
 SCHEMES = (MODEL, LAYERS, PROTECTED)
 RANDOM = "random"
-LOW, HIGH, JOINT = "low rank", "high rank", "joint"
-ORDERS = (LOW, HIGH, "slow decay", "fast decay", "large norm", "small norm", JOINT, "joint, norm inverted")
+LOW, HIGH, JOINT, INVERTED = "low rank", "high rank", "joint", "joint, norm inverted"
+ORDERS = (LOW, HIGH, "slow decay", "fast decay", "large norm", "small norm", JOINT, INVERTED)
 BINS = {
     "under 128": (0, 128),
     "128 to 512": (128, 512),
@@ -491,12 +491,23 @@ class Removal:
         """Added nats of several orders at the doses nearest to a share, as "order number, order number"."""
         return ", ".join(f"{order} {self.near(scheme, order, share):.2f}" for order in orders)
 
+    def at_in_words(self, scheme: str, orders: Sequence[str], share: float) -> str:
+        """As `near_in_words`, of those orders alone that were measured at this very share; "not measured" where none was."""
+        there = [order for order in orders if share in self.shares(scheme, order)]
+        return self.near_in_words(scheme, there, share) if there else "not measured"
+
     def ruin_in_words(self, scheme: str, order: str, share: float) -> str:
         """Whether the model still reads better than a unigram model at the dose nearest to a share."""
         if self.ruin < 0:
             return "with all heads the model is worse than token frequencies already"
         worse = "worse" if self.near(scheme, order, share).point > self.ruin else "better"
         return f"at {share:.1%} the model is {worse} than token frequencies"
+
+    def damage_in_words(self) -> str:
+        """What removing each whole group of C7 costs, how many heads that are, and the cost at which a model is no better than token frequencies."""
+        n = int((self.rank >= claims.SECOND["C7"].numbers["full"] * self.d).sum())
+        costs = ", ".join(f"{added[0].mean():.2f} ({group})" for group, added in self.groups.items() if added.size)
+        return f"{costs} for {n} of {len(self.heads)} heads, beside {self.ruin:.2f} at the dotted line,"
 
     def undone_in_words(self, keep: float) -> str:
         """Share of the damage that keeping a part of each group of C7 undoes, as "number (group), number (group)"."""
