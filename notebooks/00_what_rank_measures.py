@@ -76,7 +76,7 @@ prompts = {
     name: domain_prompts("prose", words, **run.sizes) for name, (_, words) in loaded.items()
 }
 
-# %% mystnb={"figure": {"caption": "Effective rank of every head against its half-life, this run, measured at d = 64. Line: the law for the threshold and size that the sliders set. Diamond: one example of it.", "name": "fig-law"}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Effective rank of every head against its half-life, this run. Line: the law for the threshold and size that the sliders set. Diamond: one example of it.", "name": "fig-law"}} tags=["hide-input"]
 by_eps, half_lives = {}, {}
 for name, (network, _) in loaded.items():
     ends = [run.sizes["n_tokens"] // 2, run.sizes["n_tokens"]]
@@ -87,7 +87,8 @@ for name, (network, _) in loaded.items():
     half_lives[name] = found[name].live.half_life()
 chart = interactive.law_chart(half_lives, by_eps, d=max(of.d for of in shown.values()))
 ALT = "Scatter of effective rank against half-life on a logarithmic axis: points rise along a curve and stay near d beyond some 10 tokens."
-run.keep("fig-law", interactive.rows_of(chart))
+if drawn := interactive.rows_of(chart):
+    run.keep("fig-law", drawn)
 HTML(interactive.embed(chart, name="law", alt_text=ALT))
 
 # %% [markdown]
@@ -167,8 +168,8 @@ run.keep("fig-bound")
 # This is a prediction, not a theorem. The paper's appendix is said to have a bound per head as well; how it relates to {prf:ref}`thm-memory` we do not
 # know. Of the variance of ranks over heads it explains $R^2$ = {glue:text}`R^2`; it gives the same label, high or low,
 # to this share of heads: {glue:text}`labels`. Clipping flatters the first number, so here is $R^2$ over the heads between $0.1\,d$ and
-# $0.9\,d$ alone: {glue:text}`R^2 between`. Most heads of the embedded models lie under the
-# line, as they should: it is close to an upper bound. How far under is not explained here. Writes that repeat directions, the erasing by
+# $0.9\,d$ alone: {glue:text}`R^2 between`. Heads may lie under the
+# line: it is close to an upper bound. How far under is not explained here. Writes that repeat directions, the erasing by
 # $b_t k_t k_t^\top$, which the law ignores, and a mean that stands for a varying decay are candidates.
 #
 # For comparison, $R^2$ of a straight line in the geometric mean decay $\exp(\overline{\log a})$, the predictor of the independent replication (0.90

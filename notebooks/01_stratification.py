@@ -237,7 +237,8 @@ for name, groups in shown.items():
     changes.append(f"from {pair[0]} to {pair[1]} ({name})")
     for key, (low, high) in groups["end"].around_gap().items():
         form, word = (".0%", "and") if key == "sides" else (".3g", "to")
-        others.setdefault(key, []).append(f"{low:{form}} {word} {high:{form}} ({name})")
+        words = f"{low:{form}} {word} {high:{form}}" if high < np.inf else "without end"
+        others.setdefault(key, []).append(f"{words} ({name})")
     n_between, n_window = groups["end"].between()
     others.setdefault("between", []).append(
         f"of {n_between} heads between the groups, {n_window} have their half-life in the window ({name})"

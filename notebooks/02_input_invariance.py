@@ -88,7 +88,7 @@ run.keep("fig-domains")
 #
 # ## Which inputs are compared?
 #
-# Eight kinds. Four are natural: technical prose, Python code that was held out from training, arithmetic stories with
+# Eight kinds. Four are natural: technical prose, Python code (held out from the training of the embedded models), arithmetic stories with
 # worked solutions, and long contexts with needles to retrieve. Four are adversarial: one rare character repeated, one common
 # number repeated (the paper names these two), and our additions, uniformly random tokens and prose with its tokens shuffled.
 #
@@ -124,7 +124,7 @@ run.keep("fig-agreement")
 # %% tags=["hide-input"]
 agreed = {name: measures.agreements(variants) for name, variants in shown.items()}
 rows = [
-    (name, label, *(f"{number:.3f}" for number in of))
+    (name, label, *(f"{strata.exactly(number)}" for number in of))
     for name, by_label in agreed.items()
     for label, of in by_label.items()
 ]
@@ -184,7 +184,7 @@ run.keep("fig-settling")
 
 # %% tags=["hide-input"]
 rows = [
-    (name, label, *(f"{number:.3f}" for number in of))
+    (name, label, *(f"{strata.exactly(number)}" for number in of))
     for name, variants in shown.items()
     for label, of in measures.settled(variants, seed=run.seed).items()
 ]
@@ -192,8 +192,8 @@ HEAD = ("model", "weights", "Spearman of r", "cosine of r", "cosine of n")
 Markdown(markdown.markdown_table(HEAD, rows))
 
 # %% [markdown]
-# Most of the agreement is there before training. {doc}`00_what_rank_measures` says why: rank follows a head's decay, and decay is mostly a
-# constant of the head. The bound on how fast norms turn (claim C2b, the paper's Theorem 4.4) is proved there too. It cannot fail, so a count
+# The rows before training say how much of the agreement is there without it. {doc}`00_what_rank_measures` says why there is some: rank follows a
+# head's decay, and decay is mostly a constant of the head. The bound on how fast norms turn (claim C2b, the paper's Theorem 4.4) is proved there too. It cannot fail, so a count
 # of violations tests the code, not the model: {glue:text}`turning_answer`.
 #
 # ## Verdicts
@@ -216,7 +216,7 @@ turned = (
     for name, of in found.items()
 )
 rho = {
-    row["model"]: ", ".join(markdown.number(x) for x in row["criteria"])
+    row["model"]: ", ".join(markdown.number(x) for x in row["criteria"]) or row["verdict"]
     for row in verdicts
     if row["claim"] == "C3a"
 }
@@ -229,7 +229,7 @@ for name, by_label in agreed.items():
     between, same, before = ([of[2] for of in by_label.values()][i] for i in (1, 2, 3))
     more = "more" if before > between else "no more"
     kappas.append(
-        f"between inputs {between:.2f}, same input {same:.2f}, untrained {before:.2f}, so trained labels depend {more} on the input than untrained ones ({name})"
+        f"between inputs {strata.exactly(between):.2f}, same input {strata.exactly(same):.2f}, untrained {strata.exactly(before):.2f}, so trained labels depend {more} on the input than untrained ones ({name})"
     )
 
 # %% tags=["hide-input"]

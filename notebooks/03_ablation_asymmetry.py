@@ -51,9 +51,8 @@ from dataclasses import replace
 from itertools import product
 
 from IPython.display import HTML, Markdown
-from staterank_utils import claims, interactive, markdown, plotting
+from staterank_utils import claims, interactive, markdown, plotting, selection
 from staterank_utils.evaluation import score_interval
-from staterank_utils.selection import PAPER_SHARE
 from staterank_utils.studies import removal as removals
 from staterank_utils.studies.by_task import measure_by_task, tasks_of
 from staterank_utils.studies.repeated import half_lives_of, repeat_removal
@@ -115,10 +114,11 @@ run.keep("fig-removal")
 from staterank_utils.evaluation import token_nats
 from staterank_utils.surgery import ablate_heads
 
-highest = [shown[name].heads[index] for index in shown[name].orders[HIGH][:9]]
+n = max(len(shown[name].heads) // 16, 1)
+highest = [shown[name].heads[index] for index in shown[name].orders[HIGH][:n]]
 with ablate_heads(network, highest):
     without = token_nats(network, texts.windows).mean()
-f"{name}, without 9 heads: {without - token_nats(network, texts.windows).mean():+.3f} nats per token"
+f"{name}, {n} fewer heads: {without - token_nats(network, texts.windows).mean():+.3f} nats per token"
 
 # %% [markdown]
 # Heads are ordered by effective rank on other text. Try it: colour the heads by a measure, choose an order, and move the slider.
@@ -276,7 +276,7 @@ said = {f"answer {key}": markdown.by_model(verdicts, key) for key in ("C4b", "C4
     "answer": f"A quarter of the heads costs {'; '.join(answer)}. An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. With layer 0 protected: {'; '.join(kept)}.",
     "quarter": "; ".join(quarter),
     "paper_share": "; ".join(
-        f"{of.at_in_words(MODEL, (LOW, HIGH, RANDOM), PAPER_SHARE)} ({name})"
+        f"{of.at_in_words(MODEL, (LOW, HIGH, RANDOM), selection.PAPER_SHARE)} ({name})"
         for name, of in shown.items()
     ),
     "sources": " ".join(found.source(name) for name, found in removed.items()),

@@ -227,13 +227,13 @@ for name, found in shrunk.items():
 HEAD = ("model", "maximum over", "share of", *next(iter(rows.values())))
 Markdown(markdown.markdown_table(HEAD, [(*key, *row.values()) for key, row in rows.items()]))
 
-# %% [markdown]
+# %% [markdown] tags=["of-the-book"]
 # ## Prune your own
 #
 # Six lines below the imports, on any model whose heads can be removed ({doc}`the list <../book/limits>`): put a folder or, with its `revision`, a hub
 # id in the place of the name. `generate`, `save_pretrained` and everything else work on the pruned model, and heads keep their numbers.
 
-# %%
+# %% tags=["of-the-book"]
 import tempfile
 
 import staterank_utils as sr
@@ -246,19 +246,20 @@ small = sr.prune_heads(mine, sr.select_heads(scores, share=0.389, model=mine))
 folder = tempfile.mkdtemp()
 _ = small.save_pretrained(folder), words.save_pretrained(folder)
 
-# %% [markdown]
+# %% [markdown] tags=["of-the-book"]
 # Elsewhere, `import staterank_utils` registers the class of pruned models, and `from_pretrained` does the rest, without remote code. The last line
 # compares what the two hold in their caches, in bytes of recurrent state:
 
-# %%
+# %% tags=["of-the-book"]
 from transformers import AutoModelForCausalLM
 
 again = AutoModelForCausalLM.from_pretrained(folder)
 {when: footprint(it).recurrent for when, it in (("before", mine), ("after", again))}
 
-# %% [markdown]
+# %% [markdown] tags=["of-the-book"]
 # What it gives in speed is on {doc}`the page of benchmarks <../book/benchmarks>`.
-#
+
+# %% [markdown]
 # ## Verdicts
 #
 # C5a asks that the joint score cost less than the best of all random draws, at 38.9 % and at the largest share that rank alone removes for at most 0.1

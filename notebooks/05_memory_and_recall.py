@@ -50,6 +50,7 @@ import json
 
 from IPython.display import Markdown
 from staterank_utils import claims, markdown, plotting, results, strata
+from staterank_utils.memory import can_cap
 from staterank_utils.studies import recall as recalls
 from staterank_utils.studies.ladder import (
     later_hybrids,
@@ -66,10 +67,12 @@ run = setup(globals(), "05_memory_and_recall", n_prompts=(1, 16), n_copies=(2, 8
 plotting.use_style()
 GAP, CAP = (claims.SECOND["C6"].numbers[key] for key in ("copy", "cap"))
 loaded = {name: run.load(name) for name in run.models}
-caps = {"caps": (CAP,) if run.quick else recalls.CAPS, "n_tokens": 1024 if run.quick else 2048}
-gaps = {"gaps": (GAP,) if run.quick else recalls.GAPS}
+decaying = [name for name, (network, _) in loaded.items() if can_cap(network)]
+caps = (CAP,) if run.quick else recalls.CAPS
+more = {"n_tokens": 1024 if run.quick else 2048, "gaps": (GAP,) if run.quick else recalls.GAPS}
 found = {
-    name: repeat_recall(name, *of, **run.sizes, **caps, **gaps) for name, of in loaded.items()
+    name: repeat_recall(name, *of, caps=caps if name in decaying else (), **run.sizes, **more)
+    for name, of in loaded.items()
 }
 shown = {name: of.shown for name, of in found.items()}
 
@@ -88,6 +91,7 @@ run.keep("fig-recall-arms")
 # The model reads a passage of {glue:text}`gap` tokens twice in a row. The *gain* is how much better it predicts the second copy: what it recalls
 # from context. Then heads are removed, the same number in every layer, so that the choice of layers explains nothing. The right panel answers the
 # first objection, that some heads cost more on any text: compare arms at the same cost on text that is read once.
+# How much a model recalls depends on the distance, too. Gains with all heads, by the length of the passage: {glue:text}`by_distance`.
 
 # %% [markdown] tags=["of-the-book"]
 # In the embedded hybrid, recall needs the heads of *low* rank: without them most of the gain is gone, without the highest ranks it is all there. At the
@@ -98,8 +102,6 @@ run.keep("fig-recall-arms")
 # look back to it, but must be told where; heads that tell each token what stood just before it would do that. This account is a guess that nothing
 # here tests.
 #
-# How much a model recalls depends on the distance. Gains with all heads, by the length of the passage: {glue:text}`by_distance`.
-#
 # ## Does it hold beyond one model?
 #
 # Every model of {doc}`the ladder <../book/ladder>` on which these arms were measured, with a quarter of the heads of every layer removed
@@ -109,15 +111,23 @@ run.keep("fig-recall-arms")
 everyone = [of for of, _ in stored_models().values()]
 ladder = recall_without(everyone)
 first_pair = json.loads((results.STORED / "first_pair.json").read_text())["rows"]
-capped = [of.recall.taken().point for of in everyone if of.name.startswith("hybrid")]
+taken = [of.recall.taken().point for of in everyone if of.name.startswith("hybrid")]
 limit = claims.SECOND["C6"].numbers["hybrid"]
+stored = {name: of[0] for name in run.models if (of := stored_on(name))}
 said = {
     "first_pair": markdown.by_model(first_pair, "C4"),
-    "cap_takes": f"it asks that the cap take under {limit:.0%} of the gain; in the {len(capped)} hybrids of the ladder it takes {min(capped):.0%} to {max(capped):.0%}",
+    "cap_takes": f"it asks that the cap take under {limit:.0%} of the gain; in the {len(taken)} hybrids of the ladder it takes {min(taken):.0%} to {max(taken):.0%}",
     "ladder_said": recall_over_models(ladder),
     "losses_pure": pure_direction(everyone),
     "later": later_hybrids(ladder),
+    "lowest": "; ".join(
+        memory_of_lowest(*pair) for pair in stored.items() if without[pair[0]].recalls
+    ),
+    "recall_protected": "; ".join(
+        f"{recalls.gains_protected(of.recall)} ({name})" for name, of in stored.items()
+    ),
 }
+run.say(said)
 rows = []
 for of in ladder:
     at = of.shares.index(0.25)
@@ -156,17 +166,20 @@ from staterank_utils.memory import cap_half_life, half_lives
 from staterank_utils.tasks import domain_prompts
 from staterank_utils.tracing import trace_states
 
-network, tokenizer = loaded[run.models[0]]
-ids = domain_prompts("prose", tokenizer, n_prompts=1, n_tokens=256, seed=run.seed)
-with cap_half_life(network, CAP):
-    longest = half_lives(trace_states(network, ids, positions=[256])).max()
-f"longest mean half-life of a head under the cap: {longest:.1f} tokens"
+if decaying:
+    network, tokenizer = loaded[decaying[0]]
+    ids = domain_prompts("prose", tokenizer, n_prompts=1, n_tokens=256, seed=run.seed)
+    with cap_half_life(network, CAP):
+        longest = half_lives(trace_states(network, ids, positions=[256])).max()
+    print(f"longest mean half-life of a head under the cap: {longest:.1f} tokens")
 
 # %% mystnb={"figure": {"caption": "Against the longest half-life that is left. Left: gain from a passage of 512 tokens read twice, 95 % intervals over passages. Right: mean r/d. Open marks: this run, on fewer passages.", "name": "fig-caps"}, "image": {"alt": "Left panel: gains as half-lives are capped. Right panel: mean relative rank. The embedded hybrid's gain falls by about half, the pure model's is about zero throughout. For both embedded models rank is nearly flat down to 16 tokens."}} tags=["hide-input"]
-_, panels = plotting.panel_grid(1, 2, width=10, row_height=4, sharey=False)
-live = {name: of.live for name, of in found.items() if of.made}
-plotting.plot_caps(*panels[0], shown, gap=GAP, live=live)
-run.keep("fig-caps")
+capped = {name: shown[name] for name in decaying}
+live = {name: found[name].live for name in decaying if found[name].made}
+if capped:
+    _, panels = plotting.panel_grid(1, 2, width=10, row_height=4, sharey=False)
+    plotting.plot_caps(*panels[0], capped, gap=GAP, live=live)
+    run.keep("fig-caps")
 
 # %% [markdown]
 # With every half-life capped at {glue:text}`cap` tokens, mean $r/d$ goes {glue:text}`rank_change`, and low and high labels agree with those before to
@@ -189,7 +202,7 @@ run.keep("fig-caps")
 
 # %% tags=["hide-input"]
 rows = []
-for name, of in shown.items():
+for name, of in capped.items():
     small = of.gain(gap=GAP).point < claims.SECOND["C6"].numbers["gain"]
     taken = "no gain to take" if small else f"{of.taken():.2f}"
     numbers = (of.gain(gap=GAP), of.gain(f"cap {CAP}", gap=GAP))
@@ -215,26 +228,21 @@ verdicts = recalls.pair_claims({name: (of.shown, of.seed) for name, of in found.
 Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
-label, stored = f"cap {CAP}", {name: of[0] for name in run.models if (of := stored_on(name))}
+label = f"cap {CAP}"
 ranks = (
     f"from {of.cap_rank['intact'].mean() / of.d:.2f} to {of.cap_rank[label].mean() / of.d:.2f} ({name})"
-    for name, of in shown.items()
+    for name, of in capped.items()
 )
-said |= {
-    "rank_change": "; ".join(ranks),
+said = {
+    "rank_change": "; ".join(ranks) or "not measured, since no state here decays",
     "kappa": ", ".join(
-        f"{strata.exactly(of.kappa()):.2f} ({name})" for name, of in shown.items()
-    ),
+        f"{strata.exactly(of.kappa()):.2f} ({name})" for name, of in capped.items()
+    )
+    or "not measured",
     "cap": f"{CAP}",
     "gap": f"{GAP}",
     "sources": " ".join(of.source(name) for name, of in found.items()),
     "answer": " ".join(recalls.recall_in_words(name, of) for name, of in without.items()),
-    "lowest": "; ".join(
-        memory_of_lowest(*pair) for pair in stored.items() if without[pair[0]].recalls
-    ),
-    "recall_protected": "; ".join(
-        f"{recalls.gains_protected(of.recall)} ({name})" for name, of in stored.items()
-    ),
     "by_distance": "; ".join(f"{of.by_distance()} ({name})" for name, of in shown.items()),
 }
 run.conclude(said, verdicts, found, badges=("C6",))

@@ -101,11 +101,20 @@ def said() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError) as error:
-        message = str(error)
-        for name, option in OPTIONS.items():
-            message = message.replace(name, option)
-        print(f"staterank: {message}", file=sys.stderr)
+        print(f"staterank: {in_options(str(error))}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def in_options(message: str) -> str:
+    """An error of the package in the words of the command.
+
+    Example:
+        >>> in_options("too few for 4 prompts of 512: lower n_prompts or n_tokens")
+        'too few for 4 prompts of 512: lower --prompts or --tokens'
+    """
+    for name, option in OPTIONS.items():
+        message = message.replace(name, option)
+    return message
 
 
 @app.callback()
@@ -140,7 +149,8 @@ def trace(
     """Print ranks, norms and half-lives of every layer, after the last token of some prompts.
 
     Effective rank is the number of singular values over 1e-4 of the largest; a half-life is the number of tokens after which a state has lost
-    half of what it held, by the head's mean decay; the layer's is by the median of its heads. Example: staterank trace ./my-model --text notes.txt --out heads.csv
+    half of what it held, by the head's mean decay; the layer's is by the median of its heads. The last column is the share of heads whose rank is not between 0.2 and 0.8 of the largest possible one.
+    Example: staterank trace ./my-model --text notes.txt --out heads.csv
     \f
 
     Example:
@@ -252,7 +262,8 @@ def report(
     revision: Revision = None,
     device: Device = None,
 ) -> None:
-    """Run the book's chapters on a model and write them as pages: OUT/index.html. The same command goes on where it was stopped.
+    """Run the book's chapters on a model and write them as pages: OUT/index.html. The same command goes on where it was stopped; where a chapter could
+    not be run, the others are there, the first page says why, and the exit status is 1.
 
     Example: staterank report ./my-model --out ./report
     \f
@@ -268,8 +279,10 @@ def report(
             model, out, revision=revision, profile=profile, device=device, only=only or (), parameters=sizes
         )
         for name, why in missing.items():
-            print(f"not run: {name}: {why}", file=sys.stderr)
+            print(f"not run: {name}: {in_options(why)}", file=sys.stderr)
         print(f"The report is in {out / 'index.html'}.")
+        if missing:
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -267,6 +267,20 @@ def _check_tolerance(rel_tol: float) -> None:
 # ---------------------------------------------------------------- interventions
 
 
+def can_cap(model: PreTrainedModel) -> bool:
+    """Whether the half-lives of a model can be capped: whether every linear layer decays in a way that can be changed.
+
+    Args:
+        model: any that `linear_layers` accepts.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> can_cap(load_model("hybrid"))
+        True
+    """
+    return all(layer.decay_can_change for layer in linear_layers(model))
+
+
 @contextmanager
 def cap_half_life(model: PreTrainedModel, tokens: float | int) -> Iterator[None]:
     """Run a model whose heads forget at least as fast as a half-life of `tokens`, inside a `with` block.

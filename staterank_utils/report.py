@@ -11,9 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, check_device, model_outline
 from staterank_utils.results import PROFILES, weights_hash, whole_or_not, write_json
+from staterank_utils.studies.groups import EARLY
 from staterank_utils.tracing import check_even
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ BOOK = PACKAGE / "_book" if (PACKAGE / "_book").exists() else PACKAGE.parent
 NEEDED = ("papermill", "jupyter_book", "myst_nb", "altair", "vl_convert")
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
+LEAST = 2 * EARLY  # tokens of a prompt
 TOLD = 400  # letters of an error that a page shows
 
 
@@ -67,8 +70,9 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: P
         raise ValueError(f"{source.name} has no parameter {', '.join(sorted(unknown))}")
     started = time.monotonic()
     papermill.execute_notebook(
-        str(source), str(target), parameters=dict(parameters), cwd=str(cwd), progress_bar=False, log_output=False
-    )
+        str(source), str(target), parameters=dict(parameters), cwd=str(cwd), progress_bar=False, log_output=False,
+        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # a page says what went wrong
+    )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     return {"notebook": source.stem, "seconds": time.monotonic() - started, "peak_gib": peak, **parameters}
 
@@ -144,11 +148,19 @@ def write_report(
         ValueError: there is no profile 'whole': choose from quick, full
     """
     out, sizes = Path(out).resolve(), dict(parameters or {})
+    if "," in model:
+        raise ValueError(
+            f"a report is on one model, and {model!r} has a comma, at which chapters split: rename the folder"
+        )
     sources = _chapters(profile, only)
     _check_packages()
     known = {source: _sizes_of(source, sizes) for source in sources}
     if unknown := set(sizes) - {name for of in known.values() for name in of}:
         raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
+    if sizes.get("n_tokens", LEAST) < LEAST:
+        raise ValueError(
+            f"n_tokens must be at least {LEAST}, got {sizes['n_tokens']}: order is compared between {EARLY} and the end"
+        )
     plan = _plan(model, revision, device)
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
     given: dict[str, Any] = {
@@ -168,7 +180,7 @@ def write_report(
             named = {**given, "results_folder": str(work / "results"), **known[source]}
             if not target.exists() and (reason := _run(source, target, named, cwd=work)):
                 missing[source.stem] = reason
-    done = sorted(file.stem for file in (work / "notebooks").glob("*.ipynb"))
+    done = _done(work)
     if not done:
         raise ValueError("no chapter could be run: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
     _build(out, work, given["model"], done, missing)
@@ -190,10 +202,15 @@ def _all_chapters() -> list[Path]:
     return sorted((BOOK / "notebooks").glob("*.ipynb"))
 
 
+def _done(work: Path) -> list[str]:
+    """The chapters of which there is a page."""
+    return sorted(file.stem for file in (work / "notebooks").glob("*.ipynb"))
+
+
 def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
     """Make the folder of a report, or go on in it if it holds a report on the same things, or one of which no chapter is done."""
     marker = out / "work" / "report.json"
-    if marker.exists() and any((out / "work" / "notebooks").glob("*.ipynb")):
+    if marker.exists() and _done(marker.parent):
         before = json.loads(marker.read_text(encoding="utf-8"))
         if others := [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]:
             differs = ", ".join(
@@ -252,30 +269,53 @@ def _sizes_of(source: Path, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _run(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path) -> str | None:
-    """Run a chapter in a process of its own, and finish its page; why it failed, or None."""
-    try:
-        with (
-            whole_or_not(target) as partial,
-            # Ctrl-C ends that process at once; this one says so.
-            ProcessPoolExecutor(
-                1,
-                multiprocessing.get_context("spawn"),
-                initializer=signal.signal,
-                initargs=(signal.SIGINT, signal.SIG_DFL),
-            ) as alone,
-        ):
-            executed = partial.with_suffix(".ipynb")
-            alone.submit(execute, source, executed, parameters, cwd=cwd).result()
-            finish_page(executed, cwd / "results")
-            executed.replace(partial)
-    except Exception as error:
-        log.warning("%s failed: %s", source.stem, error)
-        reason = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
-        return reason if len(reason) <= TOLD else reason[:TOLD] + " ..."
-    finally:
-        for left in target.parent.glob(f".{target.name}*"):
-            left.unlink()
+    """Run a chapter, without its cells on the book's own models, in a process of its own, and finish its page; why it failed, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        of_model, executed = Path(folder, source.name), Path(folder, "executed.ipynb")
+        content = json.loads(source.read_text(encoding="utf-8"))
+        content["cells"] = [cell for cell in content["cells"] if "of-the-book" not in _tags(cell)]
+        of_model.write_text(json.dumps(content), encoding="utf-8")
+        if reason := _apart(of_model, executed, parameters, cwd):
+            log.warning("%s failed: %s", source.stem, reason)
+            return reason if len(reason) <= TOLD else reason[:TOLD] + " ..."
+        finish_page(executed, cwd / "results")
+        with whole_or_not(target) as partial:
+            shutil.copy(executed, partial)
     return None
+
+
+def _apart(source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path) -> str | None:
+    """Execute a notebook in a process of its own, which ends with this one; why it failed, or None."""
+    here, there = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_tell, args=(there, source, target, parameters, cwd), daemon=True
+    )
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # which the process inherits: Ctrl-C is said by this one alone
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    there.close()
+    try:
+        told: str | None = here.recv()
+    except EOFError:
+        process.join()
+        told = f"the process that ran it ended with status {process.exitcode}"
+    finally:
+        process.terminate()
+        process.join()
+    return told
+
+
+def _tell(there: Connection, source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path) -> None:
+    """Execute a notebook, and send why it failed, or None."""
+    try:
+        execute(source, target, parameters, cwd=cwd)
+        there.send(None)
+    except Exception as error:
+        there.send(f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}")
 
 
 def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: Mapping[str, str]) -> None:
@@ -341,9 +381,9 @@ def _answers(results: Path, chapters: Sequence[str]) -> str:
 
 
 def _alone(notebook: str, chapters: Sequence[str]) -> str:
-    """A chapter without what it says of the book's own models, with its parameters as given, and without references to pages that the report lacks."""
+    """A chapter with its parameters as given, and without references to pages that the report lacks."""
     content = json.loads(notebook)
-    cells = [cell for cell in content["cells"] if not {"of-the-book", "parameters"} & _tags(cell)]
+    cells = [cell for cell in content["cells"] if "parameters" not in _tags(cell)]
     for cell in cells:
         if "injected-parameters" in _tags(cell):
             cell["metadata"]["tags"] = ["hide-input"]

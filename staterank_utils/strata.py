@@ -70,7 +70,7 @@ class UndefinedError(ValueError):
         >>> bootstrap(lambda x: x.mean() if np.ptp(x) else np.nan, np.array([1.0, 2.0]))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        staterank_utils.strata.UndefinedError: the statistic is 1.5 on the prompts but NaN on ... of 1000 draws: use more prompts
+        staterank_utils.strata.UndefinedError: the statistic is 1.5 on the prompts but undefined on ... of 1000 draws of them: raise n_prompts
     """
 
 
@@ -117,7 +117,7 @@ def bootstrap(
         return Estimate(point, float("nan"), float("nan"))
     if np.isnan(draws).any():
         raise UndefinedError(
-            f"the statistic is {point} on the prompts but NaN on {np.isnan(draws).sum()} of {n_resamples} draws: use more prompts"
+            f"the statistic is {point:.3g} on the prompts but undefined on {np.isnan(draws).sum()} of {n_resamples} draws of them: raise n_prompts"
         )
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(point, float(low), float(high))

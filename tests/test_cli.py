@@ -75,6 +75,8 @@ def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
         (["report", "MODEL", "--only", "99_none", "--out", "new"], "there is no chapter 99_none: choose from 00_"),
         (["report", "nowhere", "--out", "new"], "nowhere"),
         (["report", "OWNER/NAME", "--out", "new"], "revision"),
+        (["report", "MODEL", "--tokens", "128", "--out", "new"], "--tokens must be at least 256, got 128"),
+        (["report", "a, b", "--out", "new"], "has a comma"),
     ],
 )
 def test_bad_input_is_told_in_a_line(words: list[str], reason: str, tiny: Path, tmp_path: Path, monkeypatch) -> None:

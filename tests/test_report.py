@@ -121,15 +121,24 @@ def test_a_size_that_no_chapter_has_is_refused(tiny: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_without_any_chapter_is_an_error(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no chapter could be run: .*n_tokens must be over 128, got 100"):
-        write_report(str(tiny), tmp_path, only=[CHAPTER], parameters={"n_tokens": 100})
+def test_what_chapters_would_refuse_is_refused_before_any_runs(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="n_tokens must be at least 256, got 100"):
+        write_report(str(tiny), tmp_path / "out", parameters={"n_tokens": 100})
+    with pytest.raises(ValueError, match="'a, b' has a comma"):
+        write_report("a, b", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_without_any_chapter_is_an_error(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "_apart", lambda *args: "ValueError: nothing can be compared")
+    with pytest.raises(ValueError, match=f"no chapter could be run: {CHAPTER}: ValueError: nothing can be compared"):
+        write_report(str(tiny), tmp_path, only=[CHAPTER], parameters={"n_tokens": 300})
     assert not (tmp_path / "index.html").exists()
     left = tmp_path / "work" / "results" / "fig-of-another-model.csv"
     left.parent.mkdir(parents=True, exist_ok=True)
     left.touch()
-    with pytest.raises(ValueError, match="n_tokens must be over 128, got 101"):  # such a folder is still free
-        write_report(str(tiny), tmp_path, only=[CHAPTER], parameters={"n_tokens": 101})
+    with pytest.raises(ValueError, match="nothing can be compared"):  # such a folder is still free
+        write_report(str(tiny), tmp_path, only=[CHAPTER], parameters={"n_tokens": 301})
     assert not left.exists()
 
 
@@ -145,18 +154,22 @@ def test_a_model_or_device_that_cannot_be_measured_makes_no_folder(tiny: Path, t
 
 def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "staterank_utils.cli", "report", str(tiny), "--out", "out", "--only", CHAPTER]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True, text=True)
-    for _ in range(120):
-        if list((tmp_path / "out").glob("work/notebooks/.*")):  # the chapter runs
-            break
-        time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "Traceback" not in said
-    assert "chapters" in said
-    assert not (tmp_path / "out" / "index.html").exists()
-    assert not list((tmp_path / "out").glob("work/notebooks/*"))
+    # While the chapter's process starts, while its notebook runs, and as a batch system or a full memory ends a job.
+    for moment, how in ((1, signal.SIGINT), (12, signal.SIGINT), (12, signal.SIGKILL)):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True, text=True)
+        for _ in range(240):
+            if (tmp_path / "out" / "work" / "report.json").exists() or process.poll() is not None:
+                break
+            time.sleep(0.25)
+        time.sleep(moment)
+        os.killpg(process.pid, how)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "Traceback" not in said
+        assert "chapters" in said
+        assert not (tmp_path / "out" / "index.html").exists()
+        assert not list((tmp_path / "out").glob("work/notebooks/*"))
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "out" / "index.html").exists()
 

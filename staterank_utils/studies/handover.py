@@ -204,7 +204,7 @@ A model that was not trained on English books or Python code may lose more, or l
 
 {table}
 
-Heads of {base}{revision} are named by the indices that they had before any was removed. They were ordered on technical prose and Python code. Made with staterank-utils {version}.
+Heads of {base}{revision} are named by the indices that they had before any was removed. {ordered}Made with staterank-utils {version}.
 """
 LOAD = """\
 ```python
@@ -276,6 +276,7 @@ def model_card(
         cost=markdown_table(("text", "whole", "without the heads", "added"), rows), load=load,
         table=markdown_table(("layer", "heads"), [(f"{layer}", ", ".join(map(str, heads))) for layer, heads in cost.removed.items()]),
         revision=f" at revision {revision}" if revision else "", version=__version__, dtype=dtype,
+        ordered="" if cost.rule == "random" else "They were ordered on technical prose and Python code. ",
         uneven="" if even else "\nLayers keep different numbers of heads, so staterank-utils cannot trace this model: trace the whole one.",
     )  # fmt: skip
 

@@ -79,6 +79,16 @@ class Run:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_table(self.file.with_name(f"{figure}.csv"), shown)
 
+    @staticmethod
+    def say(said: Mapping[str, str]) -> None:
+        """Put texts where the page names them.
+
+        Args:
+            said: name on the page -> text.
+        """
+        for key, text in said.items():
+            glue(key, text, display=False)
+
     def conclude(
         self,
         said: Mapping[str, str],
@@ -99,8 +109,7 @@ class Run:
             ValueError, OSError: as in `write_chapter`.
         """
         short, stop, more = said["answer"].partition(". ")
-        for key, text in {**said, "answer": short + stop.strip(), "more": more}.items():
-            glue(key, text, display=False)
+        self.say({**said, "answer": short + stop.strip(), "more": more})
         glue("badges", HTML(markdown.badges(rows, badges)), display=False)
         if self.file:
             write_chapter(self.file, parameters=self.parameters, rows=rows, found=found, answer=said["answer"])
