@@ -626,7 +626,10 @@ def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> N
         ax.plot(list(methods), points, marker, markersize=7, label=f"{share:.1%} of the state removed")
     for method, of in methods.items():
         for estimate in of.values():
-            ax.plot([method, method], [estimate.low, estimate.high], color="0.4", linewidth=1.5, zorder=0, label="95 % interval")  # fmt: skip
+            if estimate.low < estimate.high:
+                ends = [estimate.low, estimate.high]
+                ax.plot([method, method], ends, color="0.4", linewidth=1.5, zorder=0, label="95 % interval")
+    ax.set_ylim(bottom=min(ax.get_ylim()[0], 0))
     ax.margins(x=0.15)
 
 
