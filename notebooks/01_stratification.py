@@ -247,6 +247,8 @@ for name, groups in shown.items():
         tables = (getattr(at_end[name], key)(), at_end[name].effective_rank())
         rho = strata.spearman(*(x.double().mean(1).flatten() for x in tables))
         others.setdefault(key, []).append(f"{rho:.2f} ({name})")
+
+# %% tags=["hide-input"]
 said = {key: "; ".join(values) for key, values in others.items()} | {
     "answer": f"Two groups, by the registered rule: {markdown.yes_or_no(verdicts, 'C1')}. Heads with a rank under 0.2 d or over 0.8 d: {', '.join(outside)}. The same rule before training: {markdown.yes_or_no(untrained, 'before training')}; with shuffled weights: {markdown.yes_or_no(untrained, 'shuffled')}.",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),

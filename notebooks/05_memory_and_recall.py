@@ -128,6 +128,8 @@ said = {
     ),
 }
 run.say(said)
+
+# %% tags=["hide-input", "of-the-book"]
 rows = []
 for of in ladder:
     at = of.shares.index(0.25)

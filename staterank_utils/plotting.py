@@ -175,11 +175,11 @@ def figure_data(figure: Figure) -> list[dict[str, Any]]:
 
 def _of_lines(ax: Axes) -> Iterator[dict[str, Any]]:
     for line in ax.lines:
-        label = str(line.get_label())
-        for x, y in zip(
-            *(np.asarray(data).tolist() for data in (line.get_xdata(orig=True), line.get_ydata(orig=True))), strict=True
-        ):
-            yield {"series": "" if label.startswith("_") else label, "x": x, "y": y}
+        label, names = str(line.get_label()), np.asarray(line.get_xdata(orig=True))
+        points = np.asarray(line.get_xydata()).tolist()
+        for at, (x, y) in enumerate(points):
+            name = names[at].item() if names.dtype.kind == "U" else x  # of a category, and not its place
+            yield {"series": "" if label.startswith("_") else label, "x": name, "y": y}
 
 
 def _of_bands(ax: Axes) -> Iterator[dict[str, Any]]:
