@@ -263,7 +263,7 @@ Markdown(markdown.verdict_table(verdicts))
 quarter, answer, kept = [], [], []
 for name, found in shown.items():
     low, high, random = (found.near(MODEL, order, 0.25).point for order in (LOW, HIGH, RANDOM))
-    kept.append(f"{found.near_in_words(removals.PROTECTED, (LOW, HIGH), 0.25)} ({name})")
+    kept.append(f"{found.points_in_words(removals.PROTECTED, (LOW, HIGH), 0.25)} ({name})")
     parts = f"{high:.2f} without the highest ranks, {low:.2f} without the lowest, {random:.2f} without random heads"
     quarter.append(f"{parts} ({name})")
     answer.append(
@@ -273,7 +273,7 @@ for name, found in shown.items():
 # %% tags=["hide-input"]
 counting = ((name, ", ".join(found.heads) or "none") for name, found in by_task.items())
 said = {f"answer {key}": markdown.by_model(verdicts, key) for key in ("C4b", "C4c")} | {
-    "answer": f"A quarter of the heads costs {'; '.join(answer)}. An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. With layer 0 protected: {'; '.join(kept)}.",
+    "answer": f"A quarter of the heads costs {'; '.join(answer)}. An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. With layer 0 protected, the two costs are {'; '.join(kept)}.",
     "quarter": "; ".join(quarter),
     "paper_share": "; ".join(
         f"{of.at_in_words(MODEL, (LOW, HIGH, RANDOM), selection.PAPER_SHARE)} ({name})"

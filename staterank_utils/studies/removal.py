@@ -491,6 +491,10 @@ class Removal:
         """Added nats of several orders at the doses nearest to a share, as "order number, order number"."""
         return ", ".join(f"{order} {self.near(scheme, order, share):.2f}" for order in orders)
 
+    def points_in_words(self, scheme: str, orders: Sequence[str], share: float) -> str:
+        """As `near_in_words`, without names and intervals: "number and number"."""
+        return " and ".join(f"{exactly(self.near(scheme, order, share).point):.2f}" for order in orders)
+
     def at_in_words(self, scheme: str, orders: Sequence[str], share: float) -> str:
         """As `near_in_words`, of those orders alone that were measured at this very share; "not measured" where none was."""
         there = [order for order in orders if share in self.shares(scheme, order)]
