@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from staterank_utils import __version__, claims, interactive, markdown
+from staterank_utils import __version__, claims, markdown
 from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, check_device, model_outline
@@ -320,6 +320,8 @@ def _tell(there: Connection, source: Path, target: Path, parameters: Mapping[str
 
 def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: Mapping[str, str]) -> None:
     """Write the pages around the chapters, and build the site into OUT."""
+    from staterank_utils import interactive  # with the libraries of figures, which the command's help need not wait for
+
     stage, name_of_model = work / "site", Path(model).name if Path(model).is_dir() else model
 
     def named(text: str) -> str:
