@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -286,17 +288,11 @@ def _run(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path
 
 def _apart(source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path) -> str | None:
     """Execute a notebook in a process of its own, which ends with this one; why it failed, or None."""
-    here, there = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(
-        target=_tell, args=(there, source, target, parameters, cwd), daemon=True
-    )
-    before = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # which the process inherits: Ctrl-C is said by this one alone
-    try:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(there, source, target, parameters, cwd), daemon=True)
+    with _deaf():
         process.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
     there.close()
     try:
         told: str | None = here.recv()
@@ -307,6 +303,19 @@ def _apart(source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path)
         process.terminate()
         process.join()
     return told
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that start in this block do not hear Ctrl-C: the one that started them says it alone, and ends them."""
+    if threading.current_thread() is not threading.main_thread():  # no other may change signals, nor hears any
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _tell(there: Connection, source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,18 @@ def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: P
         assert not list((tmp_path / "out").glob("work/notebooks/*"))
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "out" / "index.html").exists()
+
+
+def test_ctrl_c_is_heard_again_afterwards_and_reports_may_be_made_in_a_thread() -> None:
+    def within() -> object:
+        with report._deaf():
+            return signal.getsignal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    assert within() == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == before
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(within).result() == before
 
 
 @pytest.mark.parametrize(
