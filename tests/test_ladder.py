@@ -19,9 +19,10 @@ from staterank_utils.dispatch import Kernel
 from staterank_utils.evaluation import token_nats
 from staterank_utils.memory import predicted_rank
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, initial_model, load_model, load_tokenizer
-from staterank_utils.strata import share_outside
+from staterank_utils.strata import Estimate, share_outside
 from staterank_utils.studies import recall
 from staterank_utils.studies import removal as study
+from staterank_utils.studies.by_task import ByTask
 from staterank_utils.studies.ladder import (
     LADDER,
     Measured,
@@ -373,6 +374,23 @@ def test_a_stored_model_s_numbers_follow_from_its_data(file: Path) -> None:
     assert [row["verdict"] for row in measured.claims()] == [row["verdict"] for row in data["rows"]]
     assert file.stat().st_size < 300_000
     assert file.with_suffix(".npz.xz").stat().st_size < 400_000
+
+
+def test_scores_on_tasks_are_stored_and_judged(tmp_path: Path) -> None:
+    measured, _ = load_measured("hybrid-tasks63-0")
+    right, wrong = np.ones(4), np.array([1.0, 0.0, 0.0, 0.0])
+    tasks = ("recall", "needle")
+    of_tasks = {"low": wrong, "high": right, "draws": np.stack([right, right])}
+    by_task = ByTask(
+        measured.name, {**dict.fromkeys(tasks, right), "copying": wrong}, dict.fromkeys(tasks, 36), **{kind: dict.fromkeys(tasks, x) for kind, x in of_tasks.items()},
+        redundancy=Estimate(1.0, 0.98, 1.0), joint={"score": Estimate(0.5, 0.4, 0.6), "best": Estimate(-0.1, -0.2, 0.0), "mean": Estimate(0.0, -0.1, 0.1)},
+    )  # fmt: skip
+    store_measured(replace(measured, by_task=by_task), tmp_path, made={})
+    again, content = load_measured(measured.name, tmp_path)
+    verdicts = {row["claim"]: row["verdict"] for row in content["rows"]}
+    assert [verdicts[key] for key in ("C4", "C4a", "C5")] == ["holds", "holds", "does not hold"]
+    assert [row for row in again.claims() if row["claim"] in ("C4", "C4a", "C5")] == by_task.claims()
+    assert {row["claim"]: row["verdict"] for row in measured.claims()}["C4"] == claims.NOT_MEASURED
 
 
 def test_every_recipe_of_a_finished_wave_is_stored_and_nothing_else() -> None:

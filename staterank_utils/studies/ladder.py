@@ -7,7 +7,7 @@ were computed from, per head, prompt and window; `load_measured` makes the same 
 import json
 import lzma
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from staterank_utils.evaluation import TASKS
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.results import STORED, whole_or_not, write_json
 from staterank_utils.strata import Estimate, bootstrap
-from staterank_utils.studies.by_task import mastered, too_few
+from staterank_utils.studies.by_task import ByTask, mastered, measure_by_task, too_few
 from staterank_utils.studies.groups import (
     Groups,
     Law,
@@ -85,6 +85,8 @@ class Scale:
     gaps: tuple[int, ...] = GAPS
     n_scores: int = 100
     n_graded: int = 32
+    n_by_task: int = 200  # instances of a task, for a model that masters at least two
+    n_task_draws: int = 8
     tasks: tuple[str, ...] = tuple(TASKS)
     removal: Sizes = Sizes()  # noqa: RUF009
 
@@ -138,6 +140,7 @@ class Measured:
         groups: variant ("end" and some of `VARIANTS`) -> ranks.
         laws: "end", and each step whose weights were kept -> how far the law holds.
         turning, removal, recall: of the model at its end.
+        by_task: scores on tasks without heads, of a model that masters at least two; None where they were not taken.
 
     Example:
         >>> list(Measured.__dataclass_fields__)[:2]
@@ -152,6 +155,7 @@ class Measured:
     laws: Mapping[str, Law]
     removal: Removal
     recall: Recall
+    by_task: ByTask | None = None
 
     def claims(self) -> list[Row]:
         """The rows that this model alone decides, in the order of the registrations."""
@@ -166,7 +170,9 @@ class Measured:
         return sorted(rows, key=lambda row: claims.ORDER.index(row["claim"]))
 
     def _by_tasks(self, key: str) -> Row:
-        """A claim that is judged by tasks: a model that masters fewer than two cannot be tested, any other was not, here."""
+        """A claim that is judged by tasks: a model that masters fewer than two cannot be tested."""
+        if self.by_task is not None:
+            return next(row for row in self.by_task.claims() if row["claim"] == key)
         n_mastered, n_tasks = len(mastered(self.recall.scores)), len(self.recall.scores)
         if n_mastered < 2:
             return too_few(key, self.name, n_mastered=n_mastered, n_tasks=n_tasks)
@@ -284,13 +290,19 @@ def measure_model(
             laws[variant] = measure_law(other, tokenizer, **of_law)
     turning = measure_turning(model, tokenizer, n_tokens=scale.n_tokens)
     removal = measure_removal(model, texts, name=name, sizes=scale.removal)
+    tasks = {task: TASKS[task] for task in scale.tasks}
     recall = measure_recall(
         model, tokenizer, texts, removal, groups["end"], gaps=scale.gaps, n_scores=scale.n_scores, n_graded=scale.n_graded,
-        n_prompts=scale.n_prompts, tasks={name: TASKS[name] for name in scale.tasks},
+        n_prompts=scale.n_prompts, tasks=tasks,
     )  # fmt: skip
+    by_task = None
+    if len(mastered(recall.scores)) > 1:
+        by_task = measure_by_task(
+            model, tokenizer, tasks, name=name, n_prompts=scale.n_by_task, n_draws=scale.n_task_draws
+        )
     about = {key: value for key, value in training.items() if key != "record"}
     trajectory = trajectory_of(training["record"], n_steps=training["steps"])
-    return Measured(name, about, trajectory, groups, turning, laws, removal, recall)
+    return Measured(name, about, trajectory, groups, turning, laws, removal, recall, by_task)
 
 
 # ---------------------------------------------------------------- stored
@@ -313,7 +325,7 @@ def store_measured(measured: Measured, folder: Path, *, made: Mapping[str, Any])
         ['provenance', 'name', 'training', 'rows']
     """
     arms = measured.removal.arms
-    content = {
+    content: dict[str, Any] = {
         "provenance": dict(made),
         "name": measured.name,
         "training": dict(measured.training),
@@ -336,6 +348,12 @@ def store_measured(measured: Measured, folder: Path, *, made: Mapping[str, Any])
             },
         },
     }
+    if (tasks := measured.by_task) is not None:
+        content["sizes"]["by_task"] = {
+            "heads": dict(tasks.heads),
+            "redundancy": None if tasks.redundancy is None else list(astuple(tasks.redundancy)),
+            "joint": {label: list(astuple(estimate)) for label, estimate in tasks.joint.items()},
+        }
     # Judged before anything is written.
     folder.mkdir(parents=True, exist_ok=True)
     # Compressed as a whole: hundreds of small arrays have much in common.
@@ -404,6 +422,10 @@ def _arrays(measured: Measured) -> dict[str, NDArray[Any]]:
     for kind in ("gains", "cap_nats", "scores", "task_nats"):
         for label, table in getattr(recall, kind).items():
             found[f"{kind}/{label}"] = table.astype(np.float32)
+    if (tasks := measured.by_task) is not None:
+        for kind in ("intact", "low", "high", "draws"):
+            for task, scores in getattr(tasks, kind).items():
+                found[f"by_task/{kind}/{task}"] = scores.astype(np.float32)
     for label, table in recall.cap_rank.items():
         found[f"cap_rank/{label}"] = table.astype(np.int16)
     return found
@@ -461,7 +483,13 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
             sizes["d"],
         )
     turning = Turning(**sizes["turning"])
-    return Measured(name, data["training"], trajectory, groups, turning, laws, removal, recall)
+    by_task = None
+    if told := sizes.get("by_task"):
+        scores = {kind: under(f"by_task/{kind}/") for kind in ("intact", "low", "high", "draws")}
+        estimates = {label: Estimate(*numbers) for label, numbers in told["joint"].items()}
+        redundancy = Estimate(*told["redundancy"]) if told["redundancy"] else None
+        by_task = ByTask(name, heads=told["heads"], redundancy=redundancy, joint=estimates, **scores)
+    return Measured(name, data["training"], trajectory, groups, turning, laws, removal, recall, by_task)
 
 
 # ---------------------------------------------------------------- over models
