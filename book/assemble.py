@@ -181,14 +181,15 @@ def main() -> None:
     (stage / "book" / "_static" / "vega.js").write_text(interactive.bundle(), encoding="utf-8")
     stored = {name: content["rows"] for name, (_, content) in stored_models().items()}
     of_first_pair = {name: content["rows"] for name, content in first_pair().items()}
+    when = home.ladder_answer(stored)
     generated = {
         "tiles": home.home_tiles(
             stage / "results", EMBEDDED, home.ladder_verdicts(stored | of_first_pair, over_models())
         ),
         "tiles_ladder": home.ladder_tiles(stored | of_first_pair),
-        "ladder_answer": f"**{home.ladder_answer(stored)}**",
+        "ladder_answer": f"**{when}**",
         "tiles_legend": home.legend(),
-        "answers": f"{home.answers(stage / 'results')}\n- {{doc}}`ladder` {home.ladder_answer(stored)}",
+        "answers": f"{home.answers(stage / 'results')}\n- {{doc}}`ladder` {when}",
         "overview": markdown.overview_table(stage / "results", EMBEDDED),
         "registered": markdown.registered_table(),
         "preamble": claims.PREAMBLE,

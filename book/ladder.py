@@ -19,6 +19,7 @@ from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED, whole_or_not, write_table
 from staterank_utils.strata import Estimate
 from staterank_utils.studies import ladder
+from staterank_utils.studies.by_task import mastered
 from staterank_utils.studies.groups import Row, half_lives_from, shares
 from staterank_utils.studies.ladder import Measured, by_design, ladder_claims
 from staterank_utils.studies.removal import HIGH, LAYERS, LOW, MODEL, PROTECTED, RANDOM, SCHEMES
@@ -329,10 +330,12 @@ def _of_tasks() -> str:
 
 def _mastering() -> str:
     """On which models the claims about tasks could be tested, in sentences."""
-    names = [f"`{name}`" for name, of in _measured().items() if len(ladder.mastered(of.recall.scores)) > 1]
+    open_yet = [
+        f"`{name}`" for name, of in _measured().items() if of.by_task is None and len(mastered(of.recall.scores)) > 1
+    ]
     return (
-        "C4, C4a and C5 are about tasks: a model that masters fewer than two cannot be tested. Of the ladder these master at least two: "
-        f"{', '.join(names) or 'none'}. On them the claims could be tested, and were not yet. They were tested on the pair of 9 million parameters, in the last two rows."
+        "C4, C4a and C5 are about tasks: a model that masters fewer than two cannot be tested. These of the ladder master at least two and were not "
+        f"tested yet: {', '.join(open_yet) or 'none'}. The pair of 9 million parameters was, in the last two rows."
     )
 
 

@@ -613,7 +613,10 @@ def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> N
 
     Args:
         ax: where to draw.
-        methods: label -> share, 0..1 -> estimate; the same shares for each.
+        methods: label -> share, 0..1 -> estimate; the same shares for each, at most four.
+
+    Raises:
+        ValueError: more shares than can be told apart.
 
     Example:
         >>> ax = Figure().subplots()
@@ -621,7 +624,12 @@ def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> N
         >>> ax.lines[0].get_xdata(orig=True).tolist(), ax.lines[-1].get_label()
         (['joint', 'random'], '95 % interval')
     """
-    for share, marker in zip(next(iter(methods.values())), ("o", "s", "^", "D"), strict=False):
+    shares, markers = list(next(iter(methods.values()))), ("o", "s", "^", "D")
+    if len(shares) > len(markers):
+        raise ValueError(
+            f"{len(shares)} shares cannot be told apart: at most {len(markers)}, draw the others elsewhere"
+        )
+    for share, marker in zip(shares, markers, strict=False):
         points = [of[share].point for of in methods.values()]
         ax.plot(list(methods), points, marker, markersize=7, label=f"{share:.1%} of the state removed")
     for method, of in methods.items():

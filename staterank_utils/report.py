@@ -27,7 +27,7 @@ from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, check_device, model_outline
 from staterank_utils.results import PROFILES, weights_hash, whole_or_not, write_json
-from staterank_utils.studies.groups import EARLY
+from staterank_utils.studies.groups import check_sizes
 from staterank_utils.tracing import check_even
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ BOOK = PACKAGE / "_book" if (PACKAGE / "_book").exists() else PACKAGE.parent
 NEEDED = ("papermill", "jupyter_book", "myst_nb", "altair", "vl_convert")
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
-LEAST = 2 * EARLY  # tokens of a prompt
 TOLD = 400  # letters of an error that a page shows
 
 
@@ -159,10 +158,8 @@ def write_report(
     known = {source: _sizes_of(source, sizes) for source in sources}
     if unknown := set(sizes) - {name for of in known.values() for name in of}:
         raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
-    if sizes.get("n_tokens", LEAST) < LEAST:
-        raise ValueError(
-            f"n_tokens must be at least {LEAST}, got {sizes['n_tokens']}: order is compared between {EARLY} and the end"
-        )
+    if "n_tokens" in sizes:
+        check_sizes(n_prompts=2, n_tokens=sizes["n_tokens"])  # how few prompts do is for each chapter to say
     plan = _plan(model, revision, device)
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
     given: dict[str, Any] = {

@@ -61,6 +61,7 @@ RULES = {
 WITHOUT_DECAY = "DeltaNet"
 HELD_OUT = "bits_per_byte_held_out_books"  # of a training
 VARIANTS = ("initial", "shuffled", "step-500", "step-2000")  # beside the end
+BY_TASK = ("intact", "low", "high", "draws")  # the scores of a `ByTask`, each by task
 NOT_MEASURED = "the ladder measures losses on text; chapters 3 and 4 score tasks on any model that masters them"
 
 
@@ -423,7 +424,7 @@ def _arrays(measured: Measured) -> dict[str, NDArray[Any]]:
         for label, table in getattr(recall, kind).items():
             found[f"{kind}/{label}"] = table.astype(np.float32)
     if (tasks := measured.by_task) is not None:
-        for kind in ("intact", "low", "high", "draws"):
+        for kind in BY_TASK:
             for task, scores in getattr(tasks, kind).items():
                 found[f"by_task/{kind}/{task}"] = scores.astype(np.float32)
     for label, table in recall.cap_rank.items():
@@ -485,7 +486,7 @@ def _measured(data: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Me
     turning = Turning(**sizes["turning"])
     by_task = None
     if told := sizes.get("by_task"):
-        scores = {kind: under(f"by_task/{kind}/") for kind in ("intact", "low", "high", "draws")}
+        scores = {kind: under(f"by_task/{kind}/") for kind in BY_TASK}
         estimates = {label: Estimate(*numbers) for label, numbers in told["joint"].items()}
         redundancy = Estimate(*told["redundancy"]) if told["redundancy"] else None
         by_task = ByTask(name, heads=told["heads"], redundancy=redundancy, joint=estimates, **scores)

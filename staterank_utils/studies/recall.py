@@ -55,7 +55,7 @@ class Recall:
     task_nats: Mapping[str, NDArray[np.float64]]
     d: int
 
-    def gain(self, label: str = INTACT, gap: int = claims.SECOND["C6"].numbers["copy"]) -> Estimate:
+    def gain(self, label: str = INTACT, gap: int = GAP) -> Estimate:
         """Mean gain at a gap with its interval over windows, drawn within each text.
 
         Raises:
@@ -67,9 +67,7 @@ class Recall:
         """Gains of the intact model over each distance that was measured, in words."""
         return ", ".join(f"{self.gain(gap=gap).point:.2f} over {gap} tokens" for gap in self.gaps)
 
-    def taken(
-        self, cap: int = claims.SECOND["C6"].numbers["cap"], gap: int = claims.SECOND["C6"].numbers["copy"]
-    ) -> Estimate:
+    def taken(self, cap: int = claims.SECOND["C6"].numbers["cap"], gap: int = GAP) -> Estimate:
         """Share of the intact gain that a cap takes, with its interval over windows (C6)."""
         pair = np.stack([self._at(f"cap {cap}", gap), self._at(INTACT, gap)], 1)
         return bootstrap(
@@ -312,7 +310,7 @@ def without_heads(name: str, recall: Recall, removal: Removal) -> RecallWithout:
 
     Args:
         name: of the model.
-        recall: with the gains of the arms of `removal`, from `measure_recall` or `gains_without`.
+        recall: with the gains of the arms of `removal`, from `measure_recall` or `repeated.repeat_recall`.
         removal: of the same model.
 
     Example:
