@@ -20,12 +20,11 @@ from benchmarks.timing import store
 from staterank_utils import prune_heads, select_heads, trace_states
 from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import moment_bytes, weight_bytes
-from staterank_utils.dispatch import choose_kernels
+from staterank_utils.dispatch import choose_kernels, limit_autotuning
 from staterank_utils.markdown import markdown_table
 from staterank_utils.selection import measure_saturation
 from staterank_utils.spectra import rank_and_norm
 from staterank_utils.strata import two_groups
-from training.fast_forward import limit_autotuning
 
 MODELS = {"Qwen3-Next-80B-A3B": "qwen3_next", "Kimi-Linear-48B-A3B": "kimi_linear"}
 MACHINES = {"laptop, 16 GB": 16e9, "one GPU, 80 GB": 80e9, "eight GPUs, 640 GB": 640e9}

@@ -10,9 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from staterank_utils.dispatch import choose_kernels
+from staterank_utils.dispatch import choose_kernels, limit_autotuning
 from staterank_utils.results import STORED, provenance, write_json
-from training.fast_forward import limit_autotuning
 
 
 def options(

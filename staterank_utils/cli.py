@@ -14,6 +14,7 @@ import torch
 import typer
 
 from staterank_utils.architectures import linear_layers, state_size
+from staterank_utils.dispatch import limit_autotuning
 from staterank_utils.markdown import markdown_table
 from staterank_utils.models import load_model, load_tokenizer, model_outline
 from staterank_utils.report import write_report
@@ -123,7 +124,7 @@ def main(
         bool, typer.Option("--verbose", "-v", help="say what is chosen: kernels, dtypes, devices")
     ] = False,
 ) -> None:
-    """Set up the log.
+    """Set up the log, and Triton on a GPU.
 
     Example:
         >>> from typer.testing import CliRunner
@@ -131,6 +132,8 @@ def main(
         True
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    if torch.cuda.is_available():
+        limit_autotuning()
 
 
 @app.command()

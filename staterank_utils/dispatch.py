@@ -243,6 +243,36 @@ def segment_size(layers: Sequence[LinearLayer], *, n_prompts: int) -> int:
     return SEGMENT
 
 
+def limit_autotuning() -> None:
+    """Let every Triton kernel of this process keep one configuration, of four warps where it has one.
+
+    Otherwise each kernel is tuned for each shape when it first meets it, which takes minutes; a model that was pruned unevenly has a
+    shape of its own in every layer. It changes Triton for the whole process, so only a program calls it: the command, a chapter, a
+    training, a benchmark, the tests.
+
+    Raises:
+        ModuleNotFoundError: without Triton, which comes with torch for CUDA.
+
+    Example:
+        >>> if torch.cuda.is_available():
+        ...     limit_autotuning()
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    run = Autotuner.run
+
+    # Where kernels run, not where they are defined: transformers imports fla's as soon as a model's class is named.
+    def limited(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
+        if len(self.configs) > 1:
+            self.configs = sorted(
+                self.configs,
+                key=lambda c: (c.num_warps != 4, c.num_stages != 3, -c.kwargs.get("BK", 0), c.kwargs.get("BV", 0)),
+            )[:1]
+        return run(self, *args, **kwargs)
+
+    Autotuner.run = limited
+
+
 _chosen: "WeakSet[nn.Module]" = WeakSet()  # models with kernels of their own
 _ours: "WeakSet[FunctionType]" = WeakSet()  # functions that were made for a module's methods
 

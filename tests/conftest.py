@@ -15,12 +15,11 @@ from architectures import ARCHITECTURES
 from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from staterank_utils.decoding import generate_greedily
-from staterank_utils.dispatch import choose_kernels
+from staterank_utils.dispatch import choose_kernels, limit_autotuning
 from staterank_utils.evaluation import Task, exact
 from staterank_utils.models import CHECKPOINTS, load_model, load_tokenizer
 from staterank_utils.results import STORED, provenance, write_json
 from staterank_utils.tasks import Turn, text_tokens
-from training.fast_forward import limit_autotuning
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

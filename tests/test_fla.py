@@ -50,7 +50,7 @@ def test_a_fresh_process_loads_a_pruned_model(ids, tmp_path: Path) -> None:
     script = (
         "import sys, torch, logging\n"
         "from staterank_utils import load_model\n"
-        "from training.fast_forward import limit_autotuning\n"
+        "from staterank_utils.dispatch import limit_autotuning\n"
         "torch.set_num_threads(1)\n"
         "torch.cuda.is_available() and limit_autotuning()\n"
         "logging.basicConfig(level=logging.INFO)\n"

@@ -14,7 +14,7 @@ import torch
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from staterank_utils import Spectrum, domain_prompts, load_model, prune_heads, singular_values, trace_states
-from staterank_utils.dispatch import Kernel
+from staterank_utils.dispatch import Kernel, limit_autotuning
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, GATES, initial_model
 from staterank_utils.studies.repeated import stored_on
 from training import train as training
@@ -24,7 +24,6 @@ from training.fast_forward import (
     Gradients,
     chunk_gradients,
     gated_delta,
-    limit_autotuning,
     mend_backward,
     recurrence_of,
 )

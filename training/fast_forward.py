@@ -17,24 +17,6 @@ from transformers import PreTrainedModel
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def limit_autotuning() -> None:
-    """Let every Triton kernel of this process keep one configuration, of four warps where it has one. Saves minutes, cold."""
-    from triton.runtime.autotuner import Autotuner
-
-    run = Autotuner.run
-
-    # Where kernels run, not where they are defined: transformers imports fla's as soon as a model's class is named.
-    def limited(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
-        if len(self.configs) > 1:
-            self.configs = sorted(
-                self.configs,
-                key=lambda c: (c.num_warps != 4, c.num_stages != 3, -c.kwargs.get("BK", 0), c.kwargs.get("BV", 0)),
-            )[:1]
-        return run(self, *args, **kwargs)
-
-    Autotuner.run = limited
-
-
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
     """Gated delta rule by fla's kernels: q, k (batch, token, key head, d), v (batch, token, head, d), gates (batch, token, head)."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule

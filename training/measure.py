@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from staterank_utils.dispatch import limit_autotuning
 from staterank_utils.results import provenance
 from staterank_utils.studies.ladder import LADDER, Scale, measure_model, store_measured
-from training.fast_forward import limit_autotuning
 
 
 def measure(run: Path, out: Path, *, scale: Scale, device: str | None = None) -> None:

@@ -29,13 +29,13 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from staterank_utils.callback import layer_metrics
-from staterank_utils.dispatch import choose_kernels
+from staterank_utils.dispatch import choose_kernels, limit_autotuning
 from staterank_utils.models import initial_model
 from staterank_utils.results import whole_or_not, write_json
 from staterank_utils.selection import head_metrics
 from staterank_utils.tasks import domain_prompts
 from training.corpus import check_corpus
-from training.fast_forward import FastForward, Gradients, Recurrence, limit_autotuning, mend_backward, recurrence_of
+from training.fast_forward import FastForward, Gradients, Recurrence, mend_backward, recurrence_of
 from training.mixture import Mixture
 from training.recipes import Recipe, find_recipe
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import torch
 from IPython.display import HTML
 from myst_nb import glue
 from transformers import PreTrainedModel
 
 from staterank_utils import markdown, plotting
+from staterank_utils.dispatch import limit_autotuning
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.results import check_parameters, write_table
 from staterank_utils.studies.repeated import RepeatedGroups, RepeatedRecall, RepeatedRemoval, write_chapter
@@ -116,7 +118,7 @@ class Run:
 
 
 def setup(namespace: dict[str, Any], page: str, **sizes: tuple[int, int]) -> Run:
-    """Check the parameters of a notebook, and read them.
+    """Check the parameters of a notebook, and read them; on a GPU, `limit_autotuning`.
 
     Args:
         namespace: `globals()` of the notebook, in the cell after its parameters.
@@ -144,6 +146,8 @@ def setup(namespace: dict[str, Any], page: str, **sizes: tuple[int, int]) -> Run
             f"parameter {wrong[0]!r} must be at least 1, or 0 for what the profile says, got {chosen[wrong[0]]}"
         )
     chosen["seed"] = namespace.get("seed", 0)
+    if torch.cuda.is_available():
+        limit_autotuning()
     return Run(
         models,
         {"revision": given["revision"] or None, "device": given["device"] or None},
