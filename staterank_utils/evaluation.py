@@ -399,18 +399,21 @@ def text_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) ->
 
 
 @torch.inference_mode()
-def token_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) -> NDArray[np.float64]:
+def token_nats(
+    model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"], *, batch_size: int | None = None
+) -> NDArray[np.float64]:
     """Loss of predicting each token of a text from those before it.
 
     Args:
         model: what is measured.
         input_ids: texts of equal length, at least 2 tokens.
+        batch_size: texts read side by side; by default 1 on a CPU and 32 elsewhere.
 
     Returns:
         (prompt, token - 1), nats; the first token of a text is given, not predicted.
 
     Raises:
-        ValueError: texts of fewer than 2 tokens.
+        ValueError: texts of fewer than 2 tokens, or a batch of none.
 
     Example:
         >>> from staterank_utils import load_model
@@ -420,9 +423,12 @@ def token_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) -
     check_ids(model, input_ids)
     if input_ids.shape[1] < 2:
         raise ValueError(f"a text needs at least 2 tokens, got {input_ids.shape[1]}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    at_once = batch_size or (1 if model.device.type == "cpu" else 32)
     losses = [
         F.cross_entropy(output_logits(model, hidden[:-1]).double(), text[1:], reduction="none")
-        for texts in input_ids.to(model.device).split(1 if model.device.type == "cpu" else 32)
+        for texts in input_ids.to(model.device).split(at_once)
         for hidden, text in zip(read_tokens(model, texts), texts, strict=True)
     ]
     return torch.stack(losses).cpu().numpy()

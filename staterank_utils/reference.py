@@ -44,3 +44,53 @@ def gated_delta_rule(
         states.append(state)
         outputs.append(torch.einsum("bhk,bhkv->bhv", q, state) / d_k**0.5)
     return torch.stack(outputs, 1), torch.stack(states, 1)
+
+
+def lola(
+    query: Float[Tensor, "token d_k"],
+    key: Float[Tensor, "token d_k"],
+    value: Float[Tensor, "token d_v"],
+    log_decay: Float[Tensor, " token"] | Float[Tensor, "token d_k"],
+    write_strength: Float[Tensor, " token"],
+    *,
+    window: int,
+    sparse: int,
+    stateful: bool = True,
+    ridge: float = 1e-4,
+) -> Float[Tensor, "token d_v"]:
+    """The gated delta rule of one head with a cache of pairs, in lists: as `lola.read_cached`, which says what it does.
+
+    Args:
+        query, key, value, log_decay, write_strength: float64, of one head.
+        window, sparse, stateful: as there.
+        ridge: added to the Gram matrix.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> lola(one, one, 3 * one, torch.zeros(1).double(), torch.ones(1).double(), window=0, sparse=0).item()
+        3.0
+    """
+    state = key.new_zeros(key.shape[1], value.shape[1])
+    recent: list[int] = []
+    kept: list[int] = []
+    outputs = []
+    for t in range(len(key)):
+        recent.append(t)
+        if len(recent) > window:
+            oldest = recent.pop(0)
+            state = log_decay[oldest].exp().reshape(-1, 1) * state
+            kept.append(oldest)
+            if len(kept) > sparse:
+                best = min(kept, key=lambda i: float((state.T @ key[i] - value[i]).square().sum()))
+                kept.remove(best)
+                if stateful:
+                    wrong = value[best] - state.T @ key[best]
+                    state = state + write_strength[best] * torch.outer(key[best], wrong)
+        out = state.T @ query[t]
+        # A pair of strength 0 writes nothing.
+        if cached := [i for i in recent + kept if write_strength[i] > 0]:
+            k, b = key[cached], write_strength[cached]
+            weights = torch.linalg.solve(k @ k.T + torch.diag((1 - b + ridge) / b), k @ query[t])
+            out = out + weights @ (value[cached] - k @ state)
+        outputs.append(out / key.shape[1] ** 0.5)
+    return torch.stack(outputs)

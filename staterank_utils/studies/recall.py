@@ -114,7 +114,9 @@ def pair_claims(models: Mapping[str, tuple[Recall, str]]) -> list[Row]:
     ]
 
 
-def induction_gains(model: PreTrainedModel, texts: Texts, gaps: Sequence[int]) -> NDArray[np.float64]:
+def induction_gains(
+    model: PreTrainedModel, texts: Texts, gaps: Sequence[int], *, batch_size: int | None = None
+) -> NDArray[np.float64]:
     """Loss on the first minus on the second of two copies of held-out text, (gap, window), nats per token.
 
     The first token of a copy is left out of both, since nothing announces the second copy.
@@ -123,6 +125,7 @@ def induction_gains(model: PreTrainedModel, texts: Texts, gaps: Sequence[int]) -
         model: from `load_model`.
         texts: from `draw_texts`.
         gaps: lengths of a copy, at most that of `texts.copies`.
+        batch_size: as in `token_nats`.
 
     Raises:
         ValueError: a gap that is longer than the copies that were drawn, or under 2.
@@ -139,7 +142,7 @@ def induction_gains(model: PreTrainedModel, texts: Texts, gaps: Sequence[int]) -
         raise ValueError(f"gaps lie in 2..{longest}, the length of the copies that were drawn; got {list(gaps)}")
     rows = []
     for gap in gaps:
-        losses = token_nats(model, texts.copies[:, :gap].repeat(1, 2))
+        losses = token_nats(model, texts.copies[:, :gap].repeat(1, 2), batch_size=batch_size)
         rows.append(losses[:, : gap - 1].mean(1) - losses[:, gap:].mean(1))
     return np.stack(rows)
 

@@ -1,0 +1,312 @@
+"""Where states go, do pairs do as well? LoLA's cache in the place of the states that removal frees, and beside states."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from staterank_utils.architectures import linear_layers, state_size
+from staterank_utils.channels import keep_channels, order_channels, why_not
+from staterank_utils.evaluation import TASKS, answer_nats, token_nats
+from staterank_utils.lola import cache_pairs, pairs_in_state, recall_errors
+from staterank_utils.models import CHECKPOINTS, EMBEDDED
+from staterank_utils.pruning import prune_heads
+from staterank_utils.results import STORED, weights_hash, write_json
+from staterank_utils.selection import PAPER_SHARE, head_pairs, measure_heads, saturation_scores, select_heads
+from staterank_utils.strata import Estimate, bootstrap
+from staterank_utils.studies.recall import induction_gains
+from staterank_utils.studies.removal import BINS
+from staterank_utils.studies.shrinking import BOTH, CHANNELS, JOINT
+from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
+from staterank_utils.surgery import Head, ablate_heads, all_heads
+
+FILE = STORED / "caching.json"
+REMOVED, BESIDE = "no cache", "beside the states"
+RECENT, RECALLED_WORST, MIXED = "the last pairs", "the pairs recalled worst", "half of each"
+SPLITS = {RECENT: 1.0, RECALLED_WORST: 0.0, MIXED: 0.5}  # share of the cache that is a window
+FRACTIONS = (1 / 2, 1 / 4, 1 / 8)  # of the bytes that a state took
+WHERE = ("all", *BINS)  # positions of the token that is predicted
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one model, or one with a change, scores.
+
+    Attributes:
+        nats: loss per token, (window, positions of `WHERE`), books first.
+        gain: loss on the first minus on the second of two copies, (gap, passage), nats per token.
+        tasks: task -> loss on the right answer, (instance,), nats per token.
+
+    Example:
+        >>> list(Outcome.__dataclass_fields__)
+        ['nats', 'gain', 'tasks']
+    """
+
+    nats: NDArray[np.float64]
+    gain: NDArray[np.float64]
+    tasks: Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What caches of pairs do to one model.
+
+    Attributes:
+        heads: (layer, head) of each index.
+        d: largest possible rank.
+        pairs: how many pairs take the bytes of a state.
+        rank, half_life, error: of each head: effective rank, tokens, and `recall_errors`.
+        removed: share -> the heads whose states go, those of the highest rank.
+        gaps: lengths of the copies.
+        intact: of the whole model.
+        outcomes: share -> method -> what it gives. A method is `REMOVED`, (one of `SPLITS`, one of `FRACTIONS`) as `cached` names
+            it, `BESIDE`, or another of the chapter's.
+
+    Example:
+        >>> list(Caching.__dataclass_fields__)[:3]
+        ['heads', 'd', 'pairs']
+    """
+
+    heads: tuple[Head, ...]
+    d: int
+    pairs: int
+    rank: NDArray[np.float64]
+    half_life: NDArray[np.float64]
+    error: NDArray[np.float64]
+    removed: Mapping[float, tuple[Head, ...]]
+    gaps: tuple[int, ...]
+    intact: Outcome
+    outcomes: Mapping[float, Mapping[str, Outcome]]
+
+    def added(self, share: float, method: str, where: str = "all") -> Estimate:
+        """Added nats per token, with its interval over windows.
+
+        Args:
+            share: of the heads.
+            method: one of its `outcomes`.
+            where: one of `WHERE`.
+        """
+        column = WHERE.index(where)
+        return over_texts(self.outcomes[share][method].nats[:, column] - self.intact.nats[:, column])
+
+    def undone(self, share: float, method: str) -> Estimate:
+        """Share of the damage of removal that a method leaves undone: 1 minus its added nats over those without a cache."""
+        losses = [self.outcomes[share][of].nats[:, 0] - self.intact.nats[:, 0] for of in (method, REMOVED)]
+        parts = [np.stack(pair, 1) for pair in zip(*(np.split(x, len(LOSS_TEXTS)) for x in losses), strict=True)]
+
+        def share_of(*drawn: NDArray[np.float64]) -> float:
+            added, without = np.mean([part.mean(0) for part in drawn], 0)
+            return float(1 - added / without)
+
+        return bootstrap(share_of, *parts)
+
+    def gain(self, share: float, method: str) -> Estimate:
+        """Recall of text that is said twice, nats per token, mean over gaps."""
+        return over_texts(self.outcomes[share][method].gain.mean(0))
+
+    def answers(self, share: float, method: str, task: str) -> Estimate:
+        """Added nats per token of the right answers of a task."""
+        added = self.outcomes[share][method].tasks[task] - self.intact.tasks[task]
+        return bootstrap(lambda of: float(of.mean()), added)
+
+
+def cached(split: str, fraction: float) -> str:
+    """The name of a method: how a cache is split, and what part of a state's bytes it takes.
+
+    Example:
+        >>> cached(RECENT, 1 / 4)
+        'the last pairs, 1/4'
+    """
+    return f"{split}, 1/{1 / fraction:g}"
+
+
+def measure_caching(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Texts,
+    prompts: Int[Tensor, "prompt token"],
+    *,
+    shares: Sequence[float] = (0.25, PAPER_SHARE),
+    fractions: Sequence[float] = FRACTIONS,
+    splits: Sequence[str] = tuple(SPLITS),
+    others: bool = True,
+    gaps: Sequence[int] = (64, 512),
+    tasks: Sequence[str] = ("needle", "recall"),
+    n_answers: int = 32,
+    removed: Mapping[float, Sequence[Head]] | None = None,
+) -> Caching:
+    """Take the states of the highest-rank heads, put caches of pairs in their place, and measure what that leaves.
+
+    Source: LoLA (arXiv:2505.23666) as `staterank_utils.lola` changes it for a delta rule. Heads are taken by rank alone (Eq. 14 with
+    alpha 1), over the model.
+
+    Args:
+        model, tokenizer: with a delta rule.
+        texts: on which losses and recall are taken.
+        prompts: of calibration, by which heads are ordered.
+        shares: of the heads.
+        fractions: of the bytes of a state that a cache takes.
+        splits: of the cache into a window and the pairs that are recalled worst.
+        others: also a cache beside whole states, of half their bytes, and the other methods of the chapter.
+        gaps: lengths of a copy, for recall.
+        tasks: whose right answers are scored.
+        n_answers: per task.
+        removed: share -> heads that go, in the place of those by rank.
+
+    Raises:
+        ValueError: as in `cache_pairs`, `select_heads` and `induction_gains`.
+
+    Example:
+        >>> from staterank_utils import domain_prompts, load_model, load_tokenizer
+        >>> from staterank_utils.studies.texts import draw_texts
+        >>> model, tokenizer = load_model("hybrid"), load_tokenizer("hybrid")
+        >>> texts = draw_texts(tokenizer, n_windows=1, window=64, n_copies=1, copy=32, n_calibration=1)
+        >>> prompts = domain_prompts("code", tokenizer, n_prompts=1, n_tokens=64, seed=0)
+        >>> few = {"shares": [0.25], "fractions": [1 / 8], "splits": [RECENT], "others": False, "gaps": [16], "tasks": ["recall"]}
+        >>> found = measure_caching(model, tokenizer, texts, prompts, **few, n_answers=2)
+        >>> found.pairs, list(found.outcomes[0.25]), len(found.removed[0.25])
+        (32, ['no cache', 'the last pairs, 1/8'], 36)
+    """
+    heads, d, layer = tuple(all_heads(model)), state_size(model), linear_layers(model)[0]
+    measures = measure_heads(model, prompts)
+    rank, norm, decay = (measures[name] for name in ("effective rank", "nuclear norm", "log-decay"))
+
+    def by_score(share: float, alpha: float) -> dict[int, list[int]]:
+        return select_heads(saturation_scores(rank, norm, d=d, alpha=alpha), share=share)
+
+    gone = {share: tuple((removed or {}).get(share) or head_pairs(by_score(share, 1.0))) for share in shares}
+    channels = order_channels(model, prompts) if others and not why_not(model) else None
+
+    def outcome(of: PreTrainedModel) -> Outcome:
+        losses = token_nats(of, texts.windows, batch_size=16)
+        columns = [
+            losses,
+            *(losses[:, max(0, low - 1) : None if high is None else high - 1] for low, high in BINS.values()),
+        ]
+        scored = {task: answer_nats(TASKS[task], of, tokenizer, n_instances=n_answers) for task in tasks}
+        means = [part.mean(1) if part.shape[1] else np.full(len(part), np.nan) for part in columns]
+        return Outcome(np.stack(means, 1), induction_gains(of, texts, gaps, batch_size=16), scored)
+
+    def cache(
+        of: Sequence[Head], n_pairs: int, window: float, *, stateful: bool = False
+    ) -> AbstractContextManager[None]:
+        recent = round(n_pairs * window)
+        return cache_pairs(model, of, window=recent, sparse=n_pairs - recent, stateful=stateful)
+
+    outcomes: dict[float, dict[str, Outcome]] = {}
+    for share in tqdm(shares, desc="shares", leave=False):
+        of = gone[share]
+        blocks: dict[str, Callable[[], AbstractContextManager[None]]] = {
+            REMOVED: lambda of=of: ablate_heads(model, of),  # type: ignore[misc]
+            **{
+                cached(split, part): lambda of=of, split=split, part=part: cache(of, pairs_in_state(layer, part), SPLITS[split])  # type: ignore[misc]
+                for part in fractions
+                for split in splits
+            },
+        }  # fmt: skip
+        smaller: dict[str, Callable[[], PreTrainedModel]] = {}
+        if others:
+            blocks[BESIDE] = lambda of=of: cache(of, pairs_in_state(layer, 1 / 2), SPLITS[MIXED], stateful=True)  # type: ignore[misc]
+            smaller[JOINT] = lambda share=share: prune_heads(model, by_score(share, 0.5))  # type: ignore[misc]
+        if channels is not None:
+            part = 1 - (1 - share) ** 0.5
+            smaller[CHANNELS] = lambda share=share: keep_channels(model, channels, share=share)  # type: ignore[misc]
+            smaller[BOTH] = lambda part=part: keep_channels(
+                prune_heads(model, by_score(part, 0.5)), channels, share=part
+            )  # type: ignore[misc]
+        found = outcomes[share] = {}
+        for method, block in tqdm(blocks.items(), desc="caches", leave=False):
+            with block():
+                found[method] = outcome(model)
+        for method, make in smaller.items():
+            found[method] = outcome(make())
+    intact = outcome(model)
+    half_life = np.log(2) / np.abs([decay[head] for head in heads])
+    error = recall_errors(model, prompts, n_pairs=d).numpy().astype(np.float64)
+    return Caching(
+        heads, d, pairs_in_state(layer), np.array([rank[head] for head in heads]), half_life, error, gone, tuple(gaps), intact, outcomes
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- stored
+
+
+def store_caching(found: Mapping[str, Caching], *, made: Mapping[str, Any], file: Path = FILE) -> None:
+    """Write what was measured of some models, whole or not at all.
+
+    Args:
+        found: embedded name -> what was measured.
+        made: provenance, which names the weights.
+        file: a JSON file.
+
+    Example:
+        >>> FILE.name
+        'caching.json'
+    """
+    write_json(file, {"provenance": dict(made), "models": {name: _plain(of) for name, of in found.items()}})
+
+
+def load_caching(name: str, file: Path = FILE) -> tuple[Caching, dict[str, Any]] | None:
+    """What is stored of an embedded model's very weights, and its provenance; None where nothing is.
+
+    Args:
+        name: of the model.
+        file: from `store_caching`.
+
+    Example:
+        >>> load_caching("OWNER/NAME") is None
+        True
+    """
+    if name not in EMBEDDED:
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["provenance"]["checkpoints"][name] != weights_hash(CHECKPOINTS / name):
+        return None
+    of = content["models"][name]
+    outcomes = {
+        float(share): {method: _outcome(each) for method, each in methods.items()}
+        for share, methods in of["outcomes"].items()
+    }
+    removed = {float(share): tuple(map(tuple, heads)) for share, heads in of["removed"].items()}
+    rank, half_life, error = (np.array(of[each]) for each in ("rank", "half_life", "error"))
+    heads: Any = tuple(map(tuple, of["heads"]))
+    made: dict[str, Any] = content["provenance"]
+    return Caching(
+        heads,
+        of["d"],
+        of["pairs"],
+        rank,
+        half_life,
+        error,
+        removed,
+        tuple(of["gaps"]),
+        _outcome(of["intact"]),
+        outcomes,
+    ), made
+
+
+def _outcome(of: Mapping[str, Any]) -> Outcome:
+    nats, gain = (np.array(of[each], dtype=np.float64) for each in ("nats", "gain"))
+    return Outcome(nats, gain, {task: np.array(each) for task, each in of["tasks"].items()})
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: five digits."""
+    if isinstance(value, Caching | Outcome):
+        return _plain(vars(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,0 +1,135 @@
+"""The cache of pairs: held to a version in lists, in float64, and to the model that it is put into."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from staterank_utils import load_model, reference
+from staterank_utils.architectures import linear_layers
+from staterank_utils.decoding import pad_left, read_padded
+from staterank_utils.evaluation import token_nats
+from staterank_utils.lola import cache_pairs, pairs_in_state, read_cached
+from staterank_utils.models import make_cache, read_tokens
+
+
+def _tokens(n_tokens: int, *, by_channel: bool = False, seed: int = 0) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(2, n_tokens, 3, *shape, generator=draw, dtype=torch.float64)
+
+    query, key = (torch.nn.functional.normalize(normal(6), dim=-1) for _ in range(2))
+    # Some keys come again, and some tokens write nothing.
+    key[:, 5::4] = key[:, 1:-4:4]
+    strength = normal().sigmoid()
+    strength[:, 3:4] = 0.0
+    return query, key, normal(4), -normal(*((6,) if by_channel else ())).exp() / 8, strength
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("stateful", [True, False])
+@pytest.mark.parametrize(("window", "sparse"), [(0, 0), (3, 0), (0, 4), (2, 3), (50, 2)])
+def test_pairs_are_read_as_the_version_in_lists_reads_them(
+    window: int, sparse: int, stateful: bool, by_channel: bool
+) -> None:
+    tokens = _tokens(40, by_channel=by_channel)
+    out, _ = read_cached(*tokens, window=window, sparse=sparse, stateful=stateful)
+    for row in range(2):
+        for head in range(3):
+            of_head = (x[row, :, head] for x in tokens)
+            expected = reference.lola(*of_head, window=window, sparse=sparse, stateful=stateful)
+            assert (out[row, :, head] - expected).abs().max() < 1e-9
+
+
+def test_without_a_cache_it_is_the_gated_delta_rule() -> None:
+    tokens = _tokens(30)
+    out, held = read_cached(*tokens, window=0, sparse=0)
+    expected, states = reference.gated_delta_rule(*tokens)
+    assert (out - expected).abs().max() < 1e-12
+    assert (held.state - states[:, -1]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("cuts", [(1, 39), (13, 14, 13), (1,) * 40])
+def test_segments_give_what_one_pass_gives(cuts: tuple[int, ...]) -> None:
+    tokens, held, parts = _tokens(40), None, []
+    for segment in zip(*(x.split(cuts, 1) for x in tokens), strict=True):
+        out, held = read_cached(*segment, window=2, sparse=3, held=held)
+        parts.append(out)
+    whole, _ = read_cached(*tokens, window=2, sparse=3)
+    assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_the_pairs_that_the_state_recalls_worst_stay() -> None:
+    key = torch.eye(4)[[0, 1, 2, 3]].reshape(1, 4, 1, 4)
+    value = torch.tensor([9.0, 1.0, 2.0, 8.0]).reshape(1, 4, 1, 1)
+    _, held = read_cached(key, key, value, torch.zeros(1, 4, 1), torch.ones(1, 4, 1), window=0, sparse=2)
+    assert sorted(held.values.flatten().tolist()) == [8.0, 9.0]
+    assert sorted(held.state.flatten().tolist()) == [0.0, 0.0, 1.0, 2.0]
+
+
+def test_a_pair_that_is_there_twice_is_read_once() -> None:
+    key, gates = torch.ones(1, 2, 1, 1), (torch.zeros(1, 2, 1), torch.full((1, 2, 1), 0.9999))
+    out, _ = read_cached(key, key, 3 * key, *gates, window=2, sparse=0)
+    assert out.flatten().tolist() == pytest.approx([3.0, 3.0], rel=1e-3)
+
+
+def test_a_model_with_empty_caches_is_the_model() -> None:
+    model = load_model("hybrid", device="cpu")
+    ids = torch.randint(0, 8000, (2, 70), generator=torch.Generator().manual_seed(1))
+    heads = [(0, 2), (0, 15), (5, 7)]
+    with torch.inference_mode():
+        whole = model(ids).logits
+        with cache_pairs(model, heads, window=0, sparse=0):
+            same = model(ids).logits
+        with cache_pairs(model, heads, window=4, sparse=4, stateful=False):
+            other = model(ids).logits
+        again = model(ids).logits
+    assert (same - whole).abs().max() < 1e-3
+    assert (other - whole).abs().max() > 1e-2
+    assert torch.equal(again, whole)
+
+
+def test_a_model_reads_segments_and_tokens_as_a_whole_prompt() -> None:
+    model = load_model("pure", device="cpu")
+    ids = torch.randint(0, 8000, (2, 40), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode(), cache_pairs(model, [(1, 3), (4, 0)], window=3, sparse=5):
+        whole = read_tokens(model, ids)
+        cache, parts, start = make_cache(model), [], 0
+        for size in (20, 1, 1, 18):
+            positions = torch.arange(start, start + size)[None]
+            parts.append(read_tokens(model, ids[:, start : start + size], positions=positions, cache=cache))
+            start += size
+        read_tokens(model, ids[:, 5:9])
+        with pytest.raises(ValueError, match="one set of prompts at a time"):
+            read_tokens(model, ids[:, :3], positions=torch.arange(40, 43)[None], cache=cache)
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-3
+
+
+def test_padding_is_not_kept() -> None:
+    model = load_model("hybrid", device="cpu")
+    rows = [list(range(5, 25)), list(range(50, 58))]
+    with torch.inference_mode(), cache_pairs(model, [(0, 3), (2, 1)], window=2, sparse=4):
+        side_by_side = read_padded(model, *pad_left(model, rows))
+        alone = read_padded(model, *pad_left(model, rows[1:]))
+    assert (side_by_side[1, -8:] - alone[0]).abs().max() < 1e-3
+
+
+def test_bad_input_is_refused() -> None:
+    tokens = _tokens(3)
+    with pytest.raises(ValueError, match="at least 0, got window -1"):
+        read_cached(*tokens, window=-1, sparse=0)
+    with pytest.raises(ValueError, match="at most 1, got 2"):
+        read_cached(*tokens[:4], torch.full_like(tokens[4], 2.0), window=1, sparse=0)
+    model = load_model("hybrid", device="cpu")
+    with pytest.raises(ValueError, match="less than one pair"):
+        pairs_in_state(linear_layers(model)[0], 0.001)
+    with pytest.raises(ValueError, match="linear-attention"), cache_pairs(model, [(3, 0)], window=1, sparse=1):
+        pass
+
+
+def test_losses_are_taken_under_it() -> None:
+    model = load_model("hybrid", device="cpu")
+    ids = torch.randint(0, 8000, (1, 64), generator=torch.Generator().manual_seed(3))
+    plain = token_nats(model, ids)
+    with cache_pairs(model, [(0, head) for head in range(16)], window=2, sparse=2, stateful=False):
+        assert abs(token_nats(model, ids) - plain).max() > 1e-3
