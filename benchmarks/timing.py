@@ -26,8 +26,7 @@ def options(
         parser.add_argument("--model", default="hybrid")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--store", action="store_true", help="keep the table for the book")
-    if torch.cuda.is_available():
-        limit_autotuning()
+    limit_autotuning()
     return parser.parse_args(arguments)
 
 

@@ -132,8 +132,7 @@ def main(
         True
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    if torch.cuda.is_available():
-        limit_autotuning()
+    limit_autotuning()
 
 
 @app.command()

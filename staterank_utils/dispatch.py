@@ -243,20 +243,22 @@ def segment_size(layers: Sequence[LinearLayer], *, n_prompts: int) -> int:
     return SEGMENT
 
 
-def limit_autotuning() -> None:
-    """Let every Triton kernel of this process keep one configuration, of four warps where it has one.
+def limit_autotuning() -> bool:
+    """Where there is a GPU, let every Triton kernel of this process keep one configuration, of four warps where it has one.
 
     Otherwise each kernel is tuned for each shape when it first meets it, which takes minutes; a model that was pruned unevenly has a
     shape of its own in every layer. It changes Triton for the whole process, so only a program calls it: the command, a chapter, a
     training, a benchmark, the tests.
 
-    Raises:
-        ModuleNotFoundError: without Triton, which comes with torch for CUDA.
+    Returns:
+        Whether there is a GPU.
 
     Example:
-        >>> if torch.cuda.is_available():
-        ...     limit_autotuning()
+        >>> limit_autotuning() == torch.cuda.is_available()
+        True
     """
+    if not torch.cuda.is_available():
+        return False
     from triton.runtime.autotuner import Autotuner
 
     run = Autotuner.run
@@ -271,6 +273,7 @@ def limit_autotuning() -> None:
         return run(self, *args, **kwargs)
 
     Autotuner.run = limited
+    return True
 
 
 _chosen: "WeakSet[nn.Module]" = WeakSet()  # models with kernels of their own

@@ -271,6 +271,20 @@ def _by_head(query: Tensor, key: Tensor, value: Tensor, *, normalize: bool) -> t
     return q, k, value.float()
 
 
+def can_cache(model: PreTrainedModel) -> bool:
+    """Whether heads of a model can have a cache of pairs: whether every linear layer runs a delta rule that can be looked into.
+
+    Args:
+        model: any that `linear_layers` accepts.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> can_cache(load_model("hybrid"))
+        True
+    """
+    return all(layer.scans for layer in linear_layers(model))
+
+
 def _check_rule(layer: LinearLayer) -> None:
     if not layer.scans:
         raise ValueError(

@@ -641,6 +641,48 @@ def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> N
     ax.margins(x=0.15)
 
 
+CACHE_LOOKS: Mapping[str, Mapping[str, Any]] = {
+    "the last pairs": HIGH,
+    "the pairs recalled worst": LOW,
+    "half of each": {"color": GREEN, "linestyle": "-.", "marker": "^"},
+}
+
+
+def plot_caches(
+    ax: Axes,
+    curves: Mapping[str, Mapping[float, Estimate]],
+    *,
+    other: Mapping[str, float],
+    again: Mapping[float, Estimate] | None = None,
+) -> None:
+    """Added nats against the part of a state's bytes that a cache of pairs takes, one curve per way to fill it.
+
+    Args:
+        ax: where to draw.
+        curves: key of `CACHE_LOOKS` -> part, 0..1 -> estimate.
+        other: name of another method -> its added nats, a horizontal line.
+        again: of the first curve, measured again: open marks.
+
+    Example:
+        >>> ax = Figure().subplots()
+        >>> curve = {0.0: Estimate(0.3, 0.2, 0.4), 0.5: Estimate(0.1, 0.0, 0.2)}
+        >>> plot_caches(ax, {"the last pairs": curve}, other={"key channels": 0.2})
+        >>> [line.get_label() for line in ax.lines]
+        ['the last pairs', 'key channels']
+    """
+    for label, curve in curves.items():
+        plot_with_band(ax, [*curve], [*curve.values()], label=label, **CACHE_LOOKS[label])
+    for (label, added), dashes in zip(other.items(), ((0, (6, 2)), (0, (1, 1)), (0, (4, 1, 1, 1))), strict=False):
+        ax.axhline(added, color="0.3", linestyle=dashes, linewidth=1.2, label=label)
+    if again:
+        points = [estimate.point for estimate in again.values()]
+        ax.plot([*again], points, "o", markersize=10, markerfacecolor="none", color=BLUE, label="this run")
+    marks = sorted({part for curve in curves.values() for part in curve})
+    ax.set_xticks(marks, ["none" if not part else f"1/{1 / part:g}" for part in marks])
+    ax.set_xlabel("cache, part of a state's bytes")
+    ax.set_ylim(bottom=0)
+
+
 def plot_added(
     ax: Axes,
     curves: Mapping[str, Mapping[float, Estimate]],

@@ -27,8 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if torch.cuda.is_available():
-        limit_autotuning()  # else every shape of every kernel is tuned, for minutes
+    if limit_autotuning():  # else every shape of every kernel is tuned, for minutes
         full_precision()
 
 

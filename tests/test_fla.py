@@ -52,7 +52,7 @@ def test_a_fresh_process_loads_a_pruned_model(ids, tmp_path: Path) -> None:
         "from staterank_utils import load_model\n"
         "from staterank_utils.dispatch import limit_autotuning\n"
         "torch.set_num_threads(1)\n"
-        "torch.cuda.is_available() and limit_autotuning()\n"
+        "limit_autotuning()\n"
         "logging.basicConfig(level=logging.INFO)\n"
         "model = load_model(sys.argv[1], dtype=torch.float32)\n"
         "ids, logits = torch.load(sys.argv[1] + '/expected')\n"

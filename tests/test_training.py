@@ -83,6 +83,7 @@ def test_kernels_keep_one_configuration_also_where_they_were_defined_before(monk
     tuned = triton.autotune(configs=configs, key=[])(triton.jit(kernel))
     taken = []
     monkeypatch.setattr(Autotuner, "run", Autotuner.run)  # as it was again afterwards
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tuned.fn, "run", lambda **settings: taken.append(settings))
     limit_autotuning()
     tuned.run()

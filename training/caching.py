@@ -11,7 +11,8 @@ from staterank_utils.results import embedded_folders, provenance
 from staterank_utils.studies.caching import measure_caching, store_caching
 from staterank_utils.studies.texts import draw_texts
 
-SIZES = {"n_windows": 16, "n_copies": 4, "n_calibration": 2}
+SIZES = {"n_windows": 8, "n_copies": 4, "n_calibration": 2}
+N_ANSWERS = 16
 PROMPTS = {"n_prompts": 16, "n_tokens": 2048, "seed": 1000}  # of chapter 4, on which heads are scored
 
 
@@ -20,8 +21,8 @@ def main() -> None:
     for name in EMBEDDED:
         model, tokenizer = load_model(name, device="cpu"), load_tokenizer(name)
         prompts = domain_prompts("code", tokenizer, **PROMPTS)
-        found[name] = measure_caching(model, tokenizer, draw_texts(tokenizer, **SIZES), prompts)
-    made = provenance(parameters=SIZES | PROMPTS, checkpoints=embedded_folders(EMBEDDED))
+        found[name] = measure_caching(model, tokenizer, draw_texts(tokenizer, **SIZES), prompts, n_answers=N_ANSWERS)
+    made = provenance(parameters={**SIZES, **PROMPTS, "n_answers": N_ANSWERS}, checkpoints=embedded_folders(EMBEDDED))
     store_caching(found, made=made)
 
 

@@ -33,7 +33,7 @@ def main() -> None:
     if torch.cuda.is_available():
         # Three products of TF32 for each of float32: the heads' order and the losses are float32's.
         os.environ["TRITON_F32_DEFAULT"] = "tf32x3"
-        limit_autotuning()
+    limit_autotuning()
     measure(arguments.run, arguments.out, scale=Scale())
 
 

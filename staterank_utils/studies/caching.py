@@ -22,9 +22,10 @@ from staterank_utils.models import CHECKPOINTS, EMBEDDED
 from staterank_utils.pruning import prune_heads
 from staterank_utils.results import STORED, weights_hash, write_json
 from staterank_utils.selection import PAPER_SHARE, head_pairs, measure_heads, saturation_scores, select_heads
-from staterank_utils.strata import Estimate, bootstrap
+from staterank_utils.strata import Estimate, bootstrap, spearman
 from staterank_utils.studies.recall import induction_gains
 from staterank_utils.studies.removal import BINS
+from staterank_utils.studies.repeated import CLOSE, Repeated
 from staterank_utils.studies.shrinking import BOTH, CHANNELS, JOINT
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
 from staterank_utils.surgery import Head, ablate_heads, all_heads
@@ -109,6 +110,16 @@ class Caching:
 
         return bootstrap(share_of, *parts)
 
+    def curve(self, share: float, split: str) -> dict[float, Estimate]:
+        """Added nats by the part of a state's bytes that a cache takes; 0 is no cache.
+
+        Args:
+            share: of the heads.
+            split: one of `SPLITS` that was measured.
+        """
+        parts = [part for part in sorted(FRACTIONS) if cached(split, part) in self.outcomes[share]]
+        return {0.0: self.added(share, REMOVED)} | {part: self.added(share, cached(split, part)) for part in parts}
+
     def gain(self, share: float, method: str) -> Estimate:
         """Recall of text that is said twice, nats per token, mean over gaps."""
         return over_texts(self.outcomes[share][method].gain.mean(0))
@@ -157,7 +168,7 @@ def measure_caching(
         fractions: of the bytes of a state that a cache takes.
         splits: of the cache into a window and the pairs that are recalled worst.
         others: also a cache beside whole states, of half their bytes, and the other methods of the chapter.
-        gaps: lengths of a copy, for recall.
+        gaps: lengths of a copy, for recall; none: it is not measured.
         tasks: whose right answers are scored.
         n_answers: per task.
         removed: share -> heads that go, in the place of those by rank.
@@ -194,7 +205,8 @@ def measure_caching(
         ]
         scored = {task: answer_nats(TASKS[task], of, tokenizer, n_instances=n_answers) for task in tasks}
         means = [part.mean(1) if part.shape[1] else np.full(len(part), np.nan) for part in columns]
-        return Outcome(np.stack(means, 1), induction_gains(of, texts, gaps, batch_size=16), scored)
+        gain = induction_gains(of, texts, gaps, batch_size=16) if gaps else np.empty((0, len(texts.copies)))
+        return Outcome(np.stack(means, 1), gain, scored)
 
     def cache(
         of: Sequence[Head], n_pairs: int, window: float, *, stateful: bool = False
@@ -310,3 +322,159 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+class RepeatedCaching(Repeated[Caching]):
+    """Caches of pairs in one model, stored and measured again.
+
+    Example:
+        >>> RepeatedCaching.__mro__[1].__name__
+        'Repeated'
+    """
+
+    def difference(self) -> float:
+        """The largest difference of a loss from the stored one on the same windows of books, nats per token."""
+        n_windows = len(self.live.intact.nats) // len(LOSS_TEXTS)
+        pairs = [(self.live.intact, self.shown.intact)]
+        for share, methods in self.live.outcomes.items():
+            pairs += [(of, self.shown.outcomes[share][method]) for method, of in methods.items()]
+        return float(max(np.abs(live.nats[:n_windows] - shown.nats[:n_windows]).max() for live, shown in pairs))
+
+    def source(self, name: str) -> str:
+        """Where the shown numbers come from, in words."""
+        n_shown, n_live = (len(of.intact.nats) // len(LOSS_TEXTS) for of in (self.shown, self.live))
+        if self.made is None:
+            return f"{name}: this run, windows per text: {n_live}."
+        n_arms = sum(map(len, self.live.outcomes.values()))
+        return (
+            f"{name}: stored on {self.made['date'][:10]} ({self.made['device']}, commit {self.made['commit'][:7]}), windows per text: {n_shown}. This run "
+            f"repeated {n_arms} of the caches on {n_live}: no loss on books differs by more than {self.difference():.0e} nats per token."
+        )
+
+
+def left_in_words(found: Mapping[str, Caching], share: float) -> str:
+    """What caches of the last pairs leave of the damage of removal, per model.
+
+    Args:
+        found: name -> what was measured, the same parts of a state's bytes for each.
+        share: of the heads.
+
+    Example:
+        >>> left_in_words({}, 0.25)
+        ''
+    """
+    said = []
+    for name, of in found.items():
+        curve = of.curve(share, RECENT)
+        parts = [
+            f"{of.added(share, cached(RECENT, part)):.2f} with 1/{1 / part:g} of the bytes" for part in curve if part
+        ]
+        said.append(f"{curve[0.0]:.2f} without a cache, {', '.join(parts)} ({name})")
+    return "; ".join(said)
+
+
+def splits_in_words(found: Mapping[str, Caching], share: float, fraction: float) -> str:
+    """What the three ways to fill a cache leave, per model.
+
+    Args:
+        found: name -> what was measured; those with one way alone are left out.
+        share: of the heads.
+        fraction: of a state's bytes.
+
+    Example:
+        >>> splits_in_words({}, 0.25, 1 / 2)
+        'not measured'
+    """
+    said = []
+    for name, of in found.items():
+        measured = [split for split in SPLITS if cached(split, fraction) in of.outcomes[share]]
+        if len(measured) > 1:
+            parts = [f"{split} {of.added(share, cached(split, fraction)):.2f}" for split in measured]
+            said.append(f"{', '.join(parts)} ({name})")
+    return "; ".join(said) or "not measured"
+
+
+def recall_in_words(found: Mapping[str, Caching]) -> str:
+    """Whether full states recall worse, per model.
+
+    Args:
+        found: name -> what was measured.
+
+    Example:
+        >>> recall_in_words({})
+        ''
+    """
+    said = []
+    for name, of in found.items():
+        full, low = of.error[of.rank > 0.8 * of.d], of.error[of.rank < 0.2 * of.d]
+        groups = [
+            f"{errors.mean():.2f} over the {len(errors)} heads with a rank {where} d"
+            for errors, where in ((full, "over 0.8"), (low, "under 0.2"))
+            if len(errors)
+        ]
+        said.append(
+            f"{' and '.join(groups)}; Spearman {spearman(of.error, of.rank):.2f} with rank, {spearman(of.error, of.half_life):.2f} with half-life ({name})"
+        )
+    return ". ".join(said)
+
+
+def caching_rows(found: Mapping[str, Caching], share: float) -> list[tuple[str, ...]]:
+    """A row per model and method: added nats over all positions and by position, recall, and added nats of right answers.
+
+    Args:
+        found: name -> what was measured.
+        share: of the heads.
+
+    Example:
+        >>> caching_rows({}, 0.25)
+        []
+    """
+    return [
+        (
+            f"{name}: {method}", *(f"{of.added(share, method, where):.2f}" for where in WHERE),
+            f"{of.gain(share, method):.2f}" if of.gaps else "",
+            *(f"{of.answers(share, method, task):.2f}" for task in of.intact.tasks),
+        )
+        for name, of in found.items()
+        for method in of.outcomes[share]
+    ]  # fmt: skip
+
+
+def repeat_caching(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Texts,
+    prompts: Int[Tensor, "prompt token"],
+    *,
+    quick: bool,
+    seed: int = 0,
+) -> RepeatedCaching:
+    """Measure caches of pairs beside what is stored of a model's weights: a part of it in the quick profile.
+
+    Args:
+        name: as it was given to `load_model`.
+        model, tokenizer, texts, prompts: as in `measure_caching`.
+        quick: caches of the last pairs, and losses alone.
+        seed: of the texts; what is stored is of seed 0.
+
+    Raises:
+        ValueError: as in `measure_caching`, or a loss that is not the stored one of the same windows and heads.
+
+    Example:
+        >>> import inspect
+        >>> list(inspect.signature(repeat_caching).parameters)[:3]
+        ['name', 'model', 'tokenizer']
+    """
+    stored = None if seed else load_caching(name)
+    few: dict[str, Any] = {"splits": (RECENT,), "others": False, "gaps": (), "tasks": ()} if quick else {}
+    known = stored[0].removed if stored else None
+    live = measure_caching(model, tokenizer, texts, prompts, removed=known, **few)
+    if stored is None:
+        return RepeatedCaching(live, live, "?", None)
+    found = RepeatedCaching(stored[0], live, "?", stored[1])
+    if not (difference := found.difference()) <= CLOSE:
+        raise ValueError(
+            f"losses of {name} with caches differ by {difference} nats per token from those stored, expected at most {CLOSE}"
+        )
+    return found

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import torch
 from IPython.display import HTML
 from myst_nb import glue
 from transformers import PreTrainedModel
@@ -146,8 +145,7 @@ def setup(namespace: dict[str, Any], page: str, **sizes: tuple[int, int]) -> Run
             f"parameter {wrong[0]!r} must be at least 1, or 0 for what the profile says, got {chosen[wrong[0]]}"
         )
     chosen["seed"] = namespace.get("seed", 0)
-    if torch.cuda.is_available():
-        limit_autotuning()
+    limit_autotuning()
     return Run(
         models,
         {"revision": given["revision"] or None, "device": given["device"] or None},
