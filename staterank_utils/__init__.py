@@ -10,6 +10,7 @@
 Axes are always in the order (layer, batch, position, head, d_k, d_v). A head is named (layer, head), both from zero.
 """
 
+from staterank_utils import sse as sse  # registers its model type
 from staterank_utils.memory import cap_half_life, half_lives, predicted_rank, rank_bound, scale_decay
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.pruning import prune_heads

@@ -47,6 +47,11 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return made
 
 
+removable = pytest.mark.parametrize(
+    "model", [name for name, each in delta.ARCHITECTURES.items() if not each.refused], indirect=True
+)
+
+
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     return torch.randint(3, 56, (3, 96), generator=torch.Generator().manual_seed(0))
@@ -70,6 +75,7 @@ def test_an_adapter_without_scans_is_traced_in_segments(model, ids, monkeypatch)
     torch.testing.assert_close(trace.write_strength, expected.write_strength, rtol=1e-5, atol=1e-6)
 
 
+@removable
 def test_what_an_adapter_leaves_out_is_refused(model, monkeypatch) -> None:
     index = linear_layers(model)[0].index
     without(model, monkeypatch, write_module=None, without_writes=None, idle=None)
@@ -235,6 +241,7 @@ def test_a_changed_decay_of_minimax_is_made_where_the_layer_is() -> None:
     assert torch.equal(layer.module.query_decay, before)
 
 
+@removable
 def test_weights_that_are_described_wrongly_are_named(model, monkeypatch) -> None:
     layer = linear_layers(model)[0]
     [last] = [blocks for blocks in layer.weights if blocks.axis == 1]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from staterank_utils import Spectrum, domain_prompts, load_model, prune_heads, singular_values, trace_states
@@ -58,7 +59,7 @@ def plain_recurrence(model) -> Callable:
     return lambda q, k, v, log_decay, beta: kernel(q, k, v, g=log_decay, beta=beta)[0]
 
 
-@pytest.mark.parametrize("name", ["hybrid-text-0", "pure-tasks63-1"])
+@pytest.mark.parametrize("name", ["hybrid-text-0", "pure-tasks63-1", "hybrid-sse-0"])
 def test_fast_forward_is_the_model_s_own_forward(name: str, tokenizer) -> None:
     model = initial_model(RECIPES[name].configuration(tokenizer))
     ids = torch.randint(0, 512, (2, 131), generator=torch.Generator().manual_seed(0))
@@ -69,6 +70,9 @@ def test_fast_forward_is_the_model_s_own_forward(name: str, tokenizer) -> None:
         weights = torch.rand(2, 130)
         expected = torch.nn.functional.cross_entropy(own[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss, losses = fast.loss(ids, weights)
+        if name == "hybrid-sse-0":  # its own loss in training has the auxiliary one in it
+            model.train()(ids[:, :-1])
+            loss = loss - model.config.balance * model.balance()
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loss, (expected * weights.flatten()).sum() / weights.sum(), rtol=1e-4, atol=1e-4)
 
@@ -138,9 +142,21 @@ def test_the_ladder_s_recipes_are_those_of_its_waves() -> None:
         assert sum(recipe.tasks.values()) == pytest.approx(1)
         assert recipe.gates in SCHEMES
         assert SCHEMES[recipe.gates] in GATES
-        assert recipe.n_linear_heads == (144 if name.startswith("hybrid") else 192)
+        n_heads = 72 if recipe.rule == "sparse state expansion" else 144
+        assert recipe.n_linear_heads == (n_heads if name.startswith("hybrid") else 192)
     with pytest.raises(ValueError, match="there is no recipe 'hybrid': choose from hybrid-text-0, "):
         find_recipe("hybrid")
+
+
+def test_another_rule_has_as_many_parameters(tokenizer) -> None:
+    with torch.device("meta"):
+        counts = [
+            sum(
+                p.numel() for p in AutoModelForCausalLM.from_config(RECIPES[name].configuration(tokenizer)).parameters()
+            )
+            for name in ("hybrid-text-0", "hybrid-sse-0")
+        ]
+    assert counts[1] == pytest.approx(counts[0], rel=0.02)
 
 
 def test_a_recipe_without_a_model_class_is_refused(tokenizer) -> None:

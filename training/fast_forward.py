@@ -1,4 +1,4 @@
-"""The training loss of a small `Qwen3NextForCausalLM`, several times faster than its own forward.
+"""The training loss of a small `Qwen3NextForCausalLM` or `SSEForCausalLM`, several times faster than its own forward.
 
 Same parameters, same function (a test compares the logits), written so that `torch.compile` can fuse all that lies between
 the matrix products and the chunked recurrence, which is fla's `chunk_gated_delta_rule`. One kernel of its backward pass is wrong on
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from staterank_utils.sse import SSEGatedDeltaNet
 
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -110,7 +112,7 @@ def chunk_gradients(
     return dq, dk, tokens(dw), dg.transpose(2, 3).flatten(1, 2)
 
 
-RECURRENCES: dict[str, Recurrence] = {"gated delta": gated_delta}
+RECURRENCES: dict[str, Recurrence] = {"gated delta": gated_delta, "sparse state expansion": gated_delta}
 
 
 def recurrence_of(rule: str) -> Recurrence:
@@ -156,14 +158,62 @@ def _linear_inputs(
     rows = qkvz.view(n_k, (2 + 2 * per_key) * d, -1).split([d, d, per_key * d, per_key * d], dim=1)
     mixed = F.linear(h, torch.cat([part.flatten(0, 1) for part in rows]))
     qkv, z = mixed.split([(2 * n_k + n_v) * d, n_v * d], dim=-1)
-    width = conv.shape[-1]
-    padded = F.pad(qkv, (0, 0, width - 1, 0))
-    qkv = F.silu(reduce(torch.add, [padded[:, i : i + x.shape[1]] * conv[:, 0, i] for i in range(width)]))
-    q, k, v = (part.unflatten(-1, (-1, d)) for part in qkv.split([n_k * d, n_k * d, n_v * d], dim=-1))
-    q, k = ((u.float() * torch.rsqrt(u.float().pow(2).sum(-1, keepdim=True) + 1e-6)).to(x.dtype) for u in (q, k))
+    q, k, v = (part.unflatten(-1, (-1, d)) for part in _convolved(qkv, conv).split([n_k * d, n_k * d, n_v * d], dim=-1))
+    q, k = (_unit(u).to(x.dtype) for u in (q, k))
     b, a = F.linear(h, ba).unflatten(-1, (n_k, 2, per_key)).unbind(-2)
     log_decay = -a_log.exp() * F.softplus(a.flatten(-2).float() + dt_bias)
     return q, k, v, log_decay, b.flatten(-2).float().sigmoid().to(x.dtype), z
+
+
+def _convolved(x: Tensor, conv: Tensor) -> Tensor:
+    width = conv.shape[-1]
+    padded = F.pad(x, (0, 0, width - 1, 0))
+    return F.silu(reduce(torch.add, [padded[:, i : i + x.shape[1]] * conv[:, 0, i] for i in range(width)]))
+
+
+def _unit(x: Tensor) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + 1e-6)
+
+
+def _sse_inputs(
+    x: Tensor,
+    norm: Tensor,
+    qkvz: Tensor,
+    ba: Tensor,
+    router: Tensor,
+    down: Tensor,
+    up: Tensor,
+    conv: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    eps: float,
+    d: int,
+    n_k: int,
+    n_v: int,
+    n_active: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_linear_inputs`, of all states, and behind them the auxiliary loss."""
+    h = _rms_norm(x, norm, eps)
+    qkv, z = F.linear(h, qkvz).split([(2 * n_k + n_v) * d, n_v * d], dim=-1)
+    q, k, v = _convolved(qkv, conv).split([n_k * d, n_k * d, n_v * d], dim=-1)
+    more_q, more_k = F.linear(F.linear(h, down), up).chunk(2, dim=-1)
+    shares = F.linear(h, router).float().softmax(-1)
+    chosen = torch.zeros_like(shares).scatter(-1, shares.topk(n_active, -1).indices, 1.0)
+    n_partitions = shares.shape[-1]
+    balance = n_partitions / n_active * (shares.mean((0, 1)) * chosen.mean((0, 1))).sum()
+    weights = F.pad(shares * chosen, (1, 0), value=1.0)
+
+    def of_states(own: Tensor, of_partitions: Tensor) -> Tensor:
+        heads = torch.stack([own, *[of_partitions] * n_partitions], 2).unflatten(-1, (n_k, d))
+        return (_unit(heads) * weights[..., None, None]).flatten(2, 3).to(x.dtype)
+
+    q, k = of_states(q, q + more_q), of_states(k, k + more_k)
+    v = v.unflatten(-1, (n_v, d)).repeat(1, 1, 1 + n_partitions, 1)
+    b, a = F.linear(h, ba).chunk(2, dim=-1)
+    takes_part = F.pad(chosen, (1, 0), value=1.0).repeat_interleave(n_v, -1)
+    log_decay = -a_log.exp() * F.softplus(a.float() + dt_bias) * takes_part
+    return q, k, v, log_decay, b.float().sigmoid().to(x.dtype), z, balance
 
 
 def _linear_outputs(x: Tensor, out: Tensor, z: Tensor, norm: Tensor, projection: Tensor, eps: float) -> Tensor:
@@ -216,7 +266,7 @@ def _weighted_loss(
 
 
 class FastForward:
-    """Loss and logits of a small Qwen3-Next model with dense MLPs and tied embeddings.
+    """Loss and logits of a small Qwen3-Next model with dense MLPs and tied embeddings, or of one with sparse state expansion.
 
     Args:
         model: the model; its parameters (float32) are used, not copied.
@@ -235,16 +285,18 @@ class FastForward:
     ):
         self.model, self.recurrence, self.dtype = model, recurrence, dtype
         fuse: Callable[[Any], Any] = torch.compile(dynamic=False) if compiled else lambda function: function
-        self.linear_inputs, self.linear_outputs, self.attention, self.mlp, self.weighted_loss = map(
-            fuse, (_linear_inputs, _linear_outputs, _attention, _mlp, _weighted_loss)
+        self.linear_inputs, self.sse_inputs, self.linear_outputs, self.attention, self.mlp, self.weighted_loss = map(
+            fuse, (_linear_inputs, _sse_inputs, _linear_outputs, _attention, _mlp, _weighted_loss)
         )
 
-    def _hidden(self, ids: Tensor) -> Tensor:
+    def _hidden(self, ids: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Hidden states, and the auxiliary loss of all routers, weighted; 0 without any."""
         config, low = self.model.config, lambda weight: weight.to(self.dtype)
         eps = config.rms_norm_eps
         x = F.embedding(ids, low(self.model.model.embed_tokens.weight))
         cos, sin = self.model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
         cos, sin = cos[:, None], sin[:, None]
+        auxiliary: Tensor | float = 0.0
         for layer in self.model.model.layers:
             before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
             if hasattr(layer, "self_attn"):
@@ -259,6 +311,14 @@ class FastForward:
                     sin,
                     eps,
                 )
+            elif isinstance(m := layer.linear_attn, SSEGatedDeltaNet):
+                *inputs, z, balance = self.sse_inputs(
+                    x, before, *(low(part.weight) for part in (m.in_proj_qkvz, m.in_proj_ba, m.router, m.lora_down, m.lora_up, m.conv1d)),
+                    m.A_log, m.dt_bias, eps, m.head_k_dim, m.keys, m.values, m.n_active,
+                )  # fmt: skip
+                auxiliary = auxiliary + config.balance * balance
+                out = self.recurrence(*inputs).unflatten(2, (-1, m.values)).sum(2)
+                x = self.linear_outputs(x, out, z, low(m.norm.weight), low(m.out_proj.weight), eps)
             elif layer.linear_attn.num_v_heads:  # else pruned to none, and the layer adds nothing
                 m = layer.linear_attn
                 *inputs, z = self.linear_inputs(
@@ -267,22 +327,24 @@ class FastForward:
                 x = self.linear_outputs(x, self.recurrence(*inputs), z, low(m.norm.weight), low(m.out_proj.weight), eps)
             m = layer.mlp
             x = self.mlp(x, after, low(m.gate_proj.weight), low(m.up_proj.weight), low(m.down_proj.weight), eps)
-        return x
+        return x, auxiliary
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (batch, token, vocabulary)."""
         return _logits(
-            self._hidden(ids),
+            self._hidden(ids)[0],
             self.model.model.norm.weight,
             self.model.lm_head.weight.to(self.dtype),
             self.model.config.rms_norm_eps,
         )
 
     def loss(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean loss of predicting ids[:, 1:], and the loss of every token (flat, detached), in nats."""
-        return self.weighted_loss(
-            self._hidden(ids[:, :-1]), self.model.model.norm.weight, self.model.lm_head.weight.to(self.dtype), ids[:, 1:], weights, self.model.config.rms_norm_eps
+        """Weighted mean loss of predicting ids[:, 1:], with the auxiliary loss in it, and the loss of every token (flat, detached), in nats."""
+        hidden, auxiliary = self._hidden(ids[:, :-1])
+        loss, losses = self.weighted_loss(
+            hidden, self.model.model.norm.weight, self.model.lm_head.weight.to(self.dtype), ids[:, 1:], weights, self.model.config.rms_norm_eps
         )  # fmt: skip
+        return loss + auxiliary, losses
 
 
 class Gradients:

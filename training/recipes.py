@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from transformers import Qwen3NextConfig
+from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
+
+from staterank_utils.sse import SSEConfig, SSEForCausalLM
 
 LINEAR, SOFTMAX = "linear_attention", "full_attention"
 HYBRID = (LINEAR, LINEAR, LINEAR, SOFTMAX) * 3
@@ -23,6 +25,10 @@ SCHEMES = {  # of `staterank_utils.models.GATES`
     "narrow": "normal weights, narrow gates",  # half-lives of 2.4 tokens: by the law, ranks of d/2
     "default": "normal weights, gates of the class",  # half-lives under a token
     "open": "normal weights, open gates",  # nothing decays, and no gradient reaches A: the rule is that of DeltaNet
+}
+RULES: dict[str, tuple[type[Qwen3NextConfig], type[PreTrainedModel]]] = {
+    "gated delta": (Qwen3NextConfig, Qwen3NextForCausalLM),
+    "sparse state expansion": (SSEConfig, SSEForCausalLM),
 }
 TASKS = {"needle": 0.18, "arithmetic": 0.09, "recall": 0.11, "copying": 0.62}
 
@@ -44,7 +50,7 @@ class Recipe:
         answer_weight: loss weight of a token that a task asks for, beside 1 for all others.
         steps: of the optimizers.
         batch_rows, n_tokens: size of a step.
-        rule: update rule of the linear layers.
+        rule: update rule of the linear layers, one of `RULES`.
         gates: their initialisation, one of `SCHEMES`.
         hidden, intermediate, softmax_heads, key_value_heads, key_heads, value_heads, head_size: sizes.
 
@@ -83,7 +89,7 @@ class Recipe:
         return plain | {"layer_types": list(self.layer_types)}
 
     def configuration(self, tokenizer: Any) -> Qwen3NextConfig:
-        """Of the model: the class of Qwen3-Next made small, dense MLPs, tied embeddings.
+        """Of the model: the class of Qwen3-Next made small, or that of sparse state expansion, dense MLPs, tied embeddings.
 
         Args:
             tokenizer: of the corpus.
@@ -91,19 +97,20 @@ class Recipe:
         Raises:
             ValueError: a rule or gates that no model class here has.
         """
-        if self.rule != "gated delta":
-            raise ValueError(f"{self.name}: no model class for rule {self.rule!r}; there is one for 'gated delta'")
+        if self.rule not in RULES:
+            raise ValueError(f"{self.name}: no model class for rule {self.rule!r}: there is one for {', '.join(RULES)}")
         if self.gates not in SCHEMES:
             raise ValueError(f"{self.name}: unknown gates {self.gates!r}: choose from {', '.join(SCHEMES)}")
         n_layers = len(self.layer_types)
-        return Qwen3NextConfig(
+        of_rule, model_class = RULES[self.rule]
+        return of_rule(
             vocab_size=len(tokenizer), hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=n_layers,
             layer_types=list(self.layer_types), num_attention_heads=self.softmax_heads, num_key_value_heads=self.key_value_heads,
             head_dim=self.head_size, linear_num_key_heads=self.key_heads, linear_num_value_heads=self.value_heads,
             linear_key_head_dim=self.head_size, linear_value_head_dim=self.head_size, num_experts=0,
             mlp_only_layers=list(range(n_layers)), tie_word_embeddings=True, max_position_embeddings=4096,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, use_cache=SOFTMAX in self.layer_types,
-            initialization={"scheme": SCHEMES[self.gates], "seed": self.seed}, architectures=["Qwen3NextForCausalLM"],
+            initialization={"scheme": SCHEMES[self.gates], "seed": self.seed}, architectures=[model_class.__name__],
         )  # fmt: skip
 
 
@@ -122,6 +129,8 @@ def _recipes() -> dict[str, Recipe]:
         "default": (3, {"gates": "default"}),
         "softmaxfirst": (3, {"layer_types": SOFTMAX_FIRST}),
         "deltanet": (1, {"gates": "open"}),
+        # Fewer heads, each with five states, and wider MLPs: as many parameters as the others.
+        "sse": (1, {"rule": "sparse state expansion", "key_heads": 4, "value_heads": 8, "intermediate": 1008}),
         "tasks25": (1, {"rows": MappingProxyType(TASKS_25)}),
         "tasks63light": (1, {"rows": tasks63}),  # answers weigh as other tokens do
     }
@@ -143,7 +152,7 @@ WAVES = {
     3: ("pure-tasks63-0", "pure-tasks63-1", "hybrid-tasks10-0", "pure-tasks10-0"),
     4: ("hybrid-long-0", "pure-long-0", "hybrid-tasks25-0", "hybrid-tasks63light-0"),
     5: ("hybrid-narrow-0", "hybrid-narrow-1", "hybrid-default-0", "hybrid-softmaxfirst-0"),
-    6: ("hybrid-deltanet-0",),  # the other update rules arrive with their model classes
+    6: ("hybrid-deltanet-0", "hybrid-sse-0"),  # the other update rules arrive with their model classes
     7: (
         "hybrid-default-1",
         "hybrid-default-2",

@@ -173,4 +173,27 @@ class OlmoHybridLayer(GatedDeltaLayer):
         return log_decay(self.module, a), b.float().sigmoid() * (2 if self.module.allow_neg_eigval else 1)
 
 
-ADAPTERS = (Qwen3NextLayer, Qwen35Layer, OlmoHybridLayer)
+class SSELayer(DeltaLayer):
+    """Sparse state expansion: a head here is one state of a value head, the shared ones first, then those of each partition."""
+
+    describes = ("staterank_utils.sse.SSEGatedDeltaNet",)
+    model_adapter = Qwen3NextModel
+    n_heads, n_keys = kept_as("num_v_heads"), kept_as("num_k_heads")
+    d_k, d_v = kept_as("head_k_dim"), kept_as("head_v_dim")
+    scans = GatedDeltaLayer.scans
+    kernels = GatedDeltaLayer.kernels
+    output_module = "states"
+    gate_modules = ("in_proj_ba", "router")
+    kept_whole = "the states of a value head share its value and its place in the output"
+    write_module = "in_proj_ba"
+
+    def read_gates(self, ba: Float[Tensor, "batch token ba"], router: Float[Tensor, "batch token partition"]) -> Gates:
+        # The strength is the rule's b; what the router does to a write is in the length of the key.
+        gates: Gates = self.module.gates(ba, self.module.weights(router))
+        return gates
+
+    def without_writes(self, ba: Float[Tensor, "batch token ba"], places: list[int]) -> Tensor:
+        return silenced(ba, places)
+
+
+ADAPTERS = (Qwen3NextLayer, Qwen35Layer, OlmoHybridLayer, SSELayer)

@@ -10,9 +10,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from architectures.oracle import Architecture, Expected, unit
+from architectures.oracle import ALL, Architecture, Expected, unit
 from staterank_utils.architectures import linear_layers
 from staterank_utils.reference import gated_delta_rule
+from staterank_utils.sse import SSEConfig, SSEForCausalLM
 
 LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 COMMON: dict[str, Any] = {
@@ -99,6 +100,14 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen4_exp": _qwen4,
     "qwen4_exp, per-layer embedding": lambda: _qwen4(**PLE),
     "olmo_hybrid": lambda: transformers.OlmoHybridForCausalLM(transformers.OlmoHybridConfig(**COMMON | GROUPED)),
+    "staterank_sse": lambda: SSEForCausalLM(
+        SSEConfig(
+            **COMMON | GROUPED | {"num_experts": 0, "mlp_only_layers": [0, 1, 2]},
+            n_partitions=3,
+            n_active=2,
+            lora_rank=4,
+        )
+    ),
     "kimi_linear": lambda: transformers.KimiLinearForCausalLM(
         transformers.KimiLinearConfig(**KDA, num_local_experts=2)
     ),
@@ -129,7 +138,10 @@ def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
     def look(index: int, kernel, query, key, value, *, g, beta, **options):
         spread = partial(torch.repeat_interleave, repeats=value.shape[2] // key.shape[2], dim=2)
         decay, write = g.double(), beta.double()
-        _, states = gated_delta_rule(unit(spread(query)), unit(spread(key)), value.double(), decay, write)
+        q, k = spread(query).double(), spread(key).double()
+        if options["use_qk_l2norm_in_kernel"]:
+            q, k = unit(q), unit(k)
+        _, states = gated_delta_rule(q, k, value.double(), decay, write)
         calls[index] = Expected(states, decay.mean(-1) if decay.ndim == 4 else decay, write)
         return kernel(query, key, value, g=g, beta=beta, **options)
 
@@ -140,4 +152,7 @@ def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
     return list(calls.values())
 
 
-ARCHITECTURES = {name: Architecture(partial(tiny, name), expected) for name in MODELS}
+ARCHITECTURES = {
+    name: Architecture(partial(tiny, name), expected, refused=ALL if name == "staterank_sse" else frozenset())
+    for name in MODELS
+}

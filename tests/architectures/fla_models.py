@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from architectures.oracle import Architecture, Expected, from_projections, mixed_by, recurrence, unit
+from architectures.oracle import ALL, Architecture, Expected, from_projections, mixed_by, recurrence, unit
 from staterank_utils.architectures import LinearLayer, linear_layers
 from staterank_utils.fla_cpu import knows
 from staterank_utils.rebinding import calls_through
@@ -136,7 +136,6 @@ def mamba2(of_model: LinearLayer, projected: Tensor) -> Expected:
 
 
 # RetNet's decay follows from a head's index, and RWKV-7 mixes the values of a head's first layer into all.
-ALL = frozenset(("a group", "one of each group", "unevenly", "all but one", "a whole layer"))
 REFUSED = {"RetNet": ALL, "RWKV7": ALL, "Mamba2, two groups": frozenset(("unevenly",))}
 ARCHITECTURES = {
     f"fla {name}": Architecture(partial(tiny, name), expected, refused=REFUSED.get(name, frozenset()))

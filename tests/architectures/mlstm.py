@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, xLSTMConfig, xLSTMForCausalLM
 
-from architectures.oracle import Architecture, Expected, recurrence
+from architectures.oracle import ALL, Architecture, Expected, recurrence
 from staterank_utils.architectures import linear_layers
 
 
@@ -46,5 +46,4 @@ def expected(model: PreTrainedModel, ids: Tensor) -> list[Expected]:
     return found
 
 
-ALL = frozenset(("a group", "one of each group", "unevenly", "all but one", "a whole layer"))
 ARCHITECTURES = {"xlstm": Architecture(_xlstm, expected, refused=ALL, pads=False)}

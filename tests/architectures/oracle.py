@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from staterank_utils.architectures import LinearLayer, linear_layers
 
+ALL = frozenset(("a group", "one of each group", "unevenly", "all but one", "a whole layer"))  # of removals
+
 
 @dataclass(frozen=True)
 class Expected:
