@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,14 @@ from staterank_utils.evaluation import Task, exact
 from staterank_utils.models import CHECKPOINTS, load_model, load_tokenizer
 from staterank_utils.results import STORED, provenance, write_json
 from staterank_utils.tasks import Turn, text_tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make(target: str, **variables: object) -> list[str]:
+    """The command that makes a target of the Makefile with the packages of this process."""
+    given = [f"{name}={value}" for name, value in {"BIN": Path(sys.executable).parent, **variables}.items()]
+    return ["make", f"--directory={ROOT}", "--assume-old=.venv/installed", target, *given]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

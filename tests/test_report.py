@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny
+from conftest import make, save_tiny
 
 from staterank_utils import load_model, prune_heads, report
 from staterank_utils.report import write_report
@@ -56,6 +56,16 @@ def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path)
     published = [file for file in made.rglob("*") if file.is_file() and made / "work" not in file.parents]
     places = (str(tiny), str(made), sys.prefix)
     assert [file for file in published for place in places if place.encode() in file.read_bytes()] == []
+
+
+def test_make_writes_a_report(tiny: Path, tmp_path: Path) -> None:
+    command = make("report", MODEL=tiny, OUT=tmp_path / "report", ONLY=CHAPTER)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "The report is in" in done.stdout
+    assert (tmp_path / "report" / "notebooks" / f"{CHAPTER}.html").exists()
+    nameless = subprocess.run(make("report"), capture_output=True, text=True)
+    assert "name the model: make report MODEL=FOLDER" in nameless.stderr
 
 
 def test_the_same_call_again_runs_nothing_twice(made: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

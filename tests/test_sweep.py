@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import save_tiny
+from conftest import make, save_tiny
 
 from staterank_utils.claims import CLAIMS
 from training.recipes import WAVES
@@ -40,7 +40,8 @@ def command(tmp_path: Path) -> list[str]:
         "notebooks": [NOTEBOOK],
         "parameters": {NOTEBOOK: {"n_prompts": 2, "n_tokens": 160}},
     }
-    return snakemake(settings, tmp_path)
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(settings))
+    return make("sweep", CONFIG=tmp_path / "sweep.yaml", RUN=tmp_path / "run", CORES=2)
 
 
 def results_in(run: Path) -> dict[Path, int]:
@@ -59,8 +60,7 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_one_table(command: list[str]
     first.wait()
     before = results_in(run)
     assert 0 < len(before) < 4
-    subprocess.run([*command, "--unlock"], check=True, capture_output=True)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, "UNLOCK=1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     after = results_in(run)
     assert len(after) == 4
