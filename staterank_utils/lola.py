@@ -1,10 +1,10 @@
 """A sparse cache beside the state, or in its place: LoLA for layers with a delta rule.
 
-A head keeps the pairs (key, value) of the last tokens and, of the older ones, those that its state recalls worst; the others go into its
-state. No training. Source: LoLA (arXiv:2505.23666), for linear attention whose outputs are normalised. A delta rule has no normaliser, so
-three things differ here. The error of a pair is |S^T k - v|^2. A cached pair is read as the delta rule would have it: the output is
-corrected as if least squares had fitted the state to all cached pairs, each as firmly as its write strength says, so that one pair is
-read as one write, and a pair that is there twice is not read twice. And cached pairs do not decay, while the state does.
+A head keeps the pairs (key, value) of the last tokens and, of the older ones, those that its state recalls worst. All other pairs are
+written to the state. No training. Source: LoLA (arXiv:2505.23666), for linear attention whose outputs are normalised. A delta rule has no
+normaliser, so three things differ here. The error of a pair is |S^T k - v|^2. To what is read from the state, a ridge regression on the cached
+pairs is added, weighted by their write strengths: a single pair is read as one write of the delta rule. And cached pairs neither decay nor are
+overwritten. So a pair whose key is written again with another value has a large error and stays, where the delta rule would have forgotten it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -99,7 +99,7 @@ def read_cached(
         Outputs, and what is held after the last token.
 
     Raises:
-        ValueError: a number of slots under 0, or a write strength over 1.
+        ValueError: a number of slots under 0, a write strength over 1, or `held` of other numbers of slots.
 
     Example:
         >>> key = torch.eye(4)[:3].reshape(1, 3, 1, 4)
@@ -118,6 +118,8 @@ def read_cached(
     if held is None:
         state = key.new_zeros(key.shape[0], key.shape[2], d_k, value.shape[-1])
         held = Held.empty(state, window=window, sparse=sparse, channels=decays.shape[-1])
+    if (found := (held.log_decay.shape[2], held.keys.shape[2])) != (window, window + sparse):
+        raise ValueError(f"held has a window of {found[0]} of {found[1]} pairs, expected {window} of {window + sparse}")
     # Pairs by number: those that are held, the window first, then the new ones.
     keys, values, strengths = (
         torch.cat([old, new.transpose(1, 2)], 2)
@@ -272,7 +274,7 @@ def _by_head(query: Tensor, key: Tensor, value: Tensor, *, normalize: bool) -> t
 
 
 def can_cache(model: PreTrainedModel) -> bool:
-    """Whether heads of a model can have a cache of pairs: whether every linear layer runs a delta rule that can be looked into.
+    """Whether heads of a model can have a cache of pairs: whether every linear layer runs a delta rule with strengths up to 1.
 
     Args:
         model: any that `linear_layers` accepts.
@@ -282,14 +284,12 @@ def can_cache(model: PreTrainedModel) -> bool:
         >>> can_cache(load_model("hybrid"))
         True
     """
-    return all(layer.scans for layer in linear_layers(model))
+    return all(layer.caching_refusal is None for layer in linear_layers(model))
 
 
 def _check_rule(layer: LinearLayer) -> None:
-    if not layer.scans:
-        raise ValueError(
-            f"layer {layer.index} ({layer.name}) runs no delta rule that can be looked into: cached pairs need one"
-        )
+    if reason := layer.caching_refusal:
+        raise ValueError(f"layer {layer.index} ({layer.name}) cannot have a cache of pairs: {reason}")
 
 
 @contextmanager
@@ -299,8 +299,8 @@ def cache_pairs(
     """Run a model some of whose heads have a cache of pairs, inside a `with` block.
 
     It works around `forward`, `generate` and what this package evaluates, with a cache or without one, for one set of prompts at a time.
-    A trace tells the states that the heads would have had. It goes token by token, so it is slow, and a step of it cannot be recorded
-    on a GPU.
+    `trace_states` and the cache of the model then hold the states of the plain recurrence. It goes token by token, so it is slow; CUDA graphs are
+    not supported.
 
     Source: `read_cached`.
 
@@ -348,7 +348,7 @@ class _Reader:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if key.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "cached pairs are kept from token to token, so no step can be recorded: score given answers, or generate on a CPU"
+                "cached pairs do not support CUDA graphs, which generation uses on a GPU: score given answers, or generate on a CPU"
             )
         start: Tensor | None = options.get("initial_state")
         if start is not None and (self.last is None or not torch.equal(start, self.last)):
@@ -361,8 +361,6 @@ class _Reader:
         mine, self.held = self.read(*tokens, held=None if start is None else self.held)
         out = out.clone()
         out[:, :, self.places] = mine.to(out.dtype)
-        if last is not None:
-            last = last.clone()
-            last[:, self.places] = self.held.state.to(last.dtype)
+        # The states of the plain recurrence, by which the tokens that go on from here are known.
         self.last = None if last is None else last.clone()
         return out, last

@@ -1,9 +1,9 @@
 """Sparse State Expansion on the gated delta rule, a small class on that of Qwen3-Next: `import staterank_utils` makes it known to the Auto classes.
 
 Source: Sparse State Expansion (arXiv:2507.16577). Every value head has one shared state and N sparse ones, the partitions. A router
-chooses the k partitions that take part in a token; the others are neither written nor decayed. Where its text leaves a choice, it is made
-here: the router is one per layer; a partition's key and query are of length 1 before the router's share scales them; each state has its own decay
-and write strength; LoRA is added behind the convolution. Keys are not row-sparse (its Eq. 7).
+chooses k active partitions per token; the others are neither written nor decayed. Where its text leaves a choice, it is made
+here: the router is one per layer; a partition's key and query are of length 1 before the router's probability scales them; each state has its own
+decay and write strength; LoRA is added behind the convolution. Keys are not row-sparse (its Eq. 7).
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ class SSEConfig(Qwen3NextConfig):
 
     Args:
         n_partitions: sparse states per value head (N).
-        n_active: partitions that take part in a token (k).
+        n_active: active partitions per token (k).
         lora_rank: of what is added to queries and keys of the partitions.
         balance: weight of the auxiliary loss, which keeps the router from choosing one partition alone.
         kwargs: as Qwen3-Next's configuration takes them.
@@ -59,8 +59,8 @@ class SSEConfig(Qwen3NextConfig):
 class SSEGatedDeltaNet(nn.Module):
     """A layer whose value heads have 1 + N states each: the shared ones first, then those of one partition after the other.
 
-    Source: for partition n with e = softmax(W x), of which the k largest take part: S_n <- a_n (I - b_n e_n^2 k k^T) S_n + b_n e_n k v^T, and the output
-    is the sum of S_n^T (e_n q) over the partitions that take part, and of the shared state's, for which e is 1. |k| = |q| = 1.
+    Source: with e = softmax(W x), for each of the k partitions n with the largest e, the active ones: S_n <- a_n (I - b_n e_n^2 k k^T) S_n + b_n e_n k v^T, and the output
+    is the sum of S_n^T (e_n q) over the active partitions, and of the shared state's, for which e is 1. |k| = |q| = 1.
 
     Args:
         config: of the model.
@@ -129,13 +129,13 @@ class SSEGatedDeltaNet(nn.Module):
             [self.key_dim, self.key_dim, self.value_dim], -1
         )
         more_q, more_k = self.lora_up(self.lora_down(x)).chunk(2, -1)
-        weights = self.weights(self.router(x))
+        weights, active = self.route(self.router(x))
         query, key = (
             self._expanded(own, own + more, weights, 1 + self.n_partitions)
             for own, more in ((query, more_q), (key, more_k))
         )
         value = value.unflatten(-1, (self.values, -1)).repeat(1, 1, 1 + self.n_partitions, 1)
-        log_decay, strength = self.gates(self.in_proj_ba(x), weights)
+        log_decay, strength = self.gates(self.in_proj_ba(x), active)
         rule = torch_recurrent_gated_delta_rule if state is not None and n_tokens == 1 else torch_chunk_gated_delta_rule
         out, last = rule(
             query, key, value, g=log_decay, beta=strength.to(x.dtype), initial_state=state,
@@ -148,34 +148,38 @@ class SSEGatedDeltaNet(nn.Module):
         put_out: Tensor = self.out_proj(gated.flatten(2))
         return put_out
 
-    def weights(self, logits: Float[Tensor, "batch token partition"]) -> Float[Tensor, "batch token partition"]:
-        """The router's share of each partition that takes part, 0 for the others; in training `balance` is what the auxiliary loss asks for.
+    def route(
+        self, logits: Float[Tensor, "batch token partition"]
+    ) -> tuple[Float[Tensor, "batch token partition"], Float[Tensor, "batch token partition"]]:
+        """The probability of each active partition, 0 for the others, and 1 for the active ones.
+
+        In training, `balance` is then the auxiliary loss, over all tokens, padding among them.
 
         Args:
             logits: of the router.
         """
         shares = logits.float().softmax(-1)
-        chosen = torch.zeros_like(shares).scatter(-1, shares.topk(self.n_active, -1).indices, 1.0)
+        active = torch.zeros_like(shares).scatter(-1, shares.topk(self.n_active, -1).indices, 1.0)
+        self.balance = None
         if self.training:
-            self.balance = self.n_partitions / self.n_active * (shares.mean((0, 1)) * chosen.mean((0, 1))).sum()
-        return shares * chosen
+            self.balance = self.n_partitions / self.n_active * (shares.mean((0, 1)) * active.mean((0, 1))).sum()
+        return shares * active, active
 
     def gates(
-        self, ba: Float[Tensor, "batch token gate"], weights: Float[Tensor, "batch token partition"]
+        self, ba: Float[Tensor, "batch token gate"], active: Float[Tensor, "batch token partition"]
     ) -> tuple[Float[Tensor, "batch token state"], Float[Tensor, "batch token state"]]:
-        """Log-decay and strength of the writes, of every state: a partition that takes no part does not decay.
+        """Log-decay and write strength of every state: a partition that is not active does not decay.
 
         Args:
             ba: of `in_proj_ba`.
-            weights: from `weights`.
+            active: from `route`.
         """
         b, a = ba.chunk(2, -1)
         log_decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
-        takes_part = F.pad((weights > 0).float(), (1, 0), value=1.0).repeat_interleave(self.values, -1)
-        return log_decay * takes_part, b.float().sigmoid()
+        return log_decay * F.pad(active, (1, 0), value=1.0).repeat_interleave(self.values, -1), b.float().sigmoid()
 
     def _expanded(self, own: Tensor, of_partitions: Tensor, weights: Tensor, n_states: int) -> Tensor:
-        """Queries or keys of all states, of length 1 times the router's share."""
+        """Queries or keys of all states, of length 1 times the router's probability."""
         heads = torch.stack([own, *[of_partitions] * (n_states - 1)], 2).unflatten(-1, (self.keys, -1)).float()
         units = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + EPS)
         scaled = units * F.pad(weights, (1, 0), value=1.0)[..., None, None]
@@ -248,11 +252,14 @@ class SSEForCausalLM(_Partitioned, Qwen3NextForCausalLM):
         """As of Qwen3-Next."""
         made = super().forward(*args, labels=labels, **kwargs)
         if labels is not None and self.training:
-            made.loss = made.loss + self.config.balance * self.balance()
+            balance = self.config.balance * self.balance()
+            if isinstance(made, tuple):  # return_dict=False
+                return (made[0] + balance, *made[1:])
+            made.loss = made.loss + balance
         return made
 
     def balance(self) -> Float[Tensor, ""]:
-        """The auxiliary loss of the last forward in training: (N / k) times the sum of share and frequency, over partitions and layers.
+        """The auxiliary loss of the last forward in training: per layer, N / k times the sum over partitions of mean probability times frequency.
 
         Raises:
             ValueError: there was none.
@@ -260,7 +267,7 @@ class SSEForCausalLM(_Partitioned, Qwen3NextForCausalLM):
         told = [module.balance for module in self.modules() if isinstance(module, SSEGatedDeltaNet)]
         if not told or any(each is None for each in told):
             raise ValueError("no router has chosen in training yet: call train(), and then the model")
-        return torch.stack([each for each in told if each is not None]).sum()
+        return torch.stack([each.to(self.device) for each in told if each is not None]).sum()
 
 
 AutoConfig.register(SSEConfig.model_type, SSEConfig, exist_ok=True)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from architectures import delta
 from torch import Tensor
 
 from staterank_utils import load_model, reference
 from staterank_utils.architectures import linear_layers
 from staterank_utils.decoding import pad_left, read_padded
 from staterank_utils.evaluation import token_nats
-from staterank_utils.lola import cache_pairs, pairs_in_state, read_cached
+from staterank_utils.lola import cache_pairs, can_cache, pairs_in_state, read_cached, recall_errors
 from staterank_utils.models import make_cache, read_tokens
 
 
@@ -133,3 +134,88 @@ def test_losses_are_taken_under_it() -> None:
     plain = token_nats(model, ids)
     with cache_pairs(model, [(0, head) for head in range(16)], window=2, sparse=2, stateful=False):
         assert abs(token_nats(model, ids) - plain).max() > 1e-3
+
+
+def test_a_key_that_is_written_again_stays_in_the_cache_with_its_old_value() -> None:
+    """Where the delta rule forgets it: what the module says of its difference from the plain rule."""
+    key, value = torch.ones(1, 2, 1, 1), torch.tensor([9.0, 1.0]).reshape(1, 2, 1, 1)
+    gates = torch.zeros(1, 2, 1), torch.full((1, 2, 1), 0.99)
+    plain, _ = read_cached(key, key, value, *gates, window=0, sparse=0)
+    kept, held = read_cached(key, key, value, *gates, window=0, sparse=1)
+    assert plain[0, 1].item() == pytest.approx(1.08, abs=0.01)
+    assert held.values.item() == 9.0
+    assert kept[0, 1].item() > 8
+
+
+def test_a_window_over_the_whole_prompt_reads_different_keys_as_the_plain_rule_does() -> None:
+    key = torch.eye(6).reshape(1, 6, 1, 6)
+    value = torch.arange(6.0).reshape(1, 6, 1, 1)
+    gates = torch.zeros(1, 6, 1), torch.full((1, 6, 1), 0.7)
+    query = torch.ones(1, 6, 1, 6) / 6**0.5
+    plain, cached = (read_cached(query, key, value, *gates, window=n, sparse=0)[0] for n in (0, 6))
+    assert (plain - cached).abs().max() < 1e-3
+
+
+def test_what_is_held_must_have_the_slots_that_are_asked_for() -> None:
+    tokens = _tokens(4)
+    _, held = read_cached(*tokens, window=1, sparse=1)
+    with pytest.raises(ValueError, match="held has a window of 1 of 2 pairs, expected 2 of 2"):
+        read_cached(*tokens, window=2, sparse=0, held=held)
+
+
+def test_prompts_are_told_apart_where_no_head_of_a_layer_keeps_a_state() -> None:
+    model = load_model("hybrid", device="cpu")
+    cache, ids = make_cache(model), torch.arange(12).reshape(1, 12)
+    with (
+        torch.inference_mode(),
+        cache_pairs(model, [(0, head) for head in range(16)], window=4, sparse=0, stateful=False),
+    ):
+        read_tokens(model, ids, cache=cache)
+        read_tokens(model, ids + 100)
+        with pytest.raises(ValueError, match="one set of prompts at a time"):
+            read_tokens(model, ids, positions=torch.arange(12, 24)[None], cache=cache)
+
+
+def test_which_models_can_have_a_cache() -> None:
+    assert {name: can_cache(delta.tiny(name)) for name in ("kimi_linear", "olmo_hybrid", "staterank_sse")} == {
+        "kimi_linear": True, "olmo_hybrid": False, "staterank_sse": False,
+    }  # fmt: skip
+    with (
+        pytest.raises(ValueError, match="write strengths may be over 1"),
+        cache_pairs(delta.tiny("olmo_hybrid"), [(0, 0)], window=1, sparse=0),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "qwen3_5", "qwen3_next"])
+def test_other_models_with_empty_caches_are_the_models(name: str) -> None:
+    model, ids = delta.tiny(name), torch.randint(3, 56, (2, 40), generator=torch.Generator().manual_seed(6))
+    pairs = [(layer.index, 1) for layer in linear_layers(model)]
+    with torch.inference_mode():
+        whole = model(ids).logits
+        with cache_pairs(model, pairs, window=0, sparse=0):
+            assert (model(ids).logits - whole).abs().max() < 1e-4
+        with cache_pairs(model, pairs, window=3, sparse=2):
+            assert (model(ids).logits - whole).abs().max() > 1e-4
+
+
+def test_the_errors_of_recall_are_those_of_the_last_states() -> None:
+    model = load_model("hybrid", device="cpu")
+    ids = torch.randint(0, 8000, (2, 50), generator=torch.Generator().manual_seed(7))
+    seen: list[tuple[Tensor, ...]] = []
+
+    def look(kernel, query, key, value, *, g, beta, **options):
+        seen.append((key, value, g, beta))
+        return kernel(query, key, value, g=g, beta=beta, **options)
+
+    layer = linear_layers(model)[0]
+    with torch.inference_mode(), layer.scans_through(look):
+        model(ids, use_cache=False)
+    key, value, g, beta = (x.double() for x in seen[0])
+    key = torch.nn.functional.normalize(key, dim=-1).repeat_interleave(2, 2)
+    _, states = reference.gated_delta_rule(key, key, value, g, beta)
+    recalled = torch.einsum("bthk,bhkv->bthv", key[:, -8:], states[:, -1])
+    expected = (recalled - value[:, -8:]).square().sum((0, 1, 3)) / value[:, -8:].square().sum((0, 1, 3))
+    assert (recall_errors(model, ids, n_pairs=8)[:16] - expected).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="n_pairs must lie in 1..50"):
+        recall_errors(model, ids, n_pairs=51)

@@ -79,7 +79,7 @@ def test_a_partition_that_takes_no_part_keeps_its_state(model: SSEForCausalLM, i
     hook = layer.module.router.register_forward_hook(lambda _, __, out: inputs.append(out))
     trace = trace_states(model, ids, positions=[*range(1, 25)])
     hook.remove()
-    takes_part = (layer.module.weights(torch.cat(inputs, 0)[: len(ids)]) > 0)[0].repeat_interleave(
+    takes_part = (layer.module.route(torch.cat(inputs, 0)[: len(ids)])[1] > 0)[0].repeat_interleave(
         layer.module.values, -1
     )
     states = trace.values[0, 0, :, layer.module.values :]  # of the partitions: (position, state, d_k, d_v)
@@ -134,6 +134,7 @@ def test_the_loss_in_training_keeps_the_router_in_balance(ids: Tensor) -> None:
     model.train()
     loss = model(ids, labels=ids).loss
     assert (loss - plain).item() == pytest.approx(model.config.balance * model.balance().item(), rel=1e-4)
+    assert model(ids, labels=ids, return_dict=False)[0].item() == pytest.approx(loss.item(), rel=1e-5)
     loss.backward()
     for layer in linear_layers(model):
         assert layer.module.router.weight.grad.abs().max() > 0
@@ -142,7 +143,7 @@ def test_the_loss_in_training_keeps_the_router_in_balance(ids: Tensor) -> None:
 
 def test_shares_that_are_alike_cost_one_per_layer() -> None:
     layer = SSEGatedDeltaNet(tiny("staterank_sse").config, 0).train()
-    layer.weights(torch.zeros(1, 7, 3))
+    layer.route(torch.zeros(1, 7, 3))
     assert layer.balance is not None
     assert layer.balance.item() == pytest.approx(1.0)
 

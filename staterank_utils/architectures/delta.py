@@ -65,6 +65,10 @@ class DeltaLayer(LinearLayer):
     def without_writes(self, output: Float[Tensor, "batch token head"], places: list[int]) -> Tensor:
         return silenced(output, places)
 
+    @property
+    def caching_refusal(self) -> str | None:
+        return None
+
     def idle(
         self, hidden_states: Float[Tensor, "batch token d_model"], cache_params: Any = None, *rest: Any, **more: Any
     ) -> Float[Tensor, "batch token d_model"]:
@@ -169,6 +173,10 @@ class OlmoHybridLayer(GatedDeltaLayer):
         Blocks("o_proj.weight", V, axis=1),
     )
 
+    @property
+    def caching_refusal(self) -> str | None:
+        return "its write strengths may be over 1" if self.module.allow_neg_eigval else None
+
     def read_gates(self, a: Tensor, b: Tensor) -> Gates:
         return log_decay(self.module, a), b.float().sigmoid() * (2 if self.module.allow_neg_eigval else 1)
 
@@ -185,11 +193,13 @@ class SSELayer(DeltaLayer):
     output_module = "states"
     gate_modules = ("in_proj_ba", "router")
     kept_whole = "the states of a value head share its value and its place in the output"
+    caching_refusal = "its keys are not of length 1"
     write_module = "in_proj_ba"
 
     def read_gates(self, ba: Float[Tensor, "batch token ba"], router: Float[Tensor, "batch token partition"]) -> Gates:
-        # The strength is the rule's b; what the router does to a write is in the length of the key.
-        gates: Gates = self.module.gates(ba, self.module.weights(router))
+        # The router's probability scales the key, so it is not in the strength.
+        _, active = self.module.route(router)
+        gates: Gates = self.module.gates(ba, active)
         return gates
 
     def without_writes(self, ba: Float[Tensor, "batch token ba"], places: list[int]) -> Tensor:

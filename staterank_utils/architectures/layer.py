@@ -379,6 +379,11 @@ class LinearLayer:
         """Why prompts cannot be padded on the left, or None."""
         return None
 
+    @property
+    def caching_refusal(self) -> str | None:
+        """Why its heads cannot have a cache of pairs, or None."""
+        return "it runs no delta rule on keys of length 1 that can be looked into"
+
 
 def full_name(each: type) -> str:
     """Of a class, with the Python module that defines it.

@@ -1,9 +1,10 @@
-"""Where states go, do pairs do as well? LoLA's cache in the place of the states that removal frees, and beside states."""
+"""Replace recurrent states by small caches of pairs, after LoLA, or put such caches beside them."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,28 @@ from staterank_utils.lola import cache_pairs, pairs_in_state, recall_errors
 from staterank_utils.models import CHECKPOINTS, EMBEDDED
 from staterank_utils.pruning import prune_heads
 from staterank_utils.results import STORED, weights_hash, write_json
-from staterank_utils.selection import PAPER_SHARE, head_pairs, measure_heads, saturation_scores, select_heads
+from staterank_utils.selection import (
+    PAPER_SHARE,
+    head_pairs,
+    measure_heads,
+    random_heads,
+    saturation_scores,
+    select_heads,
+)
 from staterank_utils.strata import Estimate, bootstrap, spearman
 from staterank_utils.studies.recall import induction_gains
 from staterank_utils.studies.removal import BINS
 from staterank_utils.studies.repeated import CLOSE, Repeated
 from staterank_utils.studies.shrinking import BOTH, CHANNELS, JOINT
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
-from staterank_utils.surgery import Head, ablate_heads, all_heads
+from staterank_utils.surgery import Head, ablate_heads, all_heads, mean_outputs
 
 FILE = STORED / "caching.json"
-REMOVED, BESIDE = "no cache", "beside the states"
-RECENT, RECALLED_WORST, MIXED = "the last pairs", "the pairs recalled worst", "half of each"
-SPLITS = {RECENT: 1.0, RECALLED_WORST: 0.0, MIXED: 0.5}  # share of the cache that is a window
+REMOVED, MEANS, BESIDE, RANDOM = "no cache", "their mean outputs", "beside the states", "random heads"
+# Where there is no state, the error of a pair is the size of its value.
+RECENT, LARGEST, WORST, MIXED = "the last pairs", "the largest values", "the pairs recalled worst", "half of each"
+SPLITS = {RECENT: 1.0, LARGEST: 0.0, MIXED: 0.5}  # share of the cache that is a window
+BESIDES = {RECENT: 1.0, WORST: 0.0, MIXED: 0.5}
 FRACTIONS = (1 / 2, 1 / 4, 1 / 8)  # of the bytes that a state took
 WHERE = ("all", *BINS)  # positions of the token that is predicted
 
@@ -69,8 +79,9 @@ class Caching:
         removed: share -> the heads whose states go, those of the highest rank.
         gaps: lengths of the copies.
         intact: of the whole model.
-        outcomes: share -> method -> what it gives. A method is `REMOVED`, (one of `SPLITS`, one of `FRACTIONS`) as `cached` names
-            it, `BESIDE`, or another of the chapter's.
+        outcomes: share -> method -> what it gives. Heads lose their states and get nothing (`REMOVED`), their mean outputs (`MEANS`), or a
+            cache (`cached` names it); or they keep them and get a cache (`BESIDE` stands before its name); or the method is another of the
+            chapter's. `RANDOM` stands before what is done to as many random heads.
 
     Example:
         >>> list(Caching.__dataclass_fields__)[:3]
@@ -98,17 +109,6 @@ class Caching:
         """
         column = WHERE.index(where)
         return over_texts(self.outcomes[share][method].nats[:, column] - self.intact.nats[:, column])
-
-    def undone(self, share: float, method: str) -> Estimate:
-        """Share of the damage of removal that a method leaves undone: 1 minus its added nats over those without a cache."""
-        losses = [self.outcomes[share][of].nats[:, 0] - self.intact.nats[:, 0] for of in (method, REMOVED)]
-        parts = [np.stack(pair, 1) for pair in zip(*(np.split(x, len(LOSS_TEXTS)) for x in losses), strict=True)]
-
-        def share_of(*drawn: NDArray[np.float64]) -> float:
-            added, without = np.mean([part.mean(0) for part in drawn], 0)
-            return float(1 - added / without)
-
-        return bootstrap(share_of, *parts)
 
     def curve(self, share: float, split: str) -> dict[float, Estimate]:
         """Added nats by the part of a state's bytes that a cache takes; 0 is no cache.
@@ -151,7 +151,7 @@ def measure_caching(
     splits: Sequence[str] = tuple(SPLITS),
     others: bool = True,
     gaps: Sequence[int] = (64, 512),
-    tasks: Sequence[str] = ("needle", "recall"),
+    tasks: Sequence[str] = ("recall",),
     n_answers: int = 32,
     removed: Mapping[float, Sequence[Head]] | None = None,
 ) -> Caching:
@@ -167,7 +167,8 @@ def measure_caching(
         shares: of the heads.
         fractions: of the bytes of a state that a cache takes.
         splits: of the cache into a window and the pairs that are recalled worst.
-        others: also a cache beside whole states, of half their bytes, and the other methods of the chapter.
+        others: also mean outputs and the other methods of the chapter; and at the first share caches beside whole states, of half their bytes, and
+            random heads.
         gaps: lengths of a copy, for recall; none: it is not measured.
         tasks: whose right answers are scored.
         n_answers: per task.
@@ -195,7 +196,8 @@ def measure_caching(
         return select_heads(saturation_scores(rank, norm, d=d, alpha=alpha), share=share)
 
     gone = {share: tuple((removed or {}).get(share) or head_pairs(by_score(share, 1.0))) for share in shares}
-    channels = order_channels(model, prompts) if others and not why_not(model) else None
+    channels: Any = order_channels(model, prompts) if others and not why_not(model) else None
+    means = mean_outputs(model, prompts) if others else {}
 
     def outcome(of: PreTrainedModel) -> Outcome:
         losses = token_nats(of, texts.windows, batch_size=16)
@@ -214,33 +216,42 @@ def measure_caching(
         recent = round(n_pairs * window)
         return cache_pairs(model, of, window=recent, sparse=n_pairs - recent, stateful=stateful)
 
+    def joint(share: float) -> PreTrainedModel:
+        return prune_heads(model, by_score(share, 0.5))
+
+    def fewer_channels(share: float, of: PreTrainedModel = model) -> PreTrainedModel:
+        return keep_channels(of, channels, share=share)
+
+    def both(share: float) -> PreTrainedModel:
+        part = 1 - (1 - share) ** 0.5
+        return fewer_channels(part, joint(part))
+
+    sizes = {part: pairs_in_state(layer, part) for part in fractions}
     outcomes: dict[float, dict[str, Outcome]] = {}
     for share in tqdm(shares, desc="shares", leave=False):
         of = gone[share]
-        blocks: dict[str, Callable[[], AbstractContextManager[None]]] = {
-            REMOVED: lambda of=of: ablate_heads(model, of),  # type: ignore[misc]
-            **{
-                cached(split, part): lambda of=of, split=split, part=part: cache(of, pairs_in_state(layer, part), SPLITS[split])  # type: ignore[misc]
-                for part in fractions
-                for split in splits
-            },
-        }  # fmt: skip
-        smaller: dict[str, Callable[[], PreTrainedModel]] = {}
+        blocks: dict[str, Callable[[], AbstractContextManager[None]]] = {REMOVED: partial(ablate_heads, model, of)}
+        blocks |= {
+            cached(split, part): partial(cache, of, sizes[part], SPLITS[split]) for part in sizes for split in splits
+        }
         if others:
-            blocks[BESIDE] = lambda of=of: cache(of, pairs_in_state(layer, 1 / 2), SPLITS[MIXED], stateful=True)  # type: ignore[misc]
-            smaller[JOINT] = lambda share=share: prune_heads(model, by_score(share, 0.5))  # type: ignore[misc]
+            blocks[MEANS] = partial(ablate_heads, model, of, kind="mean", means=means)
+        if others and share == shares[0]:
+            half, drawn = pairs_in_state(layer, 1 / 2), random_heads(heads, len(of), seed=0)
+            blocks |= {
+                f"{BESIDE}: {split}": partial(cache, of, half, part, stateful=True) for split, part in BESIDES.items()
+            }
+            blocks[f"{RANDOM}: {REMOVED}"] = partial(ablate_heads, model, drawn)
+            blocks |= {f"{RANDOM}: {cached(RECENT, part)}": partial(cache, drawn, n, 1.0) for part, n in sizes.items()}
+        smaller = {JOINT: joint} if others else {}
         if channels is not None:
-            part = 1 - (1 - share) ** 0.5
-            smaller[CHANNELS] = lambda share=share: keep_channels(model, channels, share=share)  # type: ignore[misc]
-            smaller[BOTH] = lambda part=part: keep_channels(
-                prune_heads(model, by_score(part, 0.5)), channels, share=part
-            )  # type: ignore[misc]
+            smaller |= {CHANNELS: fewer_channels, BOTH: both}
         found = outcomes[share] = {}
         for method, block in tqdm(blocks.items(), desc="caches", leave=False):
             with block():
                 found[method] = outcome(model)
-        for method, make in smaller.items():
-            found[method] = outcome(make())
+        for method, made in smaller.items():
+            found[method] = outcome(made(share))
     intact = outcome(model)
     half_life = np.log(2) / np.abs([decay[head] for head in heads])
     error = recall_errors(model, prompts, n_pairs=d).numpy().astype(np.float64)
@@ -281,7 +292,7 @@ def load_caching(name: str, file: Path = FILE) -> tuple[Caching, dict[str, Any]]
     if name not in EMBEDDED:
         return None
     content = json.loads(file.read_text(encoding="utf-8"))
-    if content["provenance"]["checkpoints"][name] != weights_hash(CHECKPOINTS / name):
+    if content["provenance"]["checkpoints"].get(name) != weights_hash(CHECKPOINTS / name):
         return None
     of = content["models"][name]
     outcomes = {
@@ -338,7 +349,8 @@ class RepeatedCaching(Repeated[Caching]):
         pairs = [(self.live.intact, self.shown.intact)]
         for share, methods in self.live.outcomes.items():
             pairs += [(of, self.shown.outcomes[share][method]) for method, of in methods.items()]
-        return float(max(np.abs(live.nats[:n_windows] - shown.nats[:n_windows]).max() for live, shown in pairs))
+        losses = [(live.nats[:n_windows, 0], shown.nats[:n_windows, 0]) for live, shown in pairs]
+        return float(max(np.abs(live - shown).max() for live, shown in losses))
 
     def source(self, name: str) -> str:
         """Where the shown numbers come from, in words."""
@@ -348,50 +360,8 @@ class RepeatedCaching(Repeated[Caching]):
         n_arms = sum(map(len, self.live.outcomes.values()))
         return (
             f"{name}: stored on {self.made['date'][:10]} ({self.made['device']}, commit {self.made['commit'][:7]}), windows per text: {n_shown}. This run "
-            f"repeated {n_arms} of the caches on {n_live}: no loss on books differs by more than {self.difference():.0e} nats per token."
+            f"repeated {n_arms} of the methods on {n_live}: no loss on books differs by more than {self.difference():.0e} nats per token."
         )
-
-
-def left_in_words(found: Mapping[str, Caching], share: float) -> str:
-    """What caches of the last pairs leave of the damage of removal, per model.
-
-    Args:
-        found: name -> what was measured, the same parts of a state's bytes for each.
-        share: of the heads.
-
-    Example:
-        >>> left_in_words({}, 0.25)
-        ''
-    """
-    said = []
-    for name, of in found.items():
-        curve = of.curve(share, RECENT)
-        parts = [
-            f"{of.added(share, cached(RECENT, part)):.2f} with 1/{1 / part:g} of the bytes" for part in curve if part
-        ]
-        said.append(f"{curve[0.0]:.2f} without a cache, {', '.join(parts)} ({name})")
-    return "; ".join(said)
-
-
-def splits_in_words(found: Mapping[str, Caching], share: float, fraction: float) -> str:
-    """What the three ways to fill a cache leave, per model.
-
-    Args:
-        found: name -> what was measured; those with one way alone are left out.
-        share: of the heads.
-        fraction: of a state's bytes.
-
-    Example:
-        >>> splits_in_words({}, 0.25, 1 / 2)
-        'not measured'
-    """
-    said = []
-    for name, of in found.items():
-        measured = [split for split in SPLITS if cached(split, fraction) in of.outcomes[share]]
-        if len(measured) > 1:
-            parts = [f"{split} {of.added(share, cached(split, fraction)):.2f}" for split in measured]
-            said.append(f"{', '.join(parts)} ({name})")
-    return "; ".join(said) or "not measured"
 
 
 def recall_in_words(found: Mapping[str, Caching]) -> str:
@@ -467,9 +437,12 @@ def repeat_caching(
         ['name', 'model', 'tokenizer']
     """
     stored = None if seed else load_caching(name)
+    fractions = [
+        part for part in FRACTIONS if part * pairs_in_state(linear_layers(model)[0]) >= 1
+    ]  # of a pair at least
     few: dict[str, Any] = {"splits": (RECENT,), "others": False, "gaps": (), "tasks": ()} if quick else {}
     known = stored[0].removed if stored else None
-    live = measure_caching(model, tokenizer, texts, prompts, removed=known, **few)
+    live = measure_caching(model, tokenizer, texts, prompts, fractions=fractions, removed=known, **few)
     if stored is None:
         return RepeatedCaching(live, live, "?", None)
     found = RepeatedCaching(stored[0], live, "?", stored[1])
