@@ -53,6 +53,8 @@ import numpy as np
 from IPython.display import Markdown
 from staterank_utils import domain_prompts, markdown, plotting, selection
 from staterank_utils.evaluation import score_interval
+from staterank_utils.lola import can_cache
+from staterank_utils.studies import caching
 from staterank_utils.studies import removal as removals
 from staterank_utils.studies.by_task import measure_by_task, tasks_of
 from staterank_utils.studies.repeated import repeat_removal
@@ -226,6 +228,71 @@ for name, found in shrunk.items():
         row[f"α = {alpha:g}"] = f"{over_texts(nats).point:.2f}"
 HEAD = ("model", "maximum over", "share of", *next(iter(rows.values())))
 Markdown(markdown.markdown_table(HEAD, [(*key, *row.values()) for key, row in rows.items()]))
+
+# %% [markdown]
+# ## Can a small cache replace a state?
+#
+# The bytes of a state have room for some pairs of a key and a value: for 32 at 64 x 64. LoLA {cite}`mcdermott2025lola` puts a cache of pairs beside
+# the state, without training. It holds the last tokens and, of the older ones, those with the largest self-recall error $|S^\top k - v|^2$. Here it is
+# tested in two ways. The states of the highest ranks are removed, and a cache in a part of their bytes takes their place; without a state, the error of a pair is the size
+# of its value. Or the states stay, and get a cache besides.
+
+# %% mystnb={"figure": {"caption": "Added nats where the states of the highest ranks are removed and caches of pairs replace them. Bands: 95 % intervals over windows. Horizontal: key channels, at the same share. Open circles: this run.", "name": "fig-caches"}, "image": {"alt": "Curves of added nats against the size of the cache, one panel per model and share. In the embedded models they fall from no cache to a half, most at the first eighth."}} tags=["hide-input"]
+caches = {}
+for name, (network, words) in loaded.items():
+    if can_cache(network):
+        calibrated = domain_prompts("code", words, **calibration)
+        of_model = (name, network, words, texts[name], calibrated)
+        caches[name] = caching.repeat_caching(*of_model, quick=run.quick, seed=run.seed)
+pairs = {name: of.shown for name, of in caches.items()}
+if pairs:
+    shares = sorted(set.intersection(*(set(of.outcomes) for of in pairs.values())))
+    size = {"width": 10, "row_height": 3, "sharey": False}
+    figure, panels = plotting.panel_grid(len(pairs), len(shares), **size)
+    for row, (name, of) in zip(panels, pairs.items(), strict=True):
+        for ax, share in zip(row, shares, strict=True):
+            found = of.outcomes[share]
+            splits = [split for split in caching.SPLITS if len(of.curve(share, split)) > 1]
+            curves = {split: of.curve(share, split) for split in splits}
+            others = [caching.CHANNELS] if caching.CHANNELS in found else []
+            lines = {method: of.added(share, method).point for method in others}
+            again = caches[name].made and share in caches[name].live.outcomes
+            live = caches[name].live.curve(share, caching.RECENT) if again else None
+            plotting.plot_caches(ax, curves, other=lines, again=live)
+            ax.set_title(f"{name}, {share:.1%} of the states", fontsize="medium")
+        row[0].set_ylabel("added nats per token")
+    plotting.legend_above(figure)
+    run.keep("fig-caches")
+
+# %% [markdown]
+# Lower is better. At 25 %: {glue:text}`caches` At 38.9 %: {glue:text}`more_caches` The table has the controls at 25 %, as many random heads among them.
+# *Their mean outputs* stand for heads that remember nothing. The gain is the loss on a text minus the loss on its repetition.
+#
+# {glue:text}`beside` The delta rule overwrites the value of a key that comes again. The overwritten pair then has a large error, so LoLA's rule keeps what
+# the delta rule has learned to forget.
+#
+# Do full states recall worse? The error of a head over the pairs of the last $d$ tokens, relative to their values, is 1 for an empty state and 0 for one
+# that recalls all. Measured on code: {glue:text}`self_recall`.
+
+# %% tags=["hide-input"]
+none = "No model here has a delta rule that can have a cache."
+said |= {
+    "caches": caching.left_in_words(pairs, 0.25) or none,
+    "more_caches": caching.left_in_words(pairs, SHARE) or "not measured.",
+    "beside": caching.beside_in_words(pairs, 0.25),
+    "self_recall": caching.recall_in_words(pairs) or none,
+    "cache_sources": " ".join(found.source(name) for name, found in caches.items()),
+}
+Markdown(markdown.markdown_table(*caching.caching_table(pairs, 0.25)) if pairs else none)
+
+# %% [markdown]
+# ```{admonition} How the caches were measured, and what differs from LoLA
+# :class: dropdown
+# All of this is exploratory: no rule was registered. Heads are ordered on code, and one seed of each model was measured. LoLA reads pairs by a
+# softmax with the normaliser of linear attention, which a delta rule does not have. {func}`staterank_utils.lola.read_cached` adds a ridge
+# regression on the cached pairs instead, so that one pair is read as one write. Cached pairs do not decay. Pairs are counted in the precision of the state,
+# per value head; a write strength per pair is not counted. {glue:text}`cache_sources`
+# ```
 
 # %% [markdown] tags=["of-the-book"]
 # ## Prune your own

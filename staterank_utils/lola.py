@@ -2,7 +2,7 @@
 
 A head keeps the pairs (key, value) of the last tokens and, of the older ones, those that its state recalls worst. All other pairs are
 written to the state. No training. Source: LoLA (arXiv:2505.23666), for linear attention whose outputs are normalised. A delta rule has no
-normaliser, so three things differ here. The error of a pair is |S^T k - v|^2. To what is read from the state, a ridge regression on the cached
+normaliser, so three things differ here. The error of a pair is the squared length of S^T k - v. To what is read from the state, a ridge regression on the cached
 pairs is added, weighted by their write strengths: a single pair is read as one write of the delta rule. And cached pairs neither decay nor are
 overwritten. So a pair whose key is written again with another value has a large error and stays, where the delta rule would have forgotten it.
 """
@@ -82,7 +82,7 @@ def read_cached(
 
     Source: LoLA, arXiv:2505.23666, Alg. 1, changed as this module says; `reference.lola` is the same in float64, slowly. At token t the
     pair (k_t, v_t) enters the window, and the oldest one there leaves it: the state takes that token's decay, and of the pair and those of
-    the sparse cache the one with the smallest |S^T k - v|^2 is written into the state. With K and V the cached keys and values and b
+    the sparse cache the one with the smallest squared length of S^T k - v is written into the state. With K and V the cached keys and values and b
     their write strengths, o(t) = [S^T q + (V - K S)^T w] / sqrt(d_k), where (K K^T + diag((1 - b + 1e-4) / b)) w = K q.
 
     Args:
@@ -223,7 +223,7 @@ def pairs_in_state(layer: LinearLayer, share: float = 1.0) -> int:
 def recall_errors(
     model: PreTrainedModel, prompts: Int[Tensor, "prompt token"], *, n_pairs: int
 ) -> Float[Tensor, " head"]:
-    """How badly the state of every head recalls the pairs of the last tokens: sum of |S^T k - v|^2 over the sum of |v|^2.
+    """How badly the state of every head recalls the pairs of the last tokens: squared lengths of S^T k - v, summed, over those of v.
 
     An empty state has the error 1, one that recalls every pair 0. The sums run over the last tokens of all prompts.
 

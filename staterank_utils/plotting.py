@@ -643,7 +643,7 @@ def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> N
 
 CACHE_LOOKS: Mapping[str, Mapping[str, Any]] = {
     "the last pairs": HIGH,
-    "the pairs recalled worst": LOW,
+    "the largest values": LOW,
     "half of each": {"color": GREEN, "linestyle": "-.", "marker": "^"},
 }
 

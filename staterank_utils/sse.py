@@ -60,7 +60,7 @@ class SSEGatedDeltaNet(nn.Module):
     """A layer whose value heads have 1 + N states each: the shared ones first, then those of one partition after the other.
 
     Source: with e = softmax(W x), for each of the k partitions n with the largest e, the active ones: S_n <- a_n (I - b_n e_n^2 k k^T) S_n + b_n e_n k v^T, and the output
-    is the sum of S_n^T (e_n q) over the active partitions, and of the shared state's, for which e is 1. |k| = |q| = 1.
+    is the sum of S_n^T (e_n q) over the active partitions, and of the shared state's, for which e is 1. Keys and queries are of length 1.
 
     Args:
         config: of the model.

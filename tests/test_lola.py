@@ -3,14 +3,17 @@
 import pytest
 import torch
 from architectures import delta
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from staterank_utils import load_model, reference
+from staterank_utils import load_model, plotting, reference
 from staterank_utils.architectures import linear_layers
 from staterank_utils.decoding import pad_left, read_padded
+from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import token_nats
 from staterank_utils.lola import cache_pairs, can_cache, pairs_in_state, read_cached, recall_errors
-from staterank_utils.models import make_cache, read_tokens
+from staterank_utils.models import EMBEDDED, make_cache, read_tokens
+from staterank_utils.studies import caching
 
 
 def _tokens(n_tokens: int, *, by_channel: bool = False, seed: int = 0) -> tuple[Tensor, ...]:
@@ -190,6 +193,7 @@ def test_which_models_can_have_a_cache() -> None:
 @pytest.mark.parametrize("name", ["kimi_linear", "qwen3_5", "qwen3_next"])
 def test_other_models_with_empty_caches_are_the_models(name: str) -> None:
     model, ids = delta.tiny(name), torch.randint(3, 56, (2, 40), generator=torch.Generator().manual_seed(6))
+    choose_kernels(model)
     pairs = [(layer.index, 1) for layer in linear_layers(model)]
     with torch.inference_mode():
         whole = model(ids).logits
@@ -219,3 +223,21 @@ def test_the_errors_of_recall_are_those_of_the_last_states() -> None:
     assert (recall_errors(model, ids, n_pairs=8)[:16] - expected).abs().max() < 1e-3
     with pytest.raises(ValueError, match="n_pairs must lie in 1..50"):
         recall_errors(model, ids, n_pairs=51)
+
+
+def test_what_is_stored_of_the_embedded_models_can_be_drawn_and_said() -> None:
+    found = {}
+    for name in EMBEDDED:
+        stored = caching.load_caching(name)
+        assert stored is not None
+        found[name], _ = stored
+    for of in found.values():
+        for share in of.outcomes:
+            curves = {split: of.curve(share, split) for split in caching.SPLITS}
+            assert all(list(curve) == [0.0, 1 / 8, 1 / 4, 1 / 2] for curve in curves.values())
+            plotting.plot_caches(Figure().subplots(), curves, other={})
+    head, rows = caching.caching_table(found, 0.25)
+    assert all(len(row) == len(head) for row in rows)
+    assert caching.left_in_words(found, 0.25).count("Without any cache") == 2
+    assert caching.beside_in_words(found, 0.25).count("Beside the whole states of") == 2
+    assert caching.beside_in_words(found, caching.PAPER_SHARE) == "Caches beside whole states were not measured."

@@ -30,7 +30,7 @@ from staterank_utils.selection import (
     saturation_scores,
     select_heads,
 )
-from staterank_utils.strata import Estimate, bootstrap, spearman
+from staterank_utils.strata import Estimate, bootstrap, spearman, without_minus
 from staterank_utils.studies.recall import induction_gains
 from staterank_utils.studies.removal import BINS
 from staterank_utils.studies.repeated import CLOSE, Repeated
@@ -388,26 +388,83 @@ def recall_in_words(found: Mapping[str, Caching]) -> str:
     return ". ".join(said)
 
 
-def caching_rows(found: Mapping[str, Caching], share: float) -> list[tuple[str, ...]]:
-    """A row per model and method: added nats over all positions and by position, recall, and added nats of right answers.
+def left_in_words(found: Mapping[str, Caching], share: float) -> str:
+    """What the smallest cache of the last pairs leaves of the damage of removal, in a sentence per model.
+
+    Args:
+        found: name -> what was measured; models without this share are left out.
+        share: of the heads.
+
+    Example:
+        >>> left_in_words({}, 0.25)
+        ''
+    """
+    said = []
+    for name, of in found.items():
+        if share not in of.outcomes:
+            continue
+        without, *_ = curve = of.curve(share, RECENT)
+        smallest = list(curve)[1]
+        said.append(
+            f"Without any cache {name} loses {curve[without].point:.2f} nats per token, and {curve[smallest].point:.2f} with the last pairs in "
+            f"1/{1 / smallest:g} of the bytes."
+        )
+    return " ".join(said)
+
+
+def beside_in_words(found: Mapping[str, Caching], share: float) -> str:
+    """What caches beside whole states add, in a sentence per model.
+
+    Args:
+        found: name -> what was measured; models without such caches are left out.
+        share: of the heads.
+
+    Example:
+        >>> beside_in_words({}, 0.25)
+        'Caches beside whole states were not measured.'
+    """
+    said = []
+    for name, of in found.items():
+        beside = {
+            split: of.added(share, f"{BESIDE}: {split}")
+            for split in BESIDES
+            if f"{BESIDE}: {split}" in of.outcomes[share]
+        }
+        if beside:
+            parts = ", ".join(
+                f"{without_minus(format(added.point, '.2f'))} ({split})" for split, added in beside.items()
+            )
+            said.append(
+                f"Beside the whole states of {name}, caches of half their bytes add in nats per token: {parts}."
+            )
+    return " ".join(said) or "Caches beside whole states were not measured."
+
+
+def caching_table(found: Mapping[str, Caching], share: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of a table, a row per method: per model added nats at all positions and at the last ones, gain, and added nats of answers.
 
     Args:
         found: name -> what was measured.
         share: of the heads.
 
     Example:
-        >>> caching_rows({}, 0.25)
-        []
+        >>> caching_table({}, 0.25)
+        (('method',), [])
     """
-    return [
-        (
-            f"{name}: {method}", *(f"{of.added(share, method, where):.2f}" for where in WHERE),
-            f"{of.gain(share, method):.2f}" if of.gaps else "",
-            *(f"{of.answers(share, method, task):.2f}" for task in of.intact.tasks),
-        )
-        for name, of in found.items()
-        for method in of.outcomes[share]
-    ]  # fmt: skip
+    head, methods = ["method"], dict.fromkeys(method for of in found.values() for method in of.outcomes[share])
+    for name, of in found.items():
+        answers = [f"answers of {task}" for task in of.intact.tasks]
+        head += [f"{name}: {what}" for what in ("all", WHERE[-1], *(["gain"] if of.gaps else []), *answers)]
+    rows = []
+    for method in methods:
+        row = [method]
+        for of in found.values():
+            numbers = [of.added(share, method, where) for where in ("all", WHERE[-1])]
+            numbers += [of.gain(share, method)] if of.gaps else []
+            numbers += [of.answers(share, method, task) for task in of.intact.tasks]
+            row += [f"{number:.2f}" for number in numbers]
+        rows.append(tuple(row))
+    return tuple(head), rows
 
 
 def repeat_caching(
@@ -425,7 +482,7 @@ def repeat_caching(
     Args:
         name: as it was given to `load_model`.
         model, tokenizer, texts, prompts: as in `measure_caching`.
-        quick: caches of the last pairs, and losses alone.
+        quick: caches of the last pairs at one share, losses alone, and of stored models one size.
         seed: of the texts; what is stored is of seed 0.
 
     Raises:
@@ -440,7 +497,11 @@ def repeat_caching(
     fractions = [
         part for part in FRACTIONS if part * pairs_in_state(linear_layers(model)[0]) >= 1
     ]  # of a pair at least
-    few: dict[str, Any] = {"splits": (RECENT,), "others": False, "gaps": (), "tasks": ()} if quick else {}
+    few: dict[str, Any] = (
+        {"shares": (0.25,), "splits": (RECENT,), "others": False, "gaps": (), "tasks": ()} if quick else {}
+    )
+    if quick and stored:
+        fractions = [1 / 8]
     known = stored[0].removed if stored else None
     live = measure_caching(model, tokenizer, texts, prompts, fractions=fractions, removed=known, **few)
     if stored is None:
