@@ -54,7 +54,7 @@ from IPython.display import Markdown
 from staterank_utils import domain_prompts, markdown, plotting, selection
 from staterank_utils.evaluation import score_interval
 from staterank_utils.lola import can_cache
-from staterank_utils.studies import caching
+from staterank_utils.studies import caching, shrinking
 from staterank_utils.studies import removal as removals
 from staterank_utils.studies.by_task import measure_by_task, tasks_of
 from staterank_utils.studies.repeated import repeat_removal
@@ -119,10 +119,10 @@ calibration = (
     {"n_prompts": 4, "n_tokens": 512} if run.quick else {"n_prompts": 16, "n_tokens": 2048}
 )
 calibration["seed"] = run.seed + 1000
-shrunk, by_task = {}, {}
+shrunk, by_task, calibrated = {}, {}, {}
 for name, (network, words) in loaded.items():
-    prompts = domain_prompts("code", words, **calibration)
-    shrunk[name] = measure_shrinking(network, texts[name], prompts, **readings)
+    calibrated[name] = domain_prompts("code", words, **calibration)
+    shrunk[name] = measure_shrinking(network, texts[name], calibrated[name], **readings)
     counts = {**run.sizes, "n_draws": max(run.sizes["n_draws"], 8)}
     by_task[name] = measure_by_task(network, words, tasks_of(profile), name=name, **counts)
 
@@ -241,8 +241,7 @@ Markdown(markdown.markdown_table(HEAD, [(*key, *row.values()) for key, row in ro
 caches = {}
 for name, (network, words) in loaded.items():
     if can_cache(network):
-        calibrated = domain_prompts("code", words, **calibration)
-        of_model = (name, network, words, texts[name], calibrated)
+        of_model = (name, network, words, texts[name], calibrated[name])
         caches[name] = caching.repeat_caching(*of_model, quick=run.quick, seed=run.seed)
 pairs = {name: of.shown for name, of in caches.items()}
 if pairs:
@@ -254,8 +253,8 @@ if pairs:
             found = of.outcomes[share]
             splits = [split for split in caching.SPLITS if len(of.curve(share, split)) > 1]
             curves = {split: of.curve(share, split) for split in splits}
-            others = [caching.CHANNELS] if caching.CHANNELS in found else []
-            lines = {method: of.added(share, method).point for method in others}
+            channels = shrinking.CHANNELS
+            lines = {channels: of.added(share, channels).point} if channels in found else {}
             again = caches[name].made and share in caches[name].live.outcomes
             live = caches[name].live.curve(share, caching.RECENT) if again else None
             plotting.plot_caches(ax, curves, other=lines, again=live)

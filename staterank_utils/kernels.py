@@ -30,6 +30,23 @@ BLOCK_TOKENS = 512
 EPS = 1e-6  # of the length of queries and keys, as in transformers
 
 
+def unit(x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    """Vectors of length 1, as a delta rule takes queries and keys.
+
+    Args:
+        x: of any float dtype.
+
+    Returns:
+        At least float32.
+
+    Example:
+        >>> [round(each, 3) for each in unit(torch.tensor([3.0, 4.0])).tolist()]
+        [0.6, 0.8]
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + EPS)
+
+
 # ---------------------------------------------------------------- kernels
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from staterank_utils.architectures import LinearLayer, linear_layers
-from staterank_utils.kernels import EPS
+from staterank_utils.kernels import unit
 from staterank_utils.models import read_tokens
 from staterank_utils.surgery import Head, all_heads, heads_by_layer, noted
 
@@ -269,7 +269,7 @@ def _by_head(query: Tensor, key: Tensor, value: Tensor, *, normalize: bool) -> t
     per_key = value.shape[2] // key.shape[2]
     q, k = (x.float().repeat_interleave(per_key, 2) for x in (query, key))
     if normalize:
-        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (q, k))
+        q, k = unit(q), unit(k)
     return q, k, value.float()
 
 

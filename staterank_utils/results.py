@@ -5,6 +5,7 @@ import csv
 import difflib
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from staterank_utils.models import CHECKPOINTS, EMBEDDED
@@ -58,6 +60,28 @@ def write_json(path: Path | str, data: Any) -> None:
             os.fsync(stream.fileno())
     except OSError as error:
         raise OSError(error.errno, f"could not write results to {path}: {error.strerror}") from error
+
+
+def plain(value: Any, *, digits: int = 6) -> Any:
+    """Numbers as JSON can hold them: so many digits, null for what is undefined.
+
+    Args:
+        value: of mappings, sequences, arrays and numbers; keys become texts.
+        digits: that count.
+
+    Example:
+        >>> plain({0.5: [float("nan"), 1 / 3, 2]}, digits=3)
+        {'0.5': [None, 0.333, 2]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(each, digits=digits) for key, each in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist(), digits=digits)
+    if isinstance(value, list | tuple):
+        return [plain(each, digits=digits) for each in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.{digits}g}")
+    return value
 
 
 @contextlib.contextmanager

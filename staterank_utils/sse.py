@@ -29,7 +29,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_recurrent_gated_delta_rule,
 )
 
-EPS = 1e-6  # of the length of queries and keys
+from staterank_utils.kernels import unit
 
 
 class SSEConfig(Qwen3NextConfig):
@@ -102,7 +102,7 @@ class SSEGatedDeltaNet(nn.Module):
         )  # fmt: skip
         self.dt_bias = nn.Parameter(torch.ones(self.num_v_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads).uniform_(0.01, 16).log())
-        self.states = nn.Identity()  # what every state puts out, before the sum over partitions
+        self.states = nn.Identity()  # outputs of every state, before the sum over partitions
         self.norm = Qwen3NextRMSNormGated(self.head_v_dim, eps=config.rms_norm_eps)
         self.out_proj = linear(self.value_dim, width)
         self.balance: Tensor | None = None
@@ -180,9 +180,8 @@ class SSEGatedDeltaNet(nn.Module):
 
     def _expanded(self, own: Tensor, of_partitions: Tensor, weights: Tensor, n_states: int) -> Tensor:
         """Queries or keys of all states, of length 1 times the router's probability."""
-        heads = torch.stack([own, *[of_partitions] * (n_states - 1)], 2).unflatten(-1, (self.keys, -1)).float()
-        units = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + EPS)
-        scaled = units * F.pad(weights, (1, 0), value=1.0)[..., None, None]
+        heads = torch.stack([own, *[of_partitions] * (n_states - 1)], 2).unflatten(-1, (self.keys, -1))
+        scaled = unit(heads) * F.pad(weights, (1, 0), value=1.0)[..., None, None]
         return scaled.flatten(2, 3).to(own.dtype)
 
     def _convolved(self, mixed: Tensor, conv_state: Tensor | None, cache_params: Any, recording: bool) -> Tensor:

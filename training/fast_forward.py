@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.kernels import unit
 from staterank_utils.sse import SSEGatedDeltaNet
 
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -159,7 +160,7 @@ def _linear_inputs(
     mixed = F.linear(h, torch.cat([part.flatten(0, 1) for part in rows]))
     qkv, z = mixed.split([(2 * n_k + n_v) * d, n_v * d], dim=-1)
     q, k, v = (part.unflatten(-1, (-1, d)) for part in _convolved(qkv, conv).split([n_k * d, n_k * d, n_v * d], dim=-1))
-    q, k = (_unit(u).to(x.dtype) for u in (q, k))
+    q, k = (unit(u).to(x.dtype) for u in (q, k))
     b, a = F.linear(h, ba).unflatten(-1, (n_k, 2, per_key)).unbind(-2)
     log_decay = -a_log.exp() * F.softplus(a.flatten(-2).float() + dt_bias)
     return q, k, v, log_decay, b.flatten(-2).float().sigmoid().to(x.dtype), z
@@ -169,11 +170,6 @@ def _convolved(x: Tensor, conv: Tensor) -> Tensor:
     width = conv.shape[-1]
     padded = F.pad(x, (0, 0, width - 1, 0))
     return F.silu(reduce(torch.add, [padded[:, i : i + x.shape[1]] * conv[:, 0, i] for i in range(width)]))
-
-
-def _unit(x: Tensor) -> Tensor:
-    wide = x.float()
-    return wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + 1e-6)
 
 
 def _sse_inputs(
@@ -206,7 +202,7 @@ def _sse_inputs(
 
     def of_states(own: Tensor, of_partitions: Tensor) -> Tensor:
         heads = torch.stack([own, *[of_partitions] * n_partitions], 2).unflatten(-1, (n_k, d))
-        return (_unit(heads) * weights[..., None, None]).flatten(2, 3).to(x.dtype)
+        return (unit(heads) * weights[..., None, None]).flatten(2, 3).to(x.dtype)
 
     q, k = of_states(q, q + more_q), of_states(k, k + more_k)
     v = v.unflatten(-1, (n_v, d)).repeat(1, 1, 1 + n_partitions, 1)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from staterank_utils.architectures import linear_layers, state_size
-from staterank_utils.channels import keep_channels, order_channels, why_not
 from staterank_utils.evaluation import TASKS, answer_nats, token_nats
 from staterank_utils.lola import cache_pairs, pairs_in_state, recall_errors
 from staterank_utils.models import CHECKPOINTS, EMBEDDED
-from staterank_utils.pruning import prune_heads
-from staterank_utils.results import STORED, weights_hash, write_json
+from staterank_utils.results import STORED, plain, weights_hash, write_json
 from staterank_utils.selection import (
     PAPER_SHARE,
     head_pairs,
@@ -32,9 +30,9 @@ from staterank_utils.selection import (
 )
 from staterank_utils.strata import Estimate, bootstrap, spearman, without_minus
 from staterank_utils.studies.recall import induction_gains
-from staterank_utils.studies.removal import BINS
+from staterank_utils.studies.removal import BINS, by_position
 from staterank_utils.studies.repeated import CLOSE, Repeated
-from staterank_utils.studies.shrinking import BOTH, CHANNELS, JOINT
+from staterank_utils.studies.shrinking import RANK, smaller_models
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
 from staterank_utils.surgery import Head, ablate_heads, all_heads, mean_outputs
 
@@ -192,39 +190,25 @@ def measure_caching(
     measures = measure_heads(model, prompts)
     rank, norm, decay = (measures[name] for name in ("effective rank", "nuclear norm", "log-decay"))
 
-    def by_score(share: float, alpha: float) -> dict[int, list[int]]:
-        return select_heads(saturation_scores(rank, norm, d=d, alpha=alpha), share=share)
-
-    gone = {share: tuple((removed or {}).get(share) or head_pairs(by_score(share, 1.0))) for share in shares}
-    channels: Any = order_channels(model, prompts) if others and not why_not(model) else None
+    highest = saturation_scores(rank, norm, d=d, alpha=1.0)
+    gone = {
+        share: tuple((removed or {}).get(share) or head_pairs(select_heads(highest, share=share))) for share in shares
+    }
+    smaller = smaller_models(model, prompts, rank, norm) if others else {}
+    smaller.pop(RANK, None)  # which is `REMOVED`
     means = mean_outputs(model, prompts) if others else {}
 
     def outcome(of: PreTrainedModel) -> Outcome:
         losses = token_nats(of, texts.windows, batch_size=16)
-        columns = [
-            losses,
-            *(losses[:, max(0, low - 1) : None if high is None else high - 1] for low, high in BINS.values()),
-        ]
         scored = {task: answer_nats(TASKS[task], of, tokenizer, n_instances=n_answers) for task in tasks}
-        means = [part.mean(1) if part.shape[1] else np.full(len(part), np.nan) for part in columns]
         gain = induction_gains(of, texts, gaps, batch_size=16) if gaps else np.empty((0, len(texts.copies)))
-        return Outcome(np.stack(means, 1), gain, scored)
+        return Outcome(np.column_stack([losses.mean(1), by_position(losses)]), gain, scored)
 
     def cache(
         of: Sequence[Head], n_pairs: int, window: float, *, stateful: bool = False
     ) -> AbstractContextManager[None]:
         recent = round(n_pairs * window)
         return cache_pairs(model, of, window=recent, sparse=n_pairs - recent, stateful=stateful)
-
-    def joint(share: float) -> PreTrainedModel:
-        return prune_heads(model, by_score(share, 0.5))
-
-    def fewer_channels(share: float, of: PreTrainedModel = model) -> PreTrainedModel:
-        return keep_channels(of, channels, share=share)
-
-    def both(share: float) -> PreTrainedModel:
-        part = 1 - (1 - share) ** 0.5
-        return fewer_channels(part, joint(part))
 
     sizes = {part: pairs_in_state(layer, part) for part in fractions}
     outcomes: dict[float, dict[str, Outcome]] = {}
@@ -243,9 +227,6 @@ def measure_caching(
             }
             blocks[f"{RANDOM}: {REMOVED}"] = partial(ablate_heads, model, drawn)
             blocks |= {f"{RANDOM}: {cached(RECENT, part)}": partial(cache, drawn, n, 1.0) for part, n in sizes.items()}
-        smaller = {JOINT: joint} if others else {}
-        if channels is not None:
-            smaller |= {CHANNELS: fewer_channels, BOTH: both}
         found = outcomes[share] = {}
         for method, block in tqdm(blocks.items(), desc="caches", leave=False):
             with block():
@@ -275,7 +256,9 @@ def store_caching(found: Mapping[str, Caching], *, made: Mapping[str, Any], file
         >>> FILE.name
         'caching.json'
     """
-    write_json(file, {"provenance": dict(made), "models": {name: _plain(of) for name, of in found.items()}})
+    write_json(
+        file, {"provenance": dict(made), "models": plain({name: asdict(of) for name, of in found.items()}, digits=5)}
+    )
 
 
 def load_caching(name: str, file: Path = FILE) -> tuple[Caching, dict[str, Any]] | None:
@@ -320,19 +303,6 @@ def load_caching(name: str, file: Path = FILE) -> tuple[Caching, dict[str, Any]]
 def _outcome(of: Mapping[str, Any]) -> Outcome:
     nats, gain = (np.array(of[each], dtype=np.float64) for each in ("nats", "gain"))
     return Outcome(nats, gain, {task: np.array(each) for task, each in of["tasks"].items()})
-
-
-def _plain(value: Any) -> Any:
-    """As JSON can hold it: five digits."""
-    if isinstance(value, Caching | Outcome):
-        return _plain(vars(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 class RepeatedCaching(Repeated[Caching]):

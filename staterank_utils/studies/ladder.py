@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from staterank_utils import claims, strata
 from staterank_utils.evaluation import TASKS
 from staterank_utils.models import load_model, load_tokenizer
-from staterank_utils.results import STORED, whole_or_not, write_json
+from staterank_utils.results import STORED, plain, whole_or_not, write_json
 from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.studies.by_task import ByTask, mastered, measure_by_task, too_few
 from staterank_utils.studies.groups import (
@@ -231,17 +231,6 @@ def _listed(estimate: Estimate) -> list[float]:
     return [estimate.point, estimate.low, estimate.high]
 
 
-def _plain(value: Any) -> Any:
-    """As JSON can hold it: six digits, null for what is undefined."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float):
-        return None if np.isnan(value) else float(f"{value:.6g}")
-    return value
-
-
 def measure_model(
     folder: Path, *, name: str, training: Mapping[str, Any], scale: Scale = Scale(), device: str | None = None
 ) -> Measured:
@@ -332,7 +321,7 @@ def store_measured(measured: Measured, folder: Path, *, made: Mapping[str, Any])
         "training": dict(measured.training),
         "rows": measured.claims(),
         "controls": measured.controls(),
-        "numbers": _plain(measured.numbers()),
+        "numbers": plain(measured.numbers()),
         "arms": summary(measured.removal),
         "sizes": {
             "n_draws": 1 + max(arm.draw for arm in arms if arm.scheme == PROTECTED),

@@ -725,9 +725,21 @@ def _without(
 
 def _binned(losses: NDArray[np.float64]) -> NDArray[np.float64]:
     """(text, bin of positions) of losses (window, token); the first loss is of the token at position 1."""
-    by_text = np.stack([part.mean(0) for part in np.split(losses, len(LOSS_TEXTS))])
-    parts = [by_text[:, max(0, low - 1) : None if high is None else high - 1] for low, high in BINS.values()]
-    return np.stack([part.mean(1) if part.shape[1] else np.full(len(by_text), np.nan) for part in parts], 1)
+    return by_position(np.stack([part.mean(0) for part in np.split(losses, len(LOSS_TEXTS))]))
+
+
+def by_position(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means of losses (row, token) over the positions of `BINS`, (row, bin); NaN where a bin has no token.
+
+    Args:
+        losses: the first is of the token at position 1.
+
+    Example:
+        >>> by_position(np.array([[1.0, 3.0]]))
+        array([[ 2., nan, nan]])
+    """
+    parts = [losses[:, max(0, low - 1) : None if high is None else high - 1] for low, high in BINS.values()]
+    return np.stack([part.mean(1) if part.shape[1] else np.full(len(losses), np.nan) for part in parts], 1)
 
 
 def _within_layers(model: PreTrainedModel, texts: Texts, made: Removal, name: str, sizes: Sizes) -> NDArray[np.float64]:

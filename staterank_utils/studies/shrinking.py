@@ -108,6 +108,43 @@ class Shrinking:
         return 1 - self.footprints[method].recurrent / self.footprints[WHOLE].recurrent
 
 
+def smaller_models(
+    model: PreTrainedModel, prompts: Int[Tensor, "prompt token"], rank: Measure, norm: Measure
+) -> dict[str, Callable[[float], PreTrainedModel]]:
+    """The ways to make the state of a model smaller, each a function of the share that goes.
+
+    Args:
+        model: whole.
+        prompts: of calibration, by whose keys channels are ordered.
+        rank, norm: of every head, by which heads are ordered.
+
+    Returns:
+        method -> function; those that cut key channels are left out where the model refuses it (`channels.why_not`).
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> model, prompts = load_model("hybrid"), torch.arange(64).reshape(1, 64)
+        >>> measures = measure_heads(model, prompts)
+        >>> list(smaller_models(model, prompts, measures["effective rank"], measures["nuclear norm"]))
+        ['joint', 'rank alone', 'key channels', 'both']
+    """
+
+    def by_score(alpha: float) -> Callable[[float], PreTrainedModel]:
+        scores = saturation_scores(rank, norm, d=state_size(model), alpha=alpha)
+        return lambda share: prune_heads(model, select_heads(scores, share=share))
+
+    made = {JOINT: by_score(0.5), RANK: by_score(1.0)}
+    if why_not(model):
+        return made
+    channels = order_channels(model, prompts)
+
+    def both(share: float) -> PreTrainedModel:
+        part = 1 - (1 - share) ** 0.5
+        return keep_channels(made[JOINT](part), channels, share=part)
+
+    return made | {CHANNELS: lambda share: keep_channels(model, channels, share=share), BOTH: both}
+
+
 def measure_shrinking(
     model: PreTrainedModel,
     texts: Texts,
@@ -144,21 +181,12 @@ def measure_shrinking(
     measures = measure_heads(model, prompts)
     rank, norm = measures["effective rank"], measures["nuclear norm"]
     refused = why_not(model)
-    channels = None if refused else order_channels(model, prompts)
+    made = smaller_models(model, prompts, rank, norm)
 
     def removed(share: float, scores: Measure, **options: bool) -> dict[int, list[int]]:
         return select_heads(scores, share=share, **options)
 
-    joint, rank_alone = (saturation_scores(rank, norm, d=d, alpha=alpha) for alpha in (0.5, 1.0))
-    made: dict[str, Callable[[float], PreTrainedModel]] = {
-        JOINT: lambda share: prune_heads(model, removed(share, joint)),
-        RANK: lambda share: prune_heads(model, removed(share, rank_alone)),
-    }
-    if channels is not None:
-        made[CHANNELS] = lambda share: keep_channels(model, channels, share=share)
-        made[BOTH] = lambda share: keep_channels(
-            prune_heads(model, removed(1 - (1 - share) ** 0.5, joint)), channels, share=1 - (1 - share) ** 0.5
-        )
+    joint = saturation_scores(rank, norm, d=d)
     intact = token_nats(model, texts.windows).mean(1)
 
     def added(smaller: PreTrainedModel) -> NDArray[np.float64]:
