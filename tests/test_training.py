@@ -142,7 +142,7 @@ def test_the_ladder_s_recipes_are_those_of_its_waves() -> None:
         assert sum(recipe.tasks.values()) == pytest.approx(1)
         assert recipe.gates in SCHEMES
         assert SCHEMES[recipe.gates] in GATES
-        n_heads = 72 if recipe.rule == "sparse state expansion" else 144
+        n_heads = 72 if recipe.value_heads == 8 else 144
         assert recipe.n_linear_heads == (n_heads if name.startswith("hybrid") else 192)
     with pytest.raises(ValueError, match="there is no recipe 'hybrid': choose from hybrid-text-0, "):
         find_recipe("hybrid")
@@ -154,9 +154,9 @@ def test_another_rule_has_as_many_parameters(tokenizer) -> None:
             sum(
                 p.numel() for p in AutoModelForCausalLM.from_config(RECIPES[name].configuration(tokenizer)).parameters()
             )
-            for name in ("hybrid-text-0", "hybrid-sse-0")
+            for name in ("hybrid-text-0", "hybrid-sse-0", "hybrid-fewheads-0")
         ]
-    assert counts[1] == pytest.approx(counts[0], rel=0.02)
+    assert counts == pytest.approx([counts[0]] * 3, rel=0.02)
 
 
 def test_a_recipe_without_a_model_class_is_refused(tokenizer) -> None:

@@ -131,6 +131,7 @@ def _recipes() -> dict[str, Recipe]:
         "deltanet": (1, {"gates": "open"}),
         # Fewer heads, each with five states, and wider MLPs: as many parameters as the others.
         "sse": (1, {"rule": "sparse state expansion", "key_heads": 4, "value_heads": 8, "intermediate": 1008}),
+        "fewheads": (1, {"key_heads": 4, "value_heads": 8, "intermediate": 1008}),  # those sizes, without partitions
         "tasks25": (1, {"rows": MappingProxyType(TASKS_25)}),
         "tasks63light": (1, {"rows": tasks63}),  # answers weigh as other tokens do
     }
@@ -152,7 +153,11 @@ WAVES = {
     3: ("pure-tasks63-0", "pure-tasks63-1", "hybrid-tasks10-0", "pure-tasks10-0"),
     4: ("hybrid-long-0", "pure-long-0", "hybrid-tasks25-0", "hybrid-tasks63light-0"),
     5: ("hybrid-narrow-0", "hybrid-narrow-1", "hybrid-default-0", "hybrid-softmaxfirst-0"),
-    6: ("hybrid-deltanet-0", "hybrid-sse-0"),  # the other update rules arrive with their model classes
+    6: (
+        "hybrid-deltanet-0",
+        "hybrid-sse-0",
+        "hybrid-fewheads-0",
+    ),  # the other update rules arrive with their model classes
     7: (
         "hybrid-default-1",
         "hybrid-default-2",
