@@ -135,6 +135,8 @@ class SSEGatedDeltaNet(nn.Module):
             for own, more in ((query, more_q), (key, more_k))
         )
         value = value.unflatten(-1, (self.values, -1)).repeat(1, 1, 1 + self.n_partitions, 1)
+        # (Before transformers 5.20 its rule in plain torch wants a key head per value head.)
+        query, key = (part.repeat_interleave(self.values // self.keys, 2) for part in (query, key))
         log_decay, strength = self.gates(self.in_proj_ba(x), active)
         rule = torch_recurrent_gated_delta_rule if state is not None and n_tokens == 1 else torch_chunk_gated_delta_rule
         out, last = rule(

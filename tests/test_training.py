@@ -17,6 +17,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 from staterank_utils import Spectrum, domain_prompts, load_model, prune_heads, singular_values, trace_states
 from staterank_utils.dispatch import Kernel, limit_autotuning
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, GATES, initial_model
+from staterank_utils.sse import SSEForCausalLM
 from staterank_utils.studies.repeated import stored_on
 from training import train as training
 from training.corpus import encode, read_books, write_corpus
@@ -75,6 +76,34 @@ def test_fast_forward_is_the_model_s_own_forward(name: str, tokenizer) -> None:
             loss = loss - model.config.balance * model.balance()
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loss, (expected * weights.flatten()).sum() / weights.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_fast_forward_of_sse_has_the_gradients_of_its_own_forward(tokenizer) -> None:
+    """With an active partition of each token, whose tokens it brings together and takes apart again."""
+    recipe = replace(RECIPES["hybrid-sse-0"], layer_types=(LINEAR, SOFTMAX), hidden=32, intermediate=32, head_size=8)
+    model = initial_model(recipe.configuration(tokenizer)).train()
+    ids = torch.randint(0, 512, (2, 66), generator=torch.Generator().manual_seed(0))
+    logits = model(ids[:, :-1], use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    (loss + model.config.balance * model.balance()).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    fast = FastForward(model, plain_recurrence(model), dtype=torch.float32, compiled=False)
+    fast.loss(ids, torch.ones(2, 65))[0].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        torch.testing.assert_close(
+            p.grad, expected[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_fast_forward_takes_one_active_partition(tokenizer) -> None:
+    recipe = replace(RECIPES["hybrid-sse-0"], layer_types=(LINEAR, SOFTMAX))
+    configuration = recipe.configuration(tokenizer)
+    configuration.n_active = 2
+    model = SSEForCausalLM(configuration)
+    with pytest.raises(ValueError, match="one active partition per token, got n_active=2"):
+        FastForward(model, plain_recurrence(model))
 
 
 def test_kernels_keep_one_configuration_also_where_they_were_defined_before(monkeypatch: pytest.MonkeyPatch) -> None:

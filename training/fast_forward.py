@@ -18,6 +18,7 @@ from staterank_utils.kernels import unit
 from staterank_utils.sse import SSEGatedDeltaNet
 
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+FORGETS = -30.0  # log-decay that leaves nothing of a state
 
 
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
@@ -172,6 +173,29 @@ def _convolved(x: Tensor, conv: Tensor) -> Tensor:
     return F.silu(reduce(torch.add, [padded[:, i : i + x.shape[1]] * conv[:, 0, i] for i in range(width)]))
 
 
+class _Reorder(torch.autograd.Function):
+    """Tokens in another order; the backward pass takes them back, where that of `gather` would add them up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return _taken(x, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _taken(gradient, *ctx.saved_tensors), None, None
+
+
+def _taken(x: Tensor, order: Tensor) -> Tensor:
+    rows = x.flatten(2)
+    return rows.gather(1, order[..., None].expand_as(rows)).view_as(x)
+
+
+def _reordered(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    made: Tensor = _Reorder.apply(x, order, inverse)
+    return made
+
+
 def _sse_inputs(
     x: Tensor,
     norm: Tensor,
@@ -187,29 +211,50 @@ def _sse_inputs(
     d: int,
     n_k: int,
     n_v: int,
-    n_active: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `_linear_inputs`, of all states, and behind them the auxiliary loss."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_linear_inputs`, of twice as many heads, and behind them the auxiliary loss and two orders of the tokens.
+
+    The first heads have the shared states. The others read the tokens of one partition after the other, and forget all before the first
+    token of each: since only the active partition of a token is read or written, one state stands for all.
+    """
     h = _rms_norm(x, norm, eps)
     qkv, z = F.linear(h, qkvz).split([(2 * n_k + n_v) * d, n_v * d], dim=-1)
     q, k, v = _convolved(qkv, conv).split([n_k * d, n_k * d, n_v * d], dim=-1)
     more_q, more_k = F.linear(F.linear(h, down), up).chunk(2, dim=-1)
     shares = F.linear(h, router).float().softmax(-1)
-    chosen = torch.zeros_like(shares).scatter(-1, shares.topk(n_active, -1).indices, 1.0)
+    weight, chosen = shares.max(-1, keepdim=True)
     n_partitions = shares.shape[-1]
-    balance = n_partitions / n_active * (shares.mean((0, 1)) * chosen.mean((0, 1))).sum()
-    weights = F.pad(shares * chosen, (1, 0), value=1.0)
+    active = torch.zeros_like(shares).scatter(-1, chosen, 1.0)
+    balance = n_partitions * (shares.mean((0, 1)) * active.mean((0, 1))).sum()
+    partition = chosen[..., 0]
+    order = partition.argsort(dim=1, stable=True)
+    inverse = order.argsort(dim=1)
+    partition = partition.gather(1, order)
+    first = F.pad(partition[:, 1:] != partition[:, :-1], (1, 0), value=True)
 
-    def of_states(own: Tensor, of_partitions: Tensor) -> Tensor:
-        heads = torch.stack([own, *[of_partitions] * n_partitions], 2).unflatten(-1, (n_k, d))
-        return (unit(heads) * weights[..., None, None]).flatten(2, 3).to(x.dtype)
+    def heads(u: Tensor) -> Tensor:
+        return unit(u.unflatten(-1, (n_k, d)))
 
-    q, k = of_states(q, q + more_q), of_states(k, k + more_k)
-    v = v.unflatten(-1, (n_v, d)).repeat(1, 1, 1 + n_partitions, 1)
+    def both(shared: Tensor, sparse: Tensor) -> Tensor:
+        return torch.cat([shared, _reordered(sparse, order, inverse)], 2)
+
+    def of_state(gates: Tensor) -> Tensor:
+        """(batch, token, head) of the active partitions, from (batch, token, state)."""
+        wide = gates.unflatten(-1, (1 + n_partitions, n_v))
+        return both(wide[:, :, 0], wide.gather(2, (1 + chosen)[..., None].expand(-1, -1, -1, n_v))[:, :, 0])
+
+    q, k = (both(heads(u), heads(u + more) * weight[..., None]).to(x.dtype) for u, more in ((q, more_q), (k, more_k)))
+    v = v.unflatten(-1, (n_v, d))
     b, a = F.linear(h, ba).chunk(2, dim=-1)
-    takes_part = F.pad(chosen, (1, 0), value=1.0).repeat_interleave(n_v, -1)
-    log_decay = -a_log.exp() * F.softplus(a.float() + dt_bias) * takes_part
-    return q, k, v, log_decay, b.float().sigmoid().to(x.dtype), z, balance
+    log_decay = of_state(-a_log.exp() * F.softplus(a.float() + dt_bias))
+    begins = F.pad(first[..., None].expand(-1, -1, n_v), (n_v, 0), value=False)
+    log_decay = log_decay.masked_fill(begins, FORGETS)
+    return q, k, both(v, v), log_decay, of_state(b.float().sigmoid()).to(x.dtype), z, balance, order, inverse
+
+
+def _joined(out: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    shared, sparse = out.chunk(2, dim=2)
+    return shared + _reordered(sparse, inverse, order)
 
 
 def _linear_outputs(x: Tensor, out: Tensor, z: Tensor, norm: Tensor, projection: Tensor, eps: float) -> Tensor:
@@ -269,6 +314,9 @@ class FastForward:
         recurrence: the gated delta rule, e.g. `fla_recurrence`.
         dtype: of activations and products.
         compiled: fuse with `torch.compile`.
+
+    Raises:
+        ValueError: more than one active partition.
     """
 
     def __init__(
@@ -280,10 +328,14 @@ class FastForward:
         compiled: bool = True,
     ):
         self.model, self.recurrence, self.dtype = model, recurrence, dtype
+        if (n_active := getattr(model.config, "n_active", 1)) != 1:
+            raise ValueError(
+                f"expected one active partition per token, got n_active={n_active}: train it with its own forward"
+            )
         fuse: Callable[[Any], Any] = torch.compile(dynamic=False) if compiled else lambda function: function
-        self.linear_inputs, self.sse_inputs, self.linear_outputs, self.attention, self.mlp, self.weighted_loss = map(
-            fuse, (_linear_inputs, _sse_inputs, _linear_outputs, _attention, _mlp, _weighted_loss)
-        )
+        self.linear_inputs, self.sse_inputs, self.joined, self.linear_outputs, self.attention, self.mlp, self.weighted_loss = map(
+            fuse, (_linear_inputs, _sse_inputs, _joined, _linear_outputs, _attention, _mlp, _weighted_loss)
+        )  # fmt: skip
 
     def _hidden(self, ids: Tensor) -> tuple[Tensor, Tensor | float]:
         """Hidden states, and the auxiliary loss of all routers, weighted; 0 without any."""
@@ -308,12 +360,12 @@ class FastForward:
                     eps,
                 )
             elif isinstance(m := layer.linear_attn, SSEGatedDeltaNet):
-                *inputs, z, balance = self.sse_inputs(
+                *inputs, z, balance, order, inverse = self.sse_inputs(
                     x, before, *(low(part.weight) for part in (m.in_proj_qkvz, m.in_proj_ba, m.router, m.lora_down, m.lora_up, m.conv1d)),
-                    m.A_log, m.dt_bias, eps, m.head_k_dim, m.keys, m.values, m.n_active,
+                    m.A_log, m.dt_bias, eps, m.head_k_dim, m.keys, m.values,
                 )  # fmt: skip
                 auxiliary = auxiliary + config.balance * balance
-                out = self.recurrence(*inputs).unflatten(2, (-1, m.values)).sum(2)
+                out = self.joined(self.recurrence(*inputs), order, inverse)
                 x = self.linear_outputs(x, out, z, low(m.norm.weight), low(m.out_proj.weight), eps)
             elif layer.linear_attn.num_v_heads:  # else pruned to none, and the layer adds nothing
                 m = layer.linear_attn
