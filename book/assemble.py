@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from book import home
 from book.ladder import first_pair, ladder_figures, ladder_tables, over_models, stored_models
+from book.neighbours import expansion_figure, expansion_tables, neighbours_table
 from staterank_utils import claims, interactive, markdown
 from staterank_utils.models import EMBEDDED
 from staterank_utils.report import execute, finish_page
@@ -203,11 +204,14 @@ def main() -> None:
         "status": status_tables(runs),
         "conformance": conformance_tables(),
         **ladder_tables(),
+        **expansion_tables(),
+        "neighbours": neighbours_table(),
         **{f"benchmark_{name}": stored_benchmark(name) for name in BENCHMARKS},
         **{f"card_{name}": model_card(name) for name in EMBEDDED},
     }
     (stage / "book" / "generated").mkdir()
     ladder_figures(stage / "book" / "generated", stage / "results")
+    expansion_figure(stage / "book" / "generated", stage / "results")
     for name, text in generated.items():
         (stage / "book" / "generated" / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     if arguments.figure:

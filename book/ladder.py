@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +67,30 @@ def designs() -> dict[str, list[Measured]]:
     return {"-".join(design): list(seeds.values()) for design, seeds in by_design(_measured()).items()}
 
 
+@contextmanager
+def kept_figure(
+    pictures: Path, numbers: Path, name: str, n_rows: int, n_columns: int, *, height: float
+) -> Iterator[NDArray[Any]]:
+    """Panels to draw in, kept at the end of the block as PICTURES/NAME.png, and what they show as NUMBERS/NAME.csv."""
+    with plt.rc_context():
+        plotting.use_style()
+        figure, axes = plotting.panel_grid(n_rows, n_columns, width=9.5, row_height=height)
+        yield axes
+        plotting.legend_above(figure)
+        with whole_or_not(pictures / f"{name}.png") as whole:
+            figure.savefig(whole, format="png")
+        rows = plotting.figure_data(figure)
+        plt.close(figure)
+    write_table(numbers / f"{name}.csv", rows)
+
+
 def ladder_figures(pictures: Path, numbers: Path) -> None:
     """Draw the figures of the page, and write the numbers behind each as CSV.
 
     Args:
         pictures, numbers: folders that exist.
     """
-    by_name = designs()
-
-    @contextmanager
-    def kept(name: str, n_rows: int, n_columns: int, *, height: float) -> Iterator[NDArray[Any]]:
-        with plt.rc_context():
-            plotting.use_style()
-            figure, axes = plotting.panel_grid(n_rows, n_columns, width=9.5, row_height=height)
-            yield axes
-            plotting.legend_above(figure)
-            with whole_or_not(pictures / f"{name}.png") as partial:
-                figure.savefig(partial, format="png")
-            rows = plotting.figure_data(figure)
-            plt.close(figure)
-        write_table(numbers / f"{name}.csv", rows)
-
+    by_name, kept = designs(), partial(kept_figure, pictures, numbers)
     n_rows, n_columns = plotting.panel_rows(len(by_name))
     for scheme, name in FIGURES.items():
         with kept(name, n_rows, n_columns, height=2.3) as axes:
@@ -171,7 +174,9 @@ def _what_decides() -> str:
     linear_first = [
         of
         for name, of in _measured().items()
-        if name.startswith("hybrid") and RECIPES[name].gates == "broad" and RECIPES[name].layer_types[0] == LINEAR
+        if name.startswith("hybrid")
+        and (RECIPES[name].gates, RECIPES[name].rule) == ("broad", "gated delta")
+        and RECIPES[name].layer_types[0] == LINEAR
     ]
     ranges = ", ".join(
         f"{_range(cost, '.2f')} without {group}" for group, cost in costs(linear_first, PROTECTED).items()
@@ -254,11 +259,11 @@ def _capped() -> str:
     """What the cap takes from the recall of hybrids, by how their gates began, in a sentence."""
     taken: dict[str, list[float]] = {}
     for name, measured in _measured().items():
-        if name.startswith("hybrid"):
+        if name.startswith("hybrid") and RECIPES[name].rule == "gated delta":
             taken.setdefault(RECIPES[name].gates, []).append(measured.recall.taken().point)
     each = [f"{_range(shares, '.0%')} ({gates} gates, {len(shares)})" for gates, shares in taken.items()]
     return (
-        f"Of the gain of hybrids the cap takes, by how their gates began and over how many models: {'; '.join(each)}. The pure models have too small a "
+        f"Of the gain of hybrids of the gated delta rule the cap takes, by how their gates began and over how many models: {'; '.join(each)}. The pure models have too small a "
         "gain to compare, so C6 is not testable."
     )
 

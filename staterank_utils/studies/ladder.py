@@ -57,6 +57,7 @@ LADDER = STORED / "ladder"
 RULES = {
     "DeltaNet": "deltanet",
     "gated delta rule": "text",
+    "sparse state expansion": "sse",
 }  # update rule -> data or design of the hybrids that have it
 WITHOUT_DECAY = "DeltaNet"
 HELD_OUT = "bits_per_byte_held_out_books"  # of a training
@@ -692,7 +693,7 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
         }
         without = [f"{WITHOUT_DECAY}, seed {seed}" for seed in both]
         row = claims.judge_need_of_decay(two_groups, without=without)
-        rows.append(row | {"note": f"{row['note']}; against {len(RULES) - 1} rule with decay"})
+        rows.append(row | {"note": f"{row['note']}; against {len(RULES) - 1} rules with decay"})
     share = claims.SECOND["C5b"].numbers["share"]
     for (kind, data), seeds in by_kind.items():
         label = f"{kind}-{data}"
