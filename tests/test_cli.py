@@ -2,6 +2,10 @@
 
 import csv
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from staterank_utils import cli, load_model, tracing
+import staterank
+from staterank_utils import load_model, models, tracing
 from staterank_utils.spectra import effective_rank
+from staterank_utils.studies.handover import RULES
 from staterank_utils.tasks import domain_prompts
 from staterank_utils.tracing import trace_states
 
@@ -29,7 +35,8 @@ def test_trace_prints_layers_and_writes_every_head(tiny: Path, tokenizer, tmp_pa
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("The state of a head is a matrix. " * 60)
     done = RUN.invoke(
-        cli.app, ["trace", str(tiny), "--text", "notes.txt", "--tokens", "32", "--prompts", "2", "--out", "heads.csv"]
+        staterank.app,
+        ["trace", str(tiny), "--text", "notes.txt", "--tokens", "32", "--prompts", "2", "--out", "heads.csv"],
     )
     assert done.exit_code == 0, done.output
     assert "| 2 | " in done.stdout
@@ -49,7 +56,7 @@ def test_trace_prints_layers_and_writes_every_head(tiny: Path, tokenizer, tmp_pa
 
 def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "smaller"
-    done = RUN.invoke(cli.app, ["prune", str(tiny), "--share", "0.5", "--rule", "low-rank", "--out", str(out)])
+    done = RUN.invoke(staterank.app, ["prune", str(tiny), "--share", "0.5", "--rule", "low-rank", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "4 of 8 heads removed" in done.stdout
     model = load_model(str(out))
@@ -82,7 +89,7 @@ def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
 def test_bad_input_is_told_in_a_line(words: list[str], reason: str, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("too short")
-    done = RUN.invoke(cli.app, [str(tiny) if word == "MODEL" else word for word in words])
+    done = RUN.invoke(staterank.app, [str(tiny) if word == "MODEL" else word for word in words])
     assert done.exit_code == 1
     assert reason in done.stderr
     assert done.stderr.count("staterank: ") == 1
@@ -105,31 +112,31 @@ def test_a_gpu_that_is_full_says_what_to_lower(
 
     place = (torch.nn.Module, "to") if where == "load" else (tracing, "_trace_batch")
     monkeypatch.setattr(*place, full)
-    done = RUN.invoke(cli.app, ["trace", str(tiny), "--device", "cpu"])
+    done = RUN.invoke(staterank.app, ["trace", str(tiny), "--device", "cpu"])
     assert done.exit_code == 1
     assert re.search(reason, done.stderr), done.stderr
 
 
 def test_a_rule_that_does_not_exist_is_named_with_those_that_do(tiny: Path) -> None:
-    done = RUN.invoke(cli.app, ["prune", str(tiny), "--rule", "best", "--out", "new"])
+    done = RUN.invoke(staterank.app, ["prune", str(tiny), "--rule", "best", "--out", "new"])
     assert done.exit_code == 2
     assert "low-rank" in done.output
 
 
 def test_what_cannot_be_done_is_said_before_weights_are_read(tiny: Path, tmp_path: Path, monkeypatch) -> None:
     uneven = tmp_path / "uneven"
-    assert RUN.invoke(cli.app, ["prune", str(tiny), "--share", "0.125", "--out", str(uneven)]).exit_code == 0
+    assert RUN.invoke(staterank.app, ["prune", str(tiny), "--share", "0.125", "--out", str(uneven)]).exit_code == 0
     assert "Layers keep different numbers of heads" in (uneven / "README.md").read_text()
     mamba = tmp_path / "mamba"
     ARCHITECTURES["mamba2"].build().save_pretrained(mamba)
-    monkeypatch.setattr(cli, "load_model", lambda *args, **options: pytest.fail("weights were read"))
+    monkeypatch.setattr(models, "load_model", lambda *args, **options: pytest.fail("weights were read"))
     for words, reason in (
         (["trace", str(uneven)], "different numbers of them: {0: 3, 2: 4}"),
         (["prune", str(uneven), "--out", "new"], "different numbers of them"),
         (["prune", str(tiny), "--share", "0", "--out", "new"], "between 0 and 1, got 0.0"),
         (["prune", str(mamba), "--share", "0.5", "--per-layer", "--plain", "--out", "new"], "leave --plain out"),
     ):
-        done = RUN.invoke(cli.app, words)
+        done = RUN.invoke(staterank.app, words)
         assert (done.exit_code, reason in done.stderr) == (1, True), done.stderr
 
 
@@ -138,13 +145,13 @@ def test_a_text_is_found_by_its_name_and_however_its_path_is_typed(tiny: Path, t
     Path("notes").write_text("The state of a head is a matrix that forgets, but not at once. " * 60)
     sizes = ["--tokens", "16", "--prompts", "1"]
     said = [
-        RUN.invoke(cli.app, ["trace", str(tiny), "--text", text, *sizes]).stdout
+        RUN.invoke(staterank.app, ["trace", str(tiny), "--text", text, *sizes]).stdout
         for text in ("notes", str(tmp_path / "notes"))
     ]
     assert said[0] == said[1]
     assert "| 2 |" in said[0]
     Path("latin.txt").write_bytes("Zustände ".encode("latin-1") * 300)
-    done = RUN.invoke(cli.app, ["trace", str(tiny), "--text", "latin.txt", *sizes])
+    done = RUN.invoke(staterank.app, ["trace", str(tiny), "--text", "latin.txt", *sizes])
     assert "latin.txt is no text in UTF-8" in done.stderr
 
 
@@ -152,7 +159,7 @@ def test_a_checkpoint_keeps_its_dtype(tiny: Path, tmp_path: Path) -> None:
     narrow = tmp_path / "narrow"
     save_with_tokenizer(load_model(str(tiny)).bfloat16(), narrow)
     done = RUN.invoke(
-        cli.app,
+        staterank.app,
         ["prune", str(narrow), "--share", "0.5", "--per-layer", "--device", "cpu", "--out", str(tmp_path / "out")],
     )
     assert done.exit_code == 0, done.output
@@ -165,7 +172,7 @@ def test_a_full_disk_is_told_in_a_line(tiny: Path, tmp_path: Path, monkeypatch) 
         raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    done = RUN.invoke(cli.app, ["prune", str(tiny), "--share", "0.5", "--out", str(tmp_path / "new")])
+    done = RUN.invoke(staterank.app, ["prune", str(tiny), "--share", "0.5", "--out", str(tmp_path / "new")])
     assert done.exit_code == 1
     assert "could not write the weights" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -173,13 +180,38 @@ def test_a_full_disk_is_told_in_a_line(tiny: Path, tmp_path: Path, monkeypatch) 
 
 def test_the_table_of_a_trace_may_go_into_a_folder_that_is_not_there(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "heads.csv"
-    done = RUN.invoke(cli.app, ["trace", str(tiny), "--tokens", "16", "--prompts", "1", "--out", str(out)])
+    done = RUN.invoke(staterank.app, ["trace", str(tiny), "--tokens", "16", "--prompts", "1", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert out.exists()
 
 
 @pytest.mark.parametrize("command", [[], ["trace"], ["prune"], ["report"]])
 def test_help_teaches(command: list[str]) -> None:
-    done = RUN.invoke(cli.app, [*command, "--help"])
+    done = RUN.invoke(staterank.app, [*command, "--help"])
     assert done.exit_code == 0
     assert not command or f"staterank {command[0]} ./my-model" in " ".join(done.stdout.split())
+
+
+def test_help_answers_before_anything_heavy_is_imported() -> None:
+    for words in (["--help"], ["prune", "--help"]):
+        code = (
+            f"import sys, staterank\ntry: staterank.app({words!r})\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+        )
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_rules_are_those_of_the_package() -> None:
+    assert [rule.value for rule in staterank.Rule] == list(RULES)
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tiny: Path) -> None:
+    for name in ("libtorch_cpu", "_safetensors"):  # at the beginning and near the end of the imports
+        process = subprocess.Popen(
+            [sys.executable, "-m", "staterank", "trace", str(tiny)], stderr=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and name not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "Traceback" not in said

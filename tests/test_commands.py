@@ -13,14 +13,15 @@ import torch
 from conftest import save_tiny
 from typer.testing import CliRunner
 
+import staterank
 from staterank_utils import (
     callback,
-    cli,
     effective_rank,
     harness,
     load_model,
     load_tokenizer,
     rank_and_norm,
+    report,
     trace_states,
 )
 
@@ -65,9 +66,9 @@ def test_a_line_with_the_command(line: str, folder: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("The state of a head is a matrix that forgets. " * 400)
     asked: list[Any] = []
-    monkeypatch.setattr(cli, "write_report", lambda *words, **options: asked.append((words, options)) or {})
+    monkeypatch.setattr(report, "write_report", lambda *words, **options: asked.append((words, options)) or {})
     words = [str(folder) if word == "FOLDER" else word for word in shlex.split(line)[1:]]
-    done = CliRunner().invoke(cli.app, words)
+    done = CliRunner().invoke(staterank.app, words)
     assert done.exit_code == 0, done.output
     assert bool(asked) == (words[0] == "report")  # test_report.py makes some
     if words[0] == "prune":
@@ -96,7 +97,7 @@ def test_the_code_of_the_page_runs_from_top_to_bottom(
     monkeypatch.setattr(
         callback, "StateRankCallback", lambda trainer, ids: "callback"
     )  # test_callback.py trains with it
-    assert CliRunner().invoke(cli.app, ["prune", str(folder), "--out", "smaller"]).exit_code == 0
+    assert CliRunner().invoke(staterank.app, ["prune", str(folder), "--out", "smaller"]).exit_code == 0
     added: list[Any] = []
     known: dict[str, Any] = {
         "FOLDER": str(folder), "load_model": load_model, "trace_states": trace_states, "rank_and_norm": rank_and_norm,

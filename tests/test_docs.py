@@ -13,12 +13,13 @@ import conformance
 import pytest
 from architectures import ARCHITECTURES
 
+import staterank
 import staterank_utils
 from staterank_utils.architectures import LinearLayer, ModelAdapter
 from staterank_utils.results import STORED
 
 # All but one Triton kernel, which `recurrence` calls: not every machine has triton.
-MODULES = [
+MODULES = [staterank] + [
     importlib.import_module(module.name)
     for module in pkgutil.walk_packages(staterank_utils.__path__, f"{staterank_utils.__name__}.")
     if module.name != "staterank_utils.recurrence_kernel"

@@ -164,7 +164,7 @@ def test_a_model_or_device_that_cannot_be_measured_makes_no_folder(tiny: Path, t
 
 
 def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "staterank_utils.cli", "report", str(tiny), "--out", "out", "--only", CHAPTER]
+    command = [sys.executable, "-m", "staterank", "report", str(tiny), "--out", "out", "--only", CHAPTER]
     # While the chapter's process starts, while its notebook runs, and as a batch system or a full memory ends a job.
     for moment, how in ((1, signal.SIGINT), (12, signal.SIGINT), (12, signal.SIGKILL)):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -1,4 +1,7 @@
-"""The command `staterank`: trace, prune or report on a model of one's own."""
+"""The command `staterank`: trace, prune or report on a model of one's own.
+
+Nothing heavy is imported before a command runs, so that --help answers at once, and Ctrl-C at any moment.
+"""
 
 import logging
 import math
@@ -8,22 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from staterank_utils.architectures import linear_layers, state_size
-from staterank_utils.dispatch import limit_autotuning
-from staterank_utils.markdown import markdown_table
-from staterank_utils.models import load_model, load_tokenizer, model_outline
-from staterank_utils.report import write_report
-from staterank_utils.results import write_table
-from staterank_utils.selection import by_layer, head_metrics
-from staterank_utils.studies.handover import RULES, check_pruning, prune_by_rule, write_pruned
-from staterank_utils.surgery import all_heads
-from staterank_utils.tasks import DOMAINS, domain_prompts
-from staterank_utils.tracing import check_even
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,8 +24,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Measure the recurrent states of a linear-attention model: their ranks, half-lives, and which heads can go.",
 )
-_Rule = StrEnum("Rule", [(name, name) for name in RULES])  # type: ignore[misc]
-_HIGHEST = _Rule("rank")
+
+
+class Rule(StrEnum):
+    """Which heads go first, by the name of a rule of `staterank_utils.studies.handover.RULES`.
+
+    Example:
+        >>> Rule("low-rank") == "low-rank"
+        True
+    """
+
+    rank = "rank"
+    low_rank = "low-rank"
+    joint = "joint"
+    norm = "norm"
+    half_life = "half-life"
+    random = "random"
 
 
 class Profile(StrEnum):
@@ -75,7 +82,9 @@ OPTIONS = {
 }
 
 
-def _dtype(given: Dtype | None) -> torch.dtype | None:
+def _dtype(given: Dtype | None) -> "torch.dtype | None":
+    import torch
+
     return None if given is None else getattr(torch, given)
 
 
@@ -99,6 +108,11 @@ def said() -> Iterator[None]:
             ...
         Exit: 1
     """
+    import torch
+
+    from staterank_utils.dispatch import limit_autotuning
+
+    limit_autotuning()
     try:
         yield
     except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError) as error:
@@ -124,7 +138,7 @@ def main(
         bool, typer.Option("--verbose", "-v", help="say what is chosen: kernels, dtypes, devices")
     ] = False,
 ) -> None:
-    """Set up the log, and Triton on a GPU.
+    """Set up the log.
 
     Example:
         >>> from typer.testing import CliRunner
@@ -132,7 +146,6 @@ def main(
         True
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    limit_autotuning()
 
 
 @app.command()
@@ -161,6 +174,15 @@ def trace(
         1
     """
     with said():
+        from staterank_utils.architectures import linear_layers, state_size
+        from staterank_utils.markdown import markdown_table
+        from staterank_utils.models import load_model, load_tokenizer, model_outline
+        from staterank_utils.results import write_table
+        from staterank_utils.selection import by_layer, head_metrics
+        from staterank_utils.surgery import all_heads
+        from staterank_utils.tasks import DOMAINS, domain_prompts
+        from staterank_utils.tracing import check_even
+
         is_file = text not in DOMAINS and not text.startswith("dataset:") and ("." in text or Path(text).exists())
         domain = f"./{text}" if is_file and "/" not in text else text
         if out:
@@ -204,7 +226,7 @@ def prune(
     model: Model,
     out: Annotated[Path, typer.Option(help="folder of the smaller model, which is not there yet")],
     share: Annotated[float, typer.Option(help="of all heads, between 0 and 1")] = 0.25,
-    rule: Annotated[_Rule, typer.Option(help="which heads go first")] = _HIGHEST,
+    rule: Annotated[Rule, typer.Option(help="which heads go first")] = Rule.rank,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="the same share of every layer")] = False,
     plain: Annotated[
         bool, typer.Option("--plain", help="write a model that loads without this package; needs --per-layer")
@@ -224,6 +246,10 @@ def prune(
         1
     """
     with said():
+        from staterank_utils.architectures import linear_layers
+        from staterank_utils.models import load_model, load_tokenizer, model_outline
+        from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
+
         if out.exists():
             raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
         _check_writable(out)
@@ -276,6 +302,8 @@ def report(
         1
     """
     with said():
+        from staterank_utils.report import write_report
+
         sizes = {name: size for name, size in (("n_prompts", prompts), ("n_tokens", tokens)) if size is not None}
         missing = write_report(
             model, out, revision=revision, profile=profile, device=device, only=only or (), parameters=sizes
