@@ -1,18 +1,20 @@
-"""The training loss of a small `Qwen3NextForCausalLM` or `SSEForCausalLM`, several times faster than its own forward.
+"""The training loss of a small `Qwen3NextForCausalLM`, `SSEForCausalLM` or `KimiLinearForCausalLM`, several times faster than its own forward.
 
 Same parameters, same function (a test compares the logits), written so that `torch.compile` can fuse all that lies between
-the matrix products and the chunked recurrence, which is fla's `chunk_gated_delta_rule`. One kernel of its backward pass is wrong on
+the matrix products and the chunked recurrence, which is fla's `chunk_gated_delta_rule` or `chunk_kda`. One kernel of its backward pass is wrong on
 Hopper GPUs with Triton 3.4 to 3.7.0, and fla refuses it there; `mend_backward` puts matrix products of torch in its place.
 """
 
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import KimiLinearForCausalLM, PreTrainedModel
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention, KimiLinearDeltaAttention
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from staterank_utils.kernels import unit
 from staterank_utils.sse import SSEGatedDeltaNet
@@ -26,6 +28,14 @@ def gated_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     out: Tensor = chunk_gated_delta_rule(q, k, v, log_decay, beta)[0]
+    return out
+
+
+def kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+    """Kimi Delta Attention by fla's kernels: as `gated_delta`, with the decay of every channel, (batch, token, head, d)."""
+    from fla.ops.kda import chunk_kda
+
+    out: Tensor = chunk_kda(q, k, v, log_decay, beta)[0]
     return out
 
 
@@ -114,7 +124,7 @@ def chunk_gradients(
     return dq, dk, tokens(dw), dg.transpose(2, 3).flatten(1, 2)
 
 
-RECURRENCES: dict[str, Recurrence] = {"gated delta": gated_delta, "sparse state expansion": gated_delta}
+RECURRENCES: dict[str, Recurrence] = {"gated delta": gated_delta, "sparse state expansion": gated_delta, "KDA": kda}
 
 
 def recurrence_of(rule: str) -> Recurrence:
@@ -257,10 +267,37 @@ def _joined(out: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return shared + _reordered(sparse, inverse, order)
 
 
-def _linear_outputs(x: Tensor, out: Tensor, z: Tensor, norm: Tensor, projection: Tensor, eps: float) -> Tensor:
+def _kda_inputs(
+    x: Tensor,
+    norm: Tensor,
+    qkv: Tensor,
+    b: Tensor,
+    decay_down: Tensor,
+    decay_up: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    conv: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    eps: float,
+    d: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_linear_inputs`, with a decay per channel."""
+    h = _rms_norm(x, norm, eps)
+    q, k, v = (part.unflatten(-1, (-1, d)) for part in _convolved(F.linear(h, qkv), conv).chunk(3, dim=-1))
+    q, k = (unit(u).to(x.dtype) for u in (q, k))
+    a = F.linear(F.linear(h, decay_down), decay_up).float() + dt_bias
+    log_decay = -a_log.exp() * F.softplus(a).unflatten(-1, (-1, d))
+    z = F.linear(F.linear(h, gate_down), gate_up)
+    return q, k, v, log_decay, F.linear(h, b).float().sigmoid().to(x.dtype), z
+
+
+def _linear_outputs(
+    x: Tensor, out: Tensor, z: Tensor, norm: Tensor, projection: Tensor, eps: float, gate: Callable[[Tensor], Tensor]
+) -> Tensor:
     wide = out.float()
     normed = norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    gated = normed * F.silu(z.unflatten(-1, out.shape[-2:]).float())
+    gated = normed * gate(z.unflatten(-1, out.shape[-2:]).float())
     return x + F.linear(gated.flatten(-2).to(x.dtype), projection)
 
 
@@ -286,6 +323,35 @@ def _attention(
     return x + F.linear(out.transpose(1, 2).flatten(-2) * gate.flatten(-2).sigmoid(), o)
 
 
+def _latent_attention(
+    x: Tensor,
+    norm: Tensor,
+    q: Tensor,
+    latent: Tensor,
+    kv: Tensor,
+    o: Tensor,
+    latent_norm: Tensor,
+    eps: float,
+    latent_eps: float,
+    n_heads: int,
+    d_shared: int,
+    d_v: int,
+) -> Tensor:
+    """Softmax attention without positions, whose keys and values come from a latent, and a part of whose keys all heads share."""
+    h = _rms_norm(x, norm, eps)
+    query = F.linear(h, q).unflatten(-1, (n_heads, -1))
+    low, shared = F.linear(h, latent).split([latent_norm.shape[0], d_shared], dim=-1)
+    own, value = (
+        F.linear(_rms_norm(low, latent_norm, latent_eps), kv)
+        .unflatten(-1, (n_heads, -1))
+        .split([query.shape[-1] - d_shared, d_v], dim=-1)
+    )
+    key = torch.cat([own, shared[:, :, None].expand(-1, -1, n_heads, -1)], dim=-1)
+    query, key, value = (u.transpose(1, 2) for u in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return x + F.linear(out.transpose(1, 2).flatten(-2), o)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
@@ -307,11 +373,11 @@ def _weighted_loss(
 
 
 class FastForward:
-    """Loss and logits of a small Qwen3-Next model with dense MLPs and tied embeddings, or of one with sparse state expansion.
+    """Loss and logits of a small model with dense MLPs and tied embeddings, of a class that a recipe may have.
 
     Args:
         model: the model; its parameters (float32) are used, not copied.
-        recurrence: the gated delta rule, e.g. `fla_recurrence`.
+        recurrence: of its update rule, see `recurrence_of`.
         dtype: of activations and products.
         compiled: fuse with `torch.compile`.
 
@@ -332,66 +398,83 @@ class FastForward:
             raise ValueError(
                 f"expected one active partition per token, got n_active={n_active}: train it with its own forward"
             )
-        fuse: Callable[[Any], Any] = torch.compile(dynamic=False) if compiled else lambda function: function
-        self.linear_inputs, self.sse_inputs, self.joined, self.linear_outputs, self.attention, self.mlp, self.weighted_loss = map(
-            fuse, (_linear_inputs, _sse_inputs, _joined, _linear_outputs, _attention, _mlp, _weighted_loss)
-        )  # fmt: skip
+        self._offset = 1.0 if isinstance(model, KimiLinearForCausalLM) else 0.0  # its norms have no 1 in them
+        self._fuse = cache(torch.compile(dynamic=False) if compiled else lambda function: function)
+
+    def _norm(self, module: torch.nn.Module) -> Tensor:
+        return module.weight - self._offset
+
+    def _low(self, *modules: torch.nn.Module) -> list[Tensor]:
+        return [module.weight.to(self.dtype) for module in modules]
+
+    def _mixed(self, layer: torch.nn.Module, x: Tensor, angles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float]:
+        """What a layer's first half gives, and the auxiliary loss of its router, weighted; 0 without one."""
+        config, low, fuse = self.model.config, self._low, self._fuse
+        before, eps = self._norm(layer.input_layernorm), config.rms_norm_eps
+        m = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
+        if isinstance(m, SSEGatedDeltaNet):
+            *inputs, z, balance, order, inverse = fuse(_sse_inputs)(
+                x, before, *low(m.in_proj_qkvz, m.in_proj_ba, m.router, m.lora_down, m.lora_up, m.conv1d), m.A_log, m.dt_bias, eps, m.head_k_dim,
+                m.keys, m.values,
+            )  # fmt: skip
+            out = fuse(_joined)(self.recurrence(*inputs), order, inverse)
+            return fuse(_linear_outputs)(x, out, z, *low(m.norm, m.out_proj), eps, F.silu), config.balance * balance
+        if isinstance(m, Qwen3NextGatedDeltaNet):
+            if not m.num_v_heads:  # pruned to none, and the layer adds nothing
+                return x, 0.0
+            *inputs, z = fuse(_linear_inputs)(
+                x, before, *low(m.in_proj_qkvz, m.in_proj_ba, m.conv1d), m.A_log, m.dt_bias, eps, m.head_k_dim, m.num_k_heads, m.num_v_heads
+            )  # fmt: skip
+            return fuse(_linear_outputs)(x, self.recurrence(*inputs), z, *low(m.norm, m.out_proj), eps, F.silu), 0.0
+        if isinstance(m, KimiLinearDeltaAttention):
+            forget = m.forget_gate
+            *inputs, z = fuse(_kda_inputs)(
+                x, before, torch.cat(low(m.q_proj, m.k_proj, m.v_proj)), *low(m.b_proj, forget.f_a_proj, forget.f_b_proj, m.g_a_proj, m.g_b_proj, m.conv1d),
+                forget.A_log, forget.dt_bias, eps, m.head_dim,
+            )  # fmt: skip
+            return fuse(_linear_outputs)(
+                x, self.recurrence(*inputs), z, *low(m.o_norm, m.o_proj), eps, torch.sigmoid
+            ), 0.0
+        if isinstance(m, KimiLinearAttention):
+            return fuse(_latent_attention)(
+                x, before, *low(m.q_proj, m.kv_a_proj_with_mqa, m.kv_b_proj, m.o_proj), self._norm(m.kv_a_layernorm), eps,
+                m.kv_a_layernorm.variance_epsilon, m.num_heads, m.qk_rope_head_dim, m.v_head_dim,
+            ), 0.0  # fmt: skip
+        return fuse(_attention)(
+            x, before, *low(m.q_proj, m.k_proj, m.v_proj, m.o_proj), m.q_norm.weight, m.k_norm.weight, *angles, eps
+        ), 0.0
 
     def _hidden(self, ids: Tensor) -> tuple[Tensor, Tensor | float]:
         """Hidden states, and the auxiliary loss of all routers, weighted; 0 without any."""
-        config, low = self.model.config, lambda weight: weight.to(self.dtype)
-        eps = config.rms_norm_eps
-        x = F.embedding(ids, low(self.model.model.embed_tokens.weight))
-        cos, sin = self.model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
-        cos, sin = cos[:, None], sin[:, None]
+        of = self.model.model
+        x = F.embedding(ids, of.embed_tokens.weight.to(self.dtype))
+        angles: tuple[Tensor, ...] = ()
+        if hasattr(of, "rotary_emb"):
+            angles = tuple(u[:, None] for u in of.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None]))
         auxiliary: Tensor | float = 0.0
-        for layer in self.model.model.layers:
-            before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-            if hasattr(layer, "self_attn"):
-                m = layer.self_attn
-                x = self.attention(
-                    x,
-                    before,
-                    *(low(p.weight) for p in (m.q_proj, m.k_proj, m.v_proj, m.o_proj)),
-                    m.q_norm.weight,
-                    m.k_norm.weight,
-                    cos,
-                    sin,
-                    eps,
-                )
-            elif isinstance(m := layer.linear_attn, SSEGatedDeltaNet):
-                *inputs, z, balance, order, inverse = self.sse_inputs(
-                    x, before, *(low(part.weight) for part in (m.in_proj_qkvz, m.in_proj_ba, m.router, m.lora_down, m.lora_up, m.conv1d)),
-                    m.A_log, m.dt_bias, eps, m.head_k_dim, m.keys, m.values,
-                )  # fmt: skip
-                auxiliary = auxiliary + config.balance * balance
-                out = self.joined(self.recurrence(*inputs), order, inverse)
-                x = self.linear_outputs(x, out, z, low(m.norm.weight), low(m.out_proj.weight), eps)
-            elif layer.linear_attn.num_v_heads:  # else pruned to none, and the layer adds nothing
-                m = layer.linear_attn
-                *inputs, z = self.linear_inputs(
-                    x, before, low(m.in_proj_qkvz.weight), low(m.in_proj_ba.weight), low(m.conv1d.weight), m.A_log, m.dt_bias, eps, m.head_k_dim, m.num_k_heads, m.num_v_heads
-                )  # fmt: skip
-                x = self.linear_outputs(x, self.recurrence(*inputs), z, low(m.norm.weight), low(m.out_proj.weight), eps)
+        for layer in of.layers:
+            x, balance = self._mixed(layer, x, angles)
+            auxiliary = auxiliary + balance
             m = layer.mlp
-            x = self.mlp(x, after, low(m.gate_proj.weight), low(m.up_proj.weight), low(m.down_proj.weight), eps)
+            x = self._fuse(_mlp)(
+                x, self._norm(layer.post_attention_layernorm), *self._low(m.gate_proj, m.up_proj, m.down_proj), self.model.config.rms_norm_eps
+            )  # fmt: skip
         return x, auxiliary
+
+    def _head(self) -> tuple[Tensor, Tensor]:
+        """Last norm and embedding."""
+        return self._norm(self.model.model.norm), *self._low(self.model.lm_head)  # type: ignore[return-value]
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (batch, token, vocabulary)."""
-        return _logits(
-            self._hidden(ids)[0],
-            self.model.model.norm.weight,
-            self.model.lm_head.weight.to(self.dtype),
-            self.model.config.rms_norm_eps,
-        )
+        return _logits(self._hidden(ids)[0], *self._head(), self.model.config.rms_norm_eps)
 
     def loss(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted mean loss of predicting ids[:, 1:], with the auxiliary loss in it, and the loss of every token (flat, detached), in nats."""
         hidden, auxiliary = self._hidden(ids[:, :-1])
-        loss, losses = self.weighted_loss(
-            hidden, self.model.model.norm.weight, self.model.lm_head.weight.to(self.dtype), ids[:, 1:], weights, self.model.config.rms_norm_eps
-        )  # fmt: skip
+        loss, losses = self._fuse(_weighted_loss)(
+            hidden, *self._head(), ids[:, 1:], weights, self.model.config.rms_norm_eps
+        )
         return loss + auxiliary, losses
 
 

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from staterank_utils.sse import SSEConfig, SSEForCausalLM
 
@@ -26,9 +33,10 @@ SCHEMES = {  # of `staterank_utils.models.GATES`
     "default": "normal weights, gates of the class",  # half-lives under a token
     "open": "normal weights, open gates",  # nothing decays, and no gradient reaches A: the rule is that of DeltaNet
 }
-RULES: dict[str, tuple[type[Qwen3NextConfig], type[PreTrainedModel]]] = {
+RULES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "gated delta": (Qwen3NextConfig, Qwen3NextForCausalLM),
     "sparse state expansion": (SSEConfig, SSEForCausalLM),
+    "KDA": (KimiLinearConfig, KimiLinearForCausalLM),
 }
 TASKS = {"needle": 0.18, "arithmetic": 0.09, "recall": 0.11, "copying": 0.62}
 
@@ -88,8 +96,8 @@ class Recipe:
         plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
         return plain | {"layer_types": list(self.layer_types)}
 
-    def configuration(self, tokenizer: Any) -> Qwen3NextConfig:
-        """Of the model: the class of Qwen3-Next made small, or that of sparse state expansion, dense MLPs, tied embeddings.
+    def configuration(self, tokenizer: Any) -> PreTrainedConfig:
+        """Of the model: a small one of the rule's class, with dense MLPs, and tied embeddings where the class has them.
 
         Args:
             tokenizer: of the corpus.
@@ -103,14 +111,26 @@ class Recipe:
             raise ValueError(f"{self.name}: unknown gates {self.gates!r}: choose from {', '.join(SCHEMES)}")
         n_layers = len(self.layer_types)
         of_rule, model_class = RULES[self.rule]
+        sizes: dict[str, Any]
+        if issubclass(of_rule, Qwen3NextConfig):
+            sizes = {
+                "num_key_value_heads": self.key_value_heads, "head_dim": self.head_size, "linear_num_key_heads": self.key_heads,
+                "linear_num_value_heads": self.value_heads, "linear_key_head_dim": self.head_size, "linear_value_head_dim": self.head_size,
+                "num_experts": 0, "mlp_only_layers": list(range(n_layers)),
+                "tie_word_embeddings": True,
+            }  # fmt: skip
+        else:  # its softmax layers keep a latent of keys and values, and know no positions
+            sizes = {
+                "num_key_value_heads": self.softmax_heads, "qk_nope_head_dim": self.head_size, "v_head_dim": self.head_size,
+                "qk_rope_head_dim": self.head_size // 2, "kv_lora_rank": 2 * self.head_size, "linear_num_heads": self.value_heads,
+                "linear_head_dim": self.head_size, "mlp_layer_types": ["dense"] * n_layers, "bos_token_id": None, "rms_norm_eps": 1e-6,
+                "tie_word_embeddings": False,
+            }  # fmt: skip
         return of_rule(
             vocab_size=len(tokenizer), hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=n_layers,
-            layer_types=list(self.layer_types), num_attention_heads=self.softmax_heads, num_key_value_heads=self.key_value_heads,
-            head_dim=self.head_size, linear_num_key_heads=self.key_heads, linear_num_value_heads=self.value_heads,
-            linear_key_head_dim=self.head_size, linear_value_head_dim=self.head_size, num_experts=0,
-            mlp_only_layers=list(range(n_layers)), tie_word_embeddings=True, max_position_embeddings=4096,
+            layer_types=list(self.layer_types), num_attention_heads=self.softmax_heads, max_position_embeddings=4096,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, use_cache=SOFTMAX in self.layer_types,
-            initialization={"scheme": SCHEMES[self.gates], "seed": self.seed}, architectures=[model_class.__name__],
+            initialization={"scheme": SCHEMES[self.gates], "seed": self.seed}, architectures=[model_class.__name__], **sizes,
         )  # fmt: skip
 
 
@@ -132,6 +152,8 @@ def _recipes() -> dict[str, Recipe]:
         # Fewer heads, each with five states, and wider MLPs: as many parameters as the others.
         "sse": (1, {"rule": "sparse state expansion", "key_heads": 4, "value_heads": 8, "intermediate": 1008}),
         "fewheads": (1, {"key_heads": 4, "value_heads": 8, "intermediate": 1008}),  # those sizes, without partitions
+        # A decay per channel, as many key heads as value heads, and narrower MLPs: as many parameters as the others.
+        "kda": (1, {"rule": "KDA", "key_heads": 16, "intermediate": 352}),
         "tasks25": (1, {"rows": MappingProxyType(TASKS_25)}),
         "tasks63light": (1, {"rows": tasks63}),  # answers weigh as other tokens do
     }
@@ -164,6 +186,7 @@ WAVES = {
         "hybrid-softmaxfirst-1",
         "hybrid-softmaxfirst-2",
     ),  # the leads of wave 5, on more seeds
+    8: ("hybrid-kda-0",),  # another update rule with decay
 }  # the wide pair is of no wave: it is a candidate for embedding, and `--recipes` trains it
 
 

@@ -40,6 +40,7 @@ from training.mixture import Mixture
 from training.recipes import Recipe, find_recipe
 
 PEAK = {"muon": 6e-3, "adamw": 3e-3}
+GATES = ("in_proj_ba.", ".b_proj.", "forget_gate.")  # in names of their projections
 WARM_UP = 100  # steps
 DECAY = 0.6  # last share of the training, over which the learning rate falls to 0
 RECORD_AT = (0, 20, 50, 100, 200, 500, 1_000, 2_000)
@@ -84,13 +85,17 @@ def record_heads(model: PreTrainedModel, prompts: dict[str, Tensor]) -> dict[str
 def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers, AdamW for embeddings, convolutions, gates and norms."""
     parameters = dict(model.named_parameters())
-    matrices = [p for name, p in parameters.items() if p.ndim == 2 and "layers" in name and "in_proj_ba" not in name]
+    matrices = [
+        p
+        for name, p in parameters.items()
+        if p.ndim == 2 and "layers" in name and not any(part in name for part in GATES)
+    ]
     chosen = {id(p) for p in matrices}
     others = [p for p in parameters.values() if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=PEAK["muon"], weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(
-            [{"params": [p for p in others if p.ndim >= 2], "weight_decay": 0.1}, {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}],
+            [{"params": [p for p in others if p.squeeze().ndim >= 2], "weight_decay": 0.1}, {"params": [p for p in others if p.squeeze().ndim < 2], "weight_decay": 0.0}],
             lr=PEAK["adamw"], betas=(0.9, 0.95),
         ),
     ]  # fmt: skip
@@ -124,10 +129,20 @@ def save(path: Path, state: dict[str, object]) -> None:
         torch.save(state, partial)
 
 
+def untrained(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
+    """The model of a recipe before training, with one matrix for the embedding and the head, also where its class has two."""
+    model = initial_model(recipe.configuration(tokenizer))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
 def keep_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write a copy of the model in bfloat16, whole or not at all."""
+    kept = copy.deepcopy(model).to(torch.bfloat16)
+    if not kept.config.tie_word_embeddings:  # its class writes both
+        kept.lm_head.weight = torch.nn.Parameter(kept.lm_head.weight.clone())
     with written(folder) as partial:
-        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial, max_shard_size="14MB")
+        kept.save_pretrained(partial, max_shard_size="14MB")
         tokenizer.save_pretrained(partial)
 
 
@@ -149,7 +164,7 @@ def train(run: Run, recurrence: Recurrence, *, device: str = "cuda", compiled: b
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
     tokens = check_corpus(run.corpus, tokenizer)
     run.out.mkdir(parents=True, exist_ok=True)
-    model = initial_model(recipe.configuration(tokenizer)).to(device)
+    model = untrained(recipe, tokenizer).to(device)
     choose_kernels(model, plain=True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     gradients = Gradients(FastForward(model, recurrence, dtype=dtype, compiled=compiled))

@@ -58,6 +58,7 @@ RULES = {
     "DeltaNet": "deltanet",
     "gated delta rule": "text",
     "sparse state expansion": "sse",
+    "KDA": "kda",
 }  # update rule -> data or design of the hybrids that have it
 WITHOUT_DECAY = "DeltaNet"
 HELD_OUT = "bits_per_byte_held_out_books"  # of a training
@@ -684,8 +685,9 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
                 seed: (broad[seed].removal.crossing(MODEL), first[seed].removal.crossing(MODEL)) for seed in both
             }
             rows.append(claims.judge_layer_zero(f"{kind}, softmax as layer 0", replaced))
-    of_rule = {rule: by_kind.get(("hybrid", data), {}) for rule, data in RULES.items()}
-    if both := sorted(set.intersection(*map(set, of_rule.values()))):
+    of_rule = {rule: by_kind["hybrid", data] for rule, data in RULES.items() if ("hybrid", data) in by_kind}
+    both = sorted(set.intersection(*map(set, of_rule.values()))) if len(of_rule) > 1 else []
+    if both and WITHOUT_DECAY in of_rule:
         two_groups = {
             f"{rule}, seed {seed}": of_shares[seeds[seed].name]["two groups"]
             for rule, seeds in of_rule.items()
@@ -693,7 +695,7 @@ def ladder_claims(models: Mapping[str, Measured]) -> list[Row]:
         }
         without = [f"{WITHOUT_DECAY}, seed {seed}" for seed in both]
         row = claims.judge_need_of_decay(two_groups, without=without)
-        rows.append(row | {"note": f"{row['note']}; against {len(RULES) - 1} rules with decay"})
+        rows.append(row | {"note": f"{row['note']}; rules with decay: {len(of_rule) - 1}"})
     share = claims.SECOND["C5b"].numbers["share"]
     for (kind, data), seeds in by_kind.items():
         label = f"{kind}-{data}"
