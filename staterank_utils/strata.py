@@ -8,12 +8,16 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import diptest
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
+# NumPy's own ArrayLike is a protocol: a type checker at run time, as tests have one, takes longer over it than the statistics.
+Numbers = NDArray[Any] | Sequence[Any] | Tensor
 LOW_UNDER = 0.5  # a head is low under this share of d, high from it
 GAP = (0.2, 0.8)  # "between the groups", in shares of d
 
@@ -123,7 +127,7 @@ def bootstrap(
     return Estimate(point, float(low), float(high))
 
 
-def _finite(values: ArrayLike, what: str) -> NDArray[np.float64]:
+def _finite(values: Numbers, what: str) -> NDArray[np.float64]:
     """Values as float64; refuses NaN and infinity, of which most statistics would make a number that means nothing."""
     x = np.asarray(values, dtype=np.float64)
     if not np.isfinite(x).all():
@@ -137,7 +141,7 @@ def _finite(values: ArrayLike, what: str) -> NDArray[np.float64]:
     return x
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
+def paired_difference(first: Numbers, second: Numbers) -> Estimate:
     """Mean of first minus second, both measured on the same prompts, with its bootstrap interval over prompts.
 
     Args:
@@ -172,7 +176,7 @@ def exactly(value: float) -> Estimate:
     return Estimate(float(value), float(value), float(value))
 
 
-def spread(values: ArrayLike) -> Estimate:
+def spread(values: Numbers) -> Estimate:
     """The mean of values with their whole range, as for random draws, of which there are few.
 
     Args:
@@ -194,7 +198,7 @@ def spread(values: ArrayLike) -> Estimate:
 # ---------------------------------------------------------------- two groups
 
 
-def is_high(rank: ArrayLike, d: int) -> NDArray[np.bool_]:
+def is_high(rank: Numbers, d: int) -> NDArray[np.bool_]:
     """Label heads: True from half of d on.
 
     Args:
@@ -214,7 +218,7 @@ def is_high(rank: ArrayLike, d: int) -> NDArray[np.bool_]:
     return values >= LOW_UNDER * d
 
 
-def sarle_coefficient(values: ArrayLike) -> float:
+def sarle_coefficient(values: Numbers) -> float:
     """Sarle's bimodality coefficient: 5/9 for a uniform distribution, more for two groups, at most 1.
 
     Source: SAS/STAT User's Guide, CLUSTER procedure: (skewness^2 + 1) / (excess kurtosis + 3 (n-1)^2 / ((n-2)(n-3))), with
@@ -243,7 +247,7 @@ def sarle_coefficient(values: ArrayLike) -> float:
     return float((skewness**2 + 1) / (kurtosis + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3))))
 
 
-def dip_p_value(values: ArrayLike) -> float:
+def dip_p_value(values: Numbers) -> float:
     """p value of Hartigan's dip test against one group (unimodality), from the tables of the diptest package.
 
     Source: Hartigan and Hartigan, Annals of Statistics 13(1), 1985.
@@ -264,7 +268,7 @@ def dip_p_value(values: ArrayLike) -> float:
     return float(diptest.diptest(x)[1])
 
 
-def two_groups(values: ArrayLike) -> dict[str, Estimate]:
+def two_groups(values: Numbers) -> dict[str, Estimate]:
     """The registered evidence for two groups (claim C1): Sarle's coefficient, dip p value, share outside the gap.
 
     Args:
@@ -284,7 +288,7 @@ def two_groups(values: ArrayLike) -> dict[str, Estimate]:
     return {label: bootstrap(lambda x, f=f: f(x.mean(0)), np.asarray(values)) for label, f in statistics.items()}
 
 
-def share_outside(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> float:
+def share_outside(values: Numbers, *, gap: tuple[float, float] = GAP) -> float:
     """Share of the values that are not strictly inside the gap.
 
     Args:
@@ -302,7 +306,7 @@ def share_outside(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> float
     return float(((x <= gap[0]) | (x >= gap[1])).mean())
 
 
-def two_group_share(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> float:
+def two_group_share(values: Numbers, *, gap: tuple[float, float] = GAP) -> float:
     """The smaller of the share of values under the gap and the share over it: 0 where there is one group alone, at most 0.5.
 
     Args:
@@ -320,7 +324,7 @@ def two_group_share(values: ArrayLike, *, gap: tuple[float, float] = GAP) -> flo
     return float(min((x < gap[0]).mean(), (x > gap[1]).mean()))
 
 
-def explained(predicted: ArrayLike, measured: ArrayLike) -> float:
+def explained(predicted: Numbers, measured: Numbers) -> float:
     """R^2 of a prediction as it stands, 1 - SSE/SST, with nothing fitted; NaN where nothing varies.
 
     Args:
@@ -341,7 +345,7 @@ def explained(predicted: ArrayLike, measured: ArrayLike) -> float:
 # ---------------------------------------------------------------- the same groups?
 
 
-def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _pair(a: Numbers, b: Numbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     x, y = (_finite(values, "a comparison of two vectors").ravel() for values in (a, b))
     if len(x) != len(y) or len(x) < 2:
         raise ValueError(
@@ -350,7 +354,7 @@ def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.f
     return x, y
 
 
-def spearman(a: ArrayLike, b: ArrayLike) -> float:
+def spearman(a: Numbers, b: Numbers) -> float:
     """Spearman's rank correlation of two vectors over heads, ties at their mean rank; NaN where a vector is constant.
 
     Args:
@@ -369,7 +373,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     return float(np.clip(x @ y / norm, -1, 1)) if norm > 0 else float("nan")
 
 
-def cosine(a: ArrayLike, b: ArrayLike) -> float:
+def cosine(a: Numbers, b: Numbers) -> float:
     """Cosine of the angle between two vectors over heads; NaN where one is zero.
 
     Args:
@@ -387,7 +391,7 @@ def cosine(a: ArrayLike, b: ArrayLike) -> float:
     return float(x @ y / norm) if norm > 0 else float("nan")
 
 
-def cohen_kappa(a: ArrayLike, b: ArrayLike) -> float:
+def cohen_kappa(a: Numbers, b: Numbers) -> float:
     """Agreement of two labellings beyond chance: 1 for the same labels, 0 for what chance would give.
 
     Source: Cohen, Educational and Psychological Measurement 20(1), 1960.
@@ -410,7 +414,7 @@ def cohen_kappa(a: ArrayLike, b: ArrayLike) -> float:
     return float(((x == y).mean() - by_chance) / (1 - by_chance)) if by_chance < 1 else float("nan")
 
 
-def r_squared(x: ArrayLike, y: ArrayLike) -> float:
+def r_squared(x: Numbers, y: Numbers) -> float:
     """Share of the variance of `y` that a straight line in `x` explains; NaN where one is constant.
 
     Args:
@@ -429,7 +433,7 @@ def r_squared(x: ArrayLike, y: ArrayLike) -> float:
     return float((a @ b) ** 2 / norm) if norm > 0 else float("nan")
 
 
-def turning(vectors: ArrayLike, positions: Sequence[int]) -> NDArray[np.float64]:
+def turning(vectors: Numbers, positions: Sequence[int]) -> NDArray[np.float64]:
     """How far a vector over heads turns at each token, beside what allows it.
 
     Args:
@@ -460,7 +464,7 @@ def turning(vectors: ArrayLike, positions: Sequence[int]) -> NDArray[np.float64]
     return np.array(rows)
 
 
-def turning_bound(before: ArrayLike, largest_step: float) -> float:
+def turning_bound(before: Numbers, largest_step: float) -> float:
     """Lower bound on cos(n(t), n(t-1)) from the length of n(t-1) and the largest step B.
 
     Source: Theorem 4.4, Eq. 13 of arXiv:2602.02195, as reported by an independent reader: (1 - r) / (1 + r) with
@@ -485,9 +489,9 @@ def turning_bound(before: ArrayLike, largest_step: float) -> float:
 
 
 def unrelated(
-    similarity: Callable[[ArrayLike, ArrayLike], float],
-    a: ArrayLike,
-    b: ArrayLike,
+    similarity: Callable[[Numbers, Numbers], float],
+    a: Numbers,
+    b: Numbers,
     *,
     n_draws: int = 1000,
     seed: int = 0,
@@ -516,12 +520,12 @@ def unrelated(
 # ---------------------------------------------------------------- over prompts and inputs
 
 
-def _mean(table: ArrayLike) -> NDArray[np.float64]:
+def _mean(table: Numbers) -> NDArray[np.float64]:
     """Over prompts, the first axis."""
     return np.asarray(np.asarray(table, dtype=np.float64).mean(0))
 
 
-def mean_spearman(x: ArrayLike, y: ArrayLike) -> float:
+def mean_spearman(x: Numbers, y: Numbers) -> float:
     """`spearman` of two tables, each first averaged over its prompts.
 
     Args:
@@ -537,7 +541,7 @@ def mean_spearman(x: ArrayLike, y: ArrayLike) -> float:
     return spearman(_mean(x), _mean(y))
 
 
-def mean_kappa(d: int) -> Callable[[ArrayLike, ArrayLike], float]:
+def mean_kappa(d: int) -> Callable[[Numbers, Numbers], float]:
     """A function like `mean_spearman`, for `cohen_kappa` of the labels that `is_high` gives to mean ranks.
 
     Args:
@@ -553,7 +557,7 @@ def mean_kappa(d: int) -> Callable[[ArrayLike, ArrayLike], float]:
     return lambda x, y: cohen_kappa(is_high(_mean(x), d), is_high(_mean(y), d))
 
 
-def pairwise(statistic: Callable[[ArrayLike, ArrayLike], float], groups: Sequence[ArrayLike]) -> NDArray[np.float64]:
+def pairwise(statistic: Callable[[Numbers, Numbers], float], groups: Sequence[Numbers]) -> NDArray[np.float64]:
     """Matrix of a statistic over every pair of groups.
 
     Args:
@@ -588,7 +592,7 @@ def off_diagonal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def smallest_over_pairs(
-    statistic: Callable[[ArrayLike, ArrayLike], float], groups: Sequence[NDArray[np.float64]], *, n_resamples: int = 500
+    statistic: Callable[[Numbers, Numbers], float], groups: Sequence[NDArray[np.float64]], *, n_resamples: int = 500
 ) -> Estimate:
     """The least agreement between any two groups, with its interval; every group's prompts are drawn anew.
 
