@@ -1,5 +1,8 @@
 """Sparse state expansion, held to its equations in float64, token by token, and to the classes of transformers."""
 
+import math
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from staterank_utils import load_model, trace_states
 from staterank_utils.architectures import cache_bytes, linear_layers
+from staterank_utils.memory import cap_half_life
 from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.sse import SSEConfig, SSEForCausalLM, SSEGatedDeltaNet
 from staterank_utils.surgery import ablate_heads
@@ -146,6 +150,27 @@ def test_shares_that_are_alike_cost_one_per_layer() -> None:
     layer.route(torch.zeros(1, 7, 3))
     assert layer.balance is not None
     assert layer.balance.item() == pytest.approx(1.0)
+
+
+def test_a_cap_on_half_lives_leaves_idle_partitions_alone(ids: Tensor) -> None:
+    model = tiny("staterank_sse")
+    found = {}
+
+    def look(label: str, index: int, kernel, *args, g, **options):
+        found[label, index] = g
+        return kernel(*args, g=g, **options)
+
+    for label, block in (("plain", nullcontext()), ("capped", cap_half_life(model, 0.25))):
+        with block, ExitStack() as stack:
+            for layer in linear_layers(model):
+                stack.enter_context(layer.scans_through(partial(look, label, layer.index)))
+            model(ids, use_cache=False)
+    first = linear_layers(model)[0].index  # whose inputs the cap leaves as they are
+    plain, capped = found["plain", first], found["capped", first]
+    idle = plain == 0
+    assert 0 < idle.float().mean() < 1
+    torch.testing.assert_close(capped[~idle], plain[~idle].clamp_max(-math.log(2) / 0.25))
+    assert (capped[idle] == 0).all()
 
 
 @pytest.mark.parametrize("n_active", [0, 5])

@@ -205,5 +205,9 @@ class SSELayer(DeltaLayer):
     def without_writes(self, ba: Float[Tensor, "batch token ba"], places: list[int]) -> Tensor:
         return silenced(ba, places)
 
+    def change_decay(self, change: Change) -> AbstractContextManager[None]:
+        # A partition that is not active does not decay, so there is nothing to change.
+        return super().change_decay(lambda log_decay: torch.where(log_decay == 0, log_decay, change(log_decay)))
+
 
 ADAPTERS = (Qwen3NextLayer, Qwen35Layer, OlmoHybridLayer, SSELayer)
