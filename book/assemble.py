@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from book import home
-from book.ladder import first_pair, ladder_figures, ladder_tables, over_models, stored_models
+from book.ladder import first_pair, ladder_figures, ladder_tables, needed, over_models, stored_models
 from book.neighbours import expansion_figure, expansion_tables, neighbours_table
 from staterank_utils import claims, interactive, markdown
 from staterank_utils.models import EMBEDDED
@@ -182,13 +182,13 @@ def main() -> None:
     (stage / "book" / "_static" / "vega.js").write_text(interactive.bundle(), encoding="utf-8")
     stored = {name: content["rows"] for name, (_, content) in stored_models().items()}
     of_first_pair = {name: content["rows"] for name, content in first_pair().items()}
-    when = home.ladder_answer(stored)
+    when = home.ladder_answer(stored, needed())
     generated = {
         "tiles": home.home_tiles(
             stage / "results", EMBEDDED, home.ladder_verdicts(stored | of_first_pair, over_models())
         ),
         "tiles_ladder": home.ladder_tiles(stored | of_first_pair),
-        "ladder_answer": f"**{when}**",
+        "ladder_answer": when,
         "tiles_legend": home.legend(),
         "answers": f"{home.answers(stage / 'results')}\n- {{doc}}`ladder` {when}",
         "overview": markdown.overview_table(stage / "results", EMBEDDED),

@@ -132,23 +132,21 @@ def ladder_tiles(
     return table(("model", *findings), rows)
 
 
-def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """When the findings hold, in two sentences.
+def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]], needed: Mapping[str, Sequence[str]]) -> str:
+    """When the findings hold: which heads each design needs, and on how many models each finding holds.
 
     Args:
         alone: model -> its rows.
+        needed: what a design needs -> the designs that do, by a claim that judges seeds.
     """
     found = ladder_verdicts(alone, ())
     shown = [(finding, found[key]) for finding, _, key in FINDINGS if key in found]
-    always = [finding for finding, verdicts in shown if set(verdicts) == {HOLDS}]
-    never = [finding for finding, verdicts in shown if HOLDS not in verdicts]
-    mixed = [
-        f"{finding} ({verdicts.count(HOLDS)} of {len(verdicts)})"
-        for finding, verdicts in shown
-        if finding not in always + never
-    ]
-    parts = {"On every model that was tested": always, "On some": mixed, "On none": never}
-    return " ".join(f"{where}: {'; '.join(each)}." for where, each in parts.items() if each)
+    counts = [f"{finding.lower()}, on {verdicts.count(HOLDS)} of {len(verdicts)}" for finding, verdicts in shown]
+    designs = [f"{what} in {' and '.join(f'`{name}`' for name in names)}" for what, names in needed.items() if names]
+    return (
+        f"**Which heads a model needs depends on its design: {', '.join(designs)}.** Whole findings, and the models on which they hold: "
+        f"{'; '.join(counts)}."
+    )
 
 
 def answers(results: Path) -> str:

@@ -13,7 +13,17 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from staterank_utils import plotting, strata
-from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND, THIRD
+from staterank_utils.claims import (
+    CLAIMS,
+    FAILS,
+    HOLDS,
+    NOT_MEASURED,
+    NOT_TESTABLE,
+    PARTLY,
+    SECOND,
+    THIRD,
+    has_few_seeds,
+)
 from staterank_utils.markdown import brief_table, markdown_table
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED, whole_or_not, write_table
@@ -222,6 +232,22 @@ def _beyond_layers() -> str:
         "in the other": [f"`{design}`" for design, of in signs.items() if of == {1.0}],
     }
     return "; ".join(f"{where}: {', '.join(names) or 'none'}" for where, names in groups.items())
+
+
+def needed() -> dict[str, list[str]]:
+    """Which heads a design needs, by C4b, and the designs: of those with enough seeds alone."""
+    said: dict[str, list[str]] = {
+        "those of low rank": [],
+        "those of high rank": [],
+        "and rank tells no more than the layer does": [],
+    }
+    low, high, neither = said.values()
+    for row in over_models():
+        if row["claim"] == "C4b" and not has_few_seeds(row):
+            signs = {np.sign(of.removal.area(LAYERS)) for of in designs()[row["model"]]}
+            where = neither if row["verdict"] != HOLDS or len(signs) > 1 else low if signs == {-1.0} else high
+            where.append(row["model"])
+    return said
 
 
 def _without_decay() -> str:

@@ -7,20 +7,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from book.ladder import DOSE, designs, kept_figure
+from book.ladder import DOSE, designs, kept_figure, over_models
 from staterank_utils import plotting, strata
 from staterank_utils.markdown import markdown_table
 from staterank_utils.memory import predicted_rank
 from staterank_utils.models import EMBEDDED
 from staterank_utils.selection import PAPER_SHARE
+from staterank_utils.strata import GAP
 from staterank_utils.studies import caching, ladder
 from staterank_utils.studies.groups import half_lives_from
 from staterank_utils.studies.ladder import Measured
-from staterank_utils.studies.removal import HIGH, LAYERS, LOW, chosen
+from staterank_utils.studies.removal import HIGH, LAYERS, LOW, PROTECTED, RANDOM, chosen
+from training.recipes import PARTITIONS as EXPANSION
 
 SSE, CONTROL = "hybrid-sse", "hybrid-fewheads"
-PARTITIONS = "partitions"
-STATES = {"shared states": plotting.HIGH, PARTITIONS: plotting.LOW}
+SHARED, PARTITIONS = "shared states", "partitions"
+STATES = {SHARED: plotting.HIGH, PARTITIONS: plotting.LOW}
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,17 @@ class States:
     """One kind of state of a model, on prose: means over prompts.
 
     Attributes:
-        rank, log_decay: per state.
+        layers: of each state.
+        rank, log_decay: of each, at the end.
+        initial: its rank before training.
         d: largest rank.
-        waits: tokens per token that such a state takes part in.
+        waits: tokens per token that such a state takes part in, if each partition takes as many as the others.
     """
 
+    layers: NDArray[np.int64]
     rank: NDArray[np.float64]
     log_decay: NDArray[np.float64]
+    initial: NDArray[np.float64]
     d: int
     waits: int = 1
 
@@ -47,6 +53,16 @@ class States:
         """How well that predicts."""
         return strata.explained(self.by_law(written=written), self.rank)
 
+    def low(self) -> float:
+        """Share of states with a rank under 0.2 d."""
+        return float((self.rank < GAP[0] * self.d).mean())
+
+
+def pair() -> tuple[Measured, Measured]:
+    """The model with partitions, and its control."""
+    (of,), (control,) = designs()[SSE], designs()[CONTROL]
+    return of, control
+
 
 def is_shared(of: Measured) -> NDArray[np.bool_]:
     """Which states of a model with partitions are shared: the first of each layer."""
@@ -55,78 +71,113 @@ def is_shared(of: Measured) -> NDArray[np.bool_]:
 
 def kinds_of_states() -> dict[str, States]:
     """The states of the model with partitions by kind, and the heads of its control."""
-    (of,), (control,) = designs()[SSE], designs()[CONTROL]
+    of, control = pair()
 
     def states(measured: Measured, mask: NDArray[np.bool_], waits: int = 1) -> States:
-        groups = measured.groups["end"]
-        rank, decay = (table["prose"].mean(0)[mask] for table in (groups.rank, groups.log_decay))
-        return States(rank, decay, groups.d, waits)
+        end, initial = (measured.groups[variant] for variant in ("end", "initial"))
+        layers = np.array([layer for layer, _ in end.heads])
+        rank, decay, before = (table["prose"].mean(0)[mask] for table in (end.rank, end.log_decay, initial.rank))
+        return States(layers[mask], rank, decay, before, end.d, waits)
 
     shared = is_shared(of)
-    n_states = len(shared) // int(shared.sum())
     return {
         "heads of the control": states(control, np.ones(len(control.groups["end"].heads), dtype=bool)),
-        "shared states": states(of, shared),
-        PARTITIONS: states(of, ~shared, waits=n_states - 1),
+        SHARED: states(of, shared),
+        PARTITIONS: states(of, ~shared, waits=int(EXPANSION["n_partitions"] / EXPANSION["n_active"])),
     }
 
 
 def expansion_tables() -> dict[str, str]:
     """The generated parts of the section on sparse state expansion, by name."""
     kinds = kinds_of_states()
-    head = (
-        "",
-        "states",
-        "r/d under 0.2",
-        "between",
-        "over 0.8",
-        "median half-life, tokens",
-        "R² of the law",
-        "the same in written pairs",
-    )
-    rows = []
-    for name, of in kinds.items():
-        relative = of.rank / of.d
-        low, high = (relative < 0.2).mean(), (relative > 0.8).mean()
-        rows.append(
-            (
-                name, str(relative.size), *(f"{share:.0%}" for share in (low, 1 - low - high, high)),
-                f"{np.median(half_lives_from(of.log_decay)):.1f}",
-                *(strata.without_minus(f"{of.r2(written=written):.2f}") for written in (False, True)),
-            )
-        )  # fmt: skip
-    return {"sse_kinds": markdown_table(head, rows), "sse_answer": _answer(kinds), "sse_removal": _removal()}
+
+    def share(of: NDArray[np.bool_]) -> str:
+        return f"{of.mean():.0%}"
+
+    ranks = [
+        (
+            name, str(of.rank.size), *(share(rank < GAP[0] * of.d) for rank in (of.initial, of.rank)), *(share(rank > GAP[1] * of.d) for rank in (of.initial, of.rank)),
+            f"{strata.two_group_share(of.rank / of.d):.2f}",
+        )
+        for name, of in kinds.items()
+    ]  # fmt: skip
+    laws = [
+        (
+            name,
+            f"{np.median(half_lives_from(of.log_decay)):.1f}",
+            *(strata.without_minus(f"{of.r2(written=written):.2f}") for written in (False, True)),
+        )
+        for name, of in kinds.items()
+    ]
+    head = ("", "states", "under 0.2 d before training", "after", "over 0.8 d before", "after", "two-group share")
+    return {
+        "sse_answer": _answer(),
+        "sse_recipe": _recipe(),
+        "sse_ranks": markdown_table(head, ranks),
+        "sse_depth": _depth(kinds[PARTITIONS]),
+        "sse_laws": markdown_table(
+            ("", "median half-life, tokens", "R², memory in tokens", "R², memory in written pairs"), laws
+        ),
+        "sse_costs": _costs(),
+        "sse_removal": _removal(),
+    }
 
 
-def _answer(kinds: dict[str, States]) -> str:
-    (of,), (control,) = designs()[SSE], designs()[CONTROL]
-    low = {name: np.mean(kind.rank < 0.2 * kind.d) for name, kind in kinds.items()}
+def _answer() -> str:
+    of, control = pair()
+    low = {name: kind.low() for name, kind in kinds_of_states().items()}
     return (
-        f"Of the partitions' states, {low[PARTITIONS]:.0%} have a rank under 0.2 d, of the shared ones {low['shared states']:.0%}, and of the heads of the "
-        f"control {low['heads of the control']:.0%}. Held-out text costs {of.training[ladder.HELD_OUT]:.3f} bits per byte with partitions and "
+        f"{low[PARTITIONS]:.0%} of its partitions have a rank under {GAP[0]} d, {low[SHARED]:.0%} of its shared states, and {low['heads of the control']:.0%} of the "
+        f"heads of a model without partitions. Held-out text costs {of.training[ladder.HELD_OUT]:.3f} bits per byte with partitions and "
         f"{control.training[ladder.HELD_OUT]:.3f} without."
     )
 
 
-def _removal() -> str:
-    """What removing states by rank costs with partitions and without, in sentences."""
-    (of,), (control,) = designs()[SSE], designs()[CONTROL]
-    removal = of.removal
-    lowest = list(chosen(removal.orders[LOW], removal.heads, LAYERS, DOSE))
-    shared = is_shared(of)
-    costs = {
-        name: ", ".join(f"{measured.removal.cost(LAYERS, order, DOSE):.2f} without the {which}" for order, which in ((LOW, "lowest"), (HIGH, "highest")))
-        for name, measured in (("with partitions", of), ("the control", control))
-    }  # fmt: skip
-    [found] = ladder.recall_without([of])
-    at = found.shares.index(DOSE)
-    left = [found.gain[order][at] / found.intact for order in (LOW, HIGH)]
-    areas = [strata.without_minus(f"{measured.removal.area(LAYERS):.2f}") for measured in (of, control)]
+def _recipe() -> str:
+    of, control = pair()
+    n_of, n_control = (len(measured.groups["end"].heads) for measured in (of, control))
+    recipe = of.training["recipe"]
     return (
-        f"{np.mean(~shared[lowest]):.0%} of the lowest quarter of every layer are partitions. Nats per token that its removal adds: "
-        f"{'; '.join(f'{name} {cost}' for name, cost in costs.items())}. D is {areas[0]} with partitions and {areas[1]} in the control; with partitions it "
-        f"is larger, without its sign, than that of {removal.beyond_random():.0%} of random orders within layers. Of the gain on copied text "
-        f"{left[0]:.0%} is left without the lowest quarter, and {left[1]:.0%} without the highest."
+        f"`sse` has {EXPANSION['n_partitions']} partitions, of which {EXPANSION['n_active']} is active, on the gated delta rule, with one router per layer. "
+        f"`fewheads` is its control: the same {recipe['value_heads']} heads per layer and the same MLPs with the ordinary rule, so {n_control} states in place "
+        f"of {n_of}. Texts of {recipe['n_tokens']:,} tokens beside softmax layers ask for little more memory, so equal losses here say nothing of long texts."
+    )
+
+
+def _depth(of: States) -> str:
+    first = of.layers == of.layers.min()
+    means = [of.rank[mask].mean() / of.d for mask in (first, ~first)]
+    return f"Depth counts too: the partitions of layer 0 have a mean rank of {means[0]:.2f} d, those of the other layers {means[1]:.2f} d."
+
+
+def _costs() -> str:
+    orders = {"lowest rank": LOW, "highest rank": HIGH, "smallest norm": "small norm", "random": RANDOM}
+    rows = [
+        (
+            name,
+            *(f"{of.removal.cost(scheme, order, DOSE):.3f}" for of in pair() for scheme in (LAYERS, PROTECTED)),
+        )
+        for name, order in orders.items()
+    ]
+    head = ("removed", *(f"{name}, {scheme}" for name in ("partitions", "control") for scheme in (LAYERS, PROTECTED)))
+    return markdown_table(head, rows)
+
+
+def _removal() -> str:
+    """What removing states by rank says with partitions and without, in sentences."""
+    of, _ = pair()
+    removal, shared = of.removal, is_shared(of)
+    taken = {order: shared[list(chosen(removal.orders[order], removal.heads, LAYERS, DOSE))] for order in (LOW, HIGH)}
+    [verdict] = [row for row in over_models() if (row["claim"], row["model"]) == ("C4b", SSE)]
+    left = []
+    for found in ladder.recall_without(pair()):
+        at = found.shares.index(DOSE)
+        without = [found.gain[order][at] / found.intact for order in (LOW, HIGH)]
+        left.append(f"{without[0]:.0%} without the lowest quarter and {without[1]:.0%} without the highest")
+    return (
+        f"Layer by layer, the states removed as lowest are partitions but for {taken[LOW].sum()} of {taken[LOW].size}, and of those removed as highest "
+        f"{taken[HIGH].sum()} are shared. So the two rows compare kinds of states, not ranks within a kind. The registered test of rank within layers (C4b): "
+        f"**{verdict['verdict']}**. Of the gain on copied text, {left[0]} is left; in the control {left[1]}."
     )
 
 
@@ -152,16 +203,18 @@ def expansion_figure(pictures: Path, numbers: Path) -> None:
 
 def neighbours_table() -> str:
     """What was measured of the systems that stand beside the paper, as Markdown."""
+    low = {name: kind.low() for name, kind in kinds_of_states().items()}
     caches = {name: found[0] for name in EMBEDDED if (found := caching.load_caching(name)) is not None}
     rows = (
         (
             "Sparse State Expansion {cite}`pan2025sse`", "several states per head, of which a token writes some",
-            f"trained on the gated delta rule, one seed, and its control: {{doc}}`ladder`. {_answer(kinds_of_states())}",
+            f"{{ref}}`one small model <sparse-states>` on the gated delta rule, and its control: {low[PARTITIONS]:.0%} of the partitions have "
+            f"a rank under {GAP[0]} d, and {low[SHARED]:.0%} of the shared states",
         ),
         (
             "LoLA {cite}`mcdermott2025lola`", "a cache of pairs beside the state, without training",
-            f"on the embedded pair, in place of the states of highest rank ({PAPER_SHARE:.1%} of all) and beside them: "
-            f"{{doc}}`../notebooks/04_joint_rank_norm_pruning`. {caching.left_in_words(caches, PAPER_SHARE)}",
+            f"on the embedded pair, where {PAPER_SHARE:.1%} of the states, those of highest rank, are removed ({{doc}}`../notebooks/04_joint_rank_norm_pruning`): "
+            f"{caching.left_in_words(caches, PAPER_SHARE)}",
         ),
     )  # fmt: skip
     return markdown_table(("system", "what it is", "what was measured"), rows)

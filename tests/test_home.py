@@ -47,15 +47,15 @@ def test_verdicts_of_few_seeds_stay_off_the_home_page(tmp_path: Path) -> None:
     assert "fewer than 3 training seeds" in line
 
 
-def test_the_ladder_says_what_always_sometimes_and_never_holds() -> None:
+def test_the_ladder_says_which_heads_are_needed_and_how_often_a_finding_holds() -> None:
     rows = {
         "a": [row("C1", "a", HOLDS), row("C2", "a", HOLDS), row("C7", "a", FAILS)],
         "b": [row("C1", "b", PARTLY), row("C2", "b", HOLDS), row("C7", "b", NOT_TESTABLE)],
     }
-    said = home.ladder_answer(rows)
-    assert "On every model that was tested: Their order is kept over time." in said
-    assert "On some: Heads fall into two groups (1 of 2)." in said
-    assert "On none: High-rank heads are redundant with each other." in said
+    said = home.ladder_answer(rows, {"those of low rank": ["x"], "those of high rank": [], "and none": ["y", "z"]})
+    assert "depends on its design: those of low rank in `x`, and none in `y` and `z`.**" in said
+    assert "heads fall into two groups, on 1 of 2; their order is kept over time, on 2 of 2; " in said
+    assert "high-rank heads are redundant with each other, on 0 of 1." in said
 
 
 def test_every_finding_names_a_notebook_and_a_registered_claim() -> None:

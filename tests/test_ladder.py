@@ -443,8 +443,18 @@ def test_the_section_on_sparse_states_says_what_is_stored(tmp_path: Path) -> Non
     for written, factor in ((False, 1), (True, 4)):
         expected = np.minimum(64, 1 + math.log(1e4) / np.abs(decay * factor))
         np.testing.assert_allclose(kinds["partitions"].by_law(written=written), expected, rtol=1e-5)
-        assert f"{strata.explained(expected, ranks[:, 1:].ravel()):.2f}" in expansion_tables()["sse_kinds"]
-    assert f"{content['training']['bits_per_byte_held_out_books']:.3f} bits per byte" in neighbours_table()
+        assert f"{strata.explained(expected, ranks[:, 1:].ravel()):.2f}" in expansion_tables()["sse_laws"]
+    assert (
+        f"{content['training']['bits_per_byte_held_out_books']:.3f} bits per byte" in expansion_tables()["sse_answer"]
+    )
+    # what the page says without numbers
+    assert kinds["partitions"].low() > 0.5 > 0.2 > kinds["shared states"].low()
+    assert all((kinds[kind].initial > 0.8 * 64).mean() > 0.5 for kind in ("partitions", "shared states"))
+    two_groups = [strata.two_group_share(of.rank / of.d) for of in kinds.values()]
+    assert max(two_groups[1:]) < two_groups[0]
+    assert f"{kinds['partitions'].low():.0%} of the partitions" in neighbours_table()
+    by_norm, by_rank = (measured.removal.cost(LAYERS, order, 0.25) for order in ("small norm", LOW))
+    assert by_norm < 0.01 < 0.5 < by_rank
     expansion_figure(tmp_path, tmp_path)
     with (tmp_path / "ladder-sse.csv").open() as stream:
         drawn = [float(row["y"]) for row in csv.DictReader(stream) if row["series"] == "partitions"]

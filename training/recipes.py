@@ -33,6 +33,7 @@ SCHEMES = {  # of `staterank_utils.models.GATES`
     "default": "normal weights, gates of the class",  # half-lives under a token
     "open": "normal weights, open gates",  # nothing decays, and no gradient reaches A: the rule is that of DeltaNet
 }
+PARTITIONS = {"n_partitions": 4, "n_active": 1, "lora_rank": 16, "balance": 0.01}  # of sparse state expansion
 RULES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "gated delta": (Qwen3NextConfig, Qwen3NextForCausalLM),
     "sparse state expansion": (SSEConfig, SSEForCausalLM),
@@ -118,7 +119,7 @@ class Recipe:
                 "linear_num_value_heads": self.value_heads, "linear_key_head_dim": self.head_size, "linear_value_head_dim": self.head_size,
                 "num_experts": 0, "mlp_only_layers": list(range(n_layers)),
                 "tie_word_embeddings": True,
-            }  # fmt: skip
+            } | (PARTITIONS if of_rule is SSEConfig else {})  # fmt: skip
         else:  # its softmax layers keep a latent of keys and values, and know no positions
             sizes = {
                 "num_key_value_heads": self.softmax_heads, "qk_nope_head_dim": self.head_size, "v_head_dim": self.head_size,
