@@ -52,6 +52,15 @@ def full_precision() -> None:
                 module.SOLVE_TRIL_DOT_PRECISION = type(known)("tf32x3")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests of one expensive fixture in one process of xdist, which otherwise makes it twice."""
+    for item in items:
+        shared = [name for name in ("stored", "made") if name in getattr(item, "fixturenames", ())]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}.{shared[0]}"))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["conformance"] = conformance.MEASURED
