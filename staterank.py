@@ -1,6 +1,6 @@
 """The command `staterank`: trace, prune or report on a model of one's own.
 
-Nothing heavy is imported before a command runs, so that --help answers at once, and Ctrl-C at any moment.
+Nothing heavy is imported before a command runs, so that --help answers at once, and Ctrl-C ends a command that still imports.
 """
 
 import logging
@@ -72,13 +72,29 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... or auto; by def
 Precision = Annotated[Dtype | None, typer.Option(help="by default float32 on a CPU, and the checkpoint's own on a GPU")]
 
 
-# What an error of the package calls its arguments -> what the command calls them.
-OPTIONS = {
-    "n_prompts": "--prompts",
-    "n_tokens": "--tokens",
-    "lower batch_size": "lower --prompts or --tokens",
-    "device='auto'": "--device auto",
-    "dtype=torch.bfloat16": "--dtype bfloat16",
+# What an error of the package says -> what a command says that has these options.
+EVERYWHERE = {"revision=...": "--revision", "device='auto'": "--device auto"}
+WORDS = {
+    "trace": {
+        **EVERYWHERE,
+        "lower batch_size": "lower --prompts or --tokens",
+        "n_prompts": "--prompts",
+        "n_tokens": "--tokens",
+        "dtype=torch.bfloat16": "--dtype bfloat16",
+    },
+    "prune": {
+        **EVERYWHERE,
+        "lower batch_size, or ": "",
+        "take shorter prompts or a model": "take a model",
+        "dtype=torch.bfloat16": "--dtype bfloat16",
+    },
+    "report": {
+        **EVERYWHERE,
+        "lower batch_size": "lower --prompts or --tokens",
+        "n_prompts": "--prompts",
+        "n_tokens": "--tokens",
+        " (dtype=torch.bfloat16)": "",
+    },
 }
 
 
@@ -95,14 +111,19 @@ def _check_writable(path: Path) -> None:
         raise IsADirectoryError(f"{path} is a folder: give the name of a file in it")
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise PermissionError(f"{path} cannot be written: {above} is no folder that you may write into")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: it is read-only")
 
 
 @contextmanager
-def said() -> Iterator[None]:
+def said(command: str) -> Iterator[None]:
     """A block whose errors are told in a line, with exit status 1; what is none of ours keeps its traceback.
 
+    Args:
+        command: a key of `WORDS`.
+
     Example:
-        >>> with said():  # doctest: +IGNORE_EXCEPTION_DETAIL
+        >>> with said("trace"):  # doctest: +IGNORE_EXCEPTION_DETAIL
         ...     raise ValueError("a share that there is not")
         Traceback (most recent call last):
             ...
@@ -116,18 +137,22 @@ def said() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"staterank: {in_options(str(error))}", file=sys.stderr)
+        print(f"staterank: {in_options(str(error), command)}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 
-def in_options(message: str) -> str:
-    """An error of the package in the words of the command.
+def in_options(message: str, command: str) -> str:
+    """An error of the package in the words of a command.
+
+    Args:
+        message: of the error.
+        command: a key of `WORDS`.
 
     Example:
-        >>> in_options("too few for 4 prompts of 512: lower n_prompts or n_tokens")
+        >>> in_options("too few for 4 prompts of 512: lower n_prompts or n_tokens", "trace")
         'too few for 4 prompts of 512: lower --prompts or --tokens'
     """
-    for name, option in OPTIONS.items():
+    for name, option in WORDS[command].items():
         message = message.replace(name, option)
     return message
 
@@ -173,7 +198,7 @@ def trace(
         >>> CliRunner().invoke(app, ['trace', 'nowhere']).exit_code
         1
     """
-    with said():
+    with said("trace"):
         from staterank_utils.architectures import linear_layers, state_size
         from staterank_utils.markdown import markdown_table
         from staterank_utils.models import load_model, load_tokenizer, model_outline
@@ -184,6 +209,10 @@ def trace(
         from staterank_utils.tracing import check_even
 
         is_file = text not in DOMAINS and not text.startswith("dataset:") and ("." in text or Path(text).exists())
+        if is_file and not Path(text).exists():
+            raise FileNotFoundError(
+                f"there is no file {text}, and no built-in text of that name: give a text file, or one of {', '.join(DOMAINS)}"
+            )
         domain = f"./{text}" if is_file and "/" not in text else text
         if out:
             _check_writable(out)
@@ -245,7 +274,7 @@ def prune(
         >>> CliRunner().invoke(app, ['prune', 'nowhere', '--out', 'smaller']).exit_code
         1
     """
-    with said():
+    with said("prune"):
         from staterank_utils.architectures import linear_layers
         from staterank_utils.models import load_model, load_tokenizer, model_outline
         from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
@@ -301,7 +330,7 @@ def report(
         >>> CliRunner().invoke(app, ['report', 'nowhere', '--out', 'report']).exit_code
         1
     """
-    with said():
+    with said("report"):
         from staterank_utils.report import write_report
 
         sizes = {name: size for name, size in (("n_prompts", prompts), ("n_tokens", tokens)) if size is not None}
@@ -309,7 +338,7 @@ def report(
             model, out, revision=revision, profile=profile, device=device, only=only or (), parameters=sizes
         )
         for name, why in missing.items():
-            print(f"not run: {name}: {in_options(why)}", file=sys.stderr)
+            print(f"not run: {name}: {in_options(why, 'report')}", file=sys.stderr)
         print(f"The report is in {out / 'index.html'}.")
         if missing:
             raise typer.Exit(1)

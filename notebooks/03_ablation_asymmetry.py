@@ -51,7 +51,7 @@ from dataclasses import replace
 from itertools import product
 
 from IPython.display import HTML, Markdown
-from staterank_utils import claims, interactive, markdown, plotting, selection
+from staterank_utils import claims, interactive, markdown, plotting, selection, strata
 from staterank_utils.evaluation import score_interval
 from staterank_utils.studies import removal as removals
 from staterank_utils.studies.by_task import measure_by_task, tasks_of
@@ -262,12 +262,13 @@ Markdown(markdown.verdict_table(verdicts))
 # %% tags=["hide-input"]
 quarter, answer, kept = [], [], []
 for name, found in shown.items():
-    low, high, random = (found.near(MODEL, order, 0.25).point for order in (LOW, HIGH, RANDOM))
+    points = [found.near(MODEL, order, 0.25).point for order in (LOW, HIGH, RANDOM)]
+    low, high, random = (strata.without_minus(f"{point:.2f}") for point in points)
     kept.append(f"{found.points_in_words(removals.PROTECTED, (LOW, HIGH), 0.25)} ({name})")
-    parts = f"{high:.2f} without the highest ranks, {low:.2f} without the lowest, {random:.2f} without random heads"
+    parts = f"{high} without the highest ranks, {low} without the lowest, {random} without random heads"
     quarter.append(f"{parts} ({name})")
     answer.append(
-        f"{low:.2f} nats per token without the lowest ranks, {high:.2f} without the highest ({name})"
+        f"{low} nats per token without the lowest ranks, {high} without the highest ({name})"
     )
 
 # %% tags=["hide-input"]

@@ -74,7 +74,7 @@ class StateRankCallback(TrainerCallback):
         >>> from transformers import TrainingArguments
         >>> from staterank_utils import load_model
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     trainer = Trainer(load_model("hybrid"), TrainingArguments(folder, report_to="none"))
+        ...     trainer = Trainer(load_model("hybrid").requires_grad_(True), TrainingArguments(folder, report_to="none"))
         ...     trainer.add_callback(StateRankCallback(trainer, torch.arange(64).reshape(1, 64)))
         >>> type(trainer.callback_handler.callbacks[-1]).__name__
         'StateRankCallback'

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import multiprocessing
+import os
 import re
 import resource
 import shutil
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from staterank_utils import __version__, claims, markdown
 from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
-from staterank_utils.models import CHECKPOINTS, EMBEDDED, check_device, model_outline
+from staterank_utils.models import CHECKPOINTS, EMBEDDED, check_device, load_tokenizer, model_outline
 from staterank_utils.results import PROFILES, weights_hash, whole_or_not, write_json
 from staterank_utils.studies.groups import check_sizes
 from staterank_utils.tracing import check_even
@@ -37,6 +38,7 @@ BOOK = PACKAGE / "_book" if (PACKAGE / "_book").exists() else PACKAGE.parent
 NEEDED = ("papermill", "jupyter_book", "myst_nb", "altair", "vl_convert")
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
+PROFILED = "what the profile says"  # of a size that was not given
 TOLD = 400  # letters of an error that a page shows
 
 
@@ -212,17 +214,22 @@ def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
     if marker.exists() and _done(marker.parent):
         before = json.loads(marker.read_text(encoding="utf-8"))
         if others := [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]:
+            if "model" in others and "files" in others:
+                others.remove("files")
             differs = ", ".join(
-                "files of the model that have changed since" if name == "files" else f"{name} {before.get(name)!r} and not {made_of.get(name)!r}"
+                "files of the model that have changed since" if name == "files" else f"{name} {before.get(name, PROFILED)!s} and not {made_of.get(name, PROFILED)!s}"
                 for name in others
             )  # fmt: skip
             raise FileExistsError(f"{out} holds a report of {differs}: choose another folder, or remove this one")
         return
     if not marker.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and is no report: choose a folder that is new or empty")
-    out.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out).free) < ROOM:
+    above = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PermissionError(f"{out} cannot be written: {above} is no folder that you may write into")
+    if (free := shutil.disk_usage(above).free) < ROOM:
         raise OSError(f"{out} has room for {in_words(free)}, and a report needs {in_words(ROOM)}: choose another disk")
+    out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(marker.parent, ignore_errors=True)  # what a start without a finished chapter left
     write_json(marker, made_of)
 
@@ -249,6 +256,7 @@ def _plan(model: str, revision: str | None, device: str | None) -> str:
     outline = model_outline(model, revision=revision)
     layers = linear_layers(outline)
     check_even(layers)
+    load_tokenizer(model, revision=revision)
     memory = machine_memory()
     has = f"; this machine has {in_words(memory)} of memory" if memory else ""
     wide = 4 * sum(parameter.numel() for parameter in outline.parameters())
@@ -317,6 +325,7 @@ def _deaf() -> Iterator[None]:
 
 def _tell(there: Connection, source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path) -> None:
     """Execute a notebook, and send why it failed, or None."""
+    tempfile.tempdir = str(source.parent)  # for the kernel's connection file, which a stop would leave behind
     try:
         execute(source, target, parameters, cwd=cwd)
         there.send(None)
@@ -357,7 +366,7 @@ def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: 
             [
                 f"# State ranks of {name_of_model}",
                 f"The chapters of the book \"State Rank Dynamics, tested\", run on `{name_of_model}` with staterank-utils {__version__}. Verdicts are by rules that were "
-                "fixed before any model was measured ({doc}`book/claims`).",
+                "fixed before any model was measured ({doc}`book/claims`). Embedded models, and those of the ladder, are models of the book.",
                 _answers(stage / "results", chapters),
                 markdown.overview_table(stage / "results", {name_of_model: name_of_model}),
                 "## What was not run" if not_run else "",
@@ -403,7 +412,7 @@ def _alone(notebook: str, chapters: Sequence[str]) -> str:
     def plain(found: re.Match[str]) -> str:
         text, target = found["text"], found["target"] or found["text"]
         there = target == "../book/claims" or target in chapters
-        return found[0] if there else text if found["target"] else f"the chapter {target} of the book"
+        return found[0] if there else f"{text} of the book" if found["target"] else f"the chapter {target} of the book"
 
     texts = json.dumps(content, indent=1, ensure_ascii=False)
     return re.sub(r"\{doc\}`(?P<text>[^`<]*?)(?: <(?P<target>[^`>]*)>)?`", plain, texts)

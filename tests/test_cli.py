@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,9 @@ def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
     ("words", "reason"),
     [
         (["trace", "nowhere"], "nowhere"),
-        (["trace", "MODEL", "--text", "none.txt"], "none.txt"),
+        (["trace", "MODEL", "--text", "none.txt"], "there is no file none.txt"),
+        (["trace", "OWNER/NAME"], "pass --revision"),
+        (["report", "NO_TOKENIZER", "--out", "new"], "no tokenizer"),
         (["trace", "MODEL", "--text", "prse"], "unknown domain 'prse': choose from"),
         (["trace", "MODEL", "--out", "."], "is a folder"),
         (["trace", "MODEL", "--text", "short.txt"], "too few for 4 prompts of 512: lower --prompts or --tokens"),
@@ -89,7 +92,10 @@ def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
 def test_bad_input_is_told_in_a_line(words: list[str], reason: str, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("too short")
-    done = RUN.invoke(staterank.app, [str(tiny) if word == "MODEL" else word for word in words])
+    folders = {"MODEL": tiny, "NO_TOKENIZER": tiny.parent / "no_tokenizer"}
+    if not folders["NO_TOKENIZER"].exists():
+        shutil.copytree(tiny, folders["NO_TOKENIZER"], ignore=shutil.ignore_patterns("tokenizer*"))
+    done = RUN.invoke(staterank.app, [str(folders.get(word, word)) for word in words])
     assert done.exit_code == 1
     assert reason in done.stderr
     assert done.stderr.count("staterank: ") == 1

@@ -107,11 +107,11 @@ def test_chapters_that_are_there_stay_in_a_report_that_asks_for_another(made, ti
 def test_a_folder_holds_one_report(made: Path, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(report, "_run", lambda *args, **options: pytest.fail("it was run"))
     other = shutil.copytree(tiny, tmp_path / "other")
-    with pytest.raises(FileExistsError, match="holds a report of model '.*' and not '.*other': choose another folder"):
+    with pytest.raises(FileExistsError, match="holds a report of model .* and not .*other: choose another folder"):
         write_report(str(other), made, only=[CHAPTER], parameters=SMALL)
     with pytest.raises(FileExistsError, match="of n_prompts 2 and not 3: choose another"):
         write_report(str(tiny), made, only=[CHAPTER], parameters={**SMALL, "n_prompts": 3})
-    with pytest.raises(FileExistsError, match=r"of n_tokens 256 and not None: choose another"):
+    with pytest.raises(FileExistsError, match=r"of n_tokens 256 and not what the profile says: choose another"):
         write_report(str(tiny), made, only=[CHAPTER], parameters={"n_prompts": 2})
     kept = (tiny / "model.safetensors").read_bytes()
     (tiny / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))

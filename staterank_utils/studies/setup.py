@@ -59,7 +59,8 @@ class Run:
             ValueError, OSError: as in `load_model` and `load_tokenizer`.
         """
         revision, device = self.where["revision"], self.where["device"]
-        return load_model(name, revision=revision, device=device), load_tokenizer(name, revision=revision)
+        tokenizer = load_tokenizer(name, revision=revision)
+        return load_model(name, revision=revision, device=device), tokenizer
 
     def keep(self, figure: str, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Store the numbers behind a figure as FIGURE.csv beside the result, if that is stored.
