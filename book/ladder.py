@@ -39,6 +39,7 @@ from training.recipes import LINEAR, RECIPES
 CANDIDATES = ("tasks10", "text", "wide")  # in this order; the first pair that holds C1 and C3 is embedded
 SHORT = {HOLDS: "holds", PARTLY: "in part", FAILS: "no", NOT_TESTABLE: "–", NOT_MEASURED: "–"}
 DOSE = 0.25
+DESIGNED = {"hybrid-softmaxfirst": " (softmax as layer 0)", "hybrid-default": " (gates of the class)"}
 FIGURES = {MODEL: "ladder-model", LAYERS: "ladder-layers", PROTECTED: "ladder-protected"}
 # What the lines of the trajectories are: the data that hybrids of the same size learnt from, and how their gates began.
 PATHS: Mapping[str, Mapping[str, Any]] = {
@@ -246,7 +247,7 @@ def needed() -> dict[str, list[str]]:
         if row["claim"] == "C4b" and not has_few_seeds(row):
             signs = {np.sign(of.removal.area(LAYERS)) for of in designs()[row["model"]]}
             where = neither if row["verdict"] != HOLDS or len(signs) > 1 else low if signs == {-1.0} else high
-            where.append(row["model"])
+            where.append(f"`{row['model']}`" + DESIGNED.get(row["model"], ""))
     return said
 
 

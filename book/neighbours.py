@@ -173,11 +173,12 @@ def _removal() -> str:
     for found in ladder.recall_without(pair()):
         at = found.shares.index(DOSE)
         without = [found.gain[order][at] / found.intact for order in (LOW, HIGH)]
-        left.append(f"{without[0]:.0%} without the lowest quarter and {without[1]:.0%} without the highest")
+        left.append([f"{share:.0%}" for share in without])
     return (
         f"Layer by layer, the states removed as lowest are partitions but for {taken[LOW].sum()} of {taken[LOW].size}, and of those removed as highest "
         f"{taken[HIGH].sum()} are shared. So the two rows compare kinds of states, not ranks within a kind. The registered test of rank within layers (C4b): "
-        f"**{verdict['verdict']}**. Of the gain on copied text, {left[0]} is left; in the control {left[1]}."
+        f"**{verdict['verdict']}**. Of the gain on copied text, {left[0][0]} is left without the lowest quarter and {left[0][1]} without the highest; in the "
+        f"control {' and '.join(left[1])}."
     )
 
 

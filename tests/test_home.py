@@ -53,7 +53,7 @@ def test_the_ladder_says_which_heads_are_needed_and_how_often_a_finding_holds() 
         "b": [row("C1", "b", PARTLY), row("C2", "b", HOLDS), row("C7", "b", NOT_TESTABLE)],
     }
     said = home.ladder_answer(rows, {"those of low rank": ["x"], "those of high rank": [], "and none": ["y", "z"]})
-    assert "depends on its design: those of low rank in `x`, and none in `y` and `z`.**" in said
+    assert "depends on its design: those of low rank in x, and none in y and z.**" in said
     assert "heads fall into two groups, on 1 of 2; their order is kept over time, on 2 of 2; " in said
     assert "high-rank heads are redundant with each other, on 0 of 1." in said
 
