@@ -1,6 +1,6 @@
 """The command `staterank`: trace, prune or report on a model of one's own.
 
-Nothing heavy is imported before a command runs, so that --help answers at once, and Ctrl-C ends a command that still imports.
+Nothing heavy is imported before a command runs, so that --help answers at once, and Ctrl-C at any moment.
 """
 
 import logging
@@ -13,7 +13,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+try:
+    import typer  # which hears Ctrl-C once it is there
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 if TYPE_CHECKING:
     import torch

@@ -221,3 +221,17 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tiny: Path) -> No
         _, said = process.communicate(timeout=60)
         assert process.returncode != 0
         assert "Traceback" not in said
+
+
+def test_ctrl_c_before_the_command_is_there_leaves_no_traceback() -> None:
+    code = """
+import sys
+class Stopped:
+    def find_spec(self, name, *more):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stopped())
+import staterank
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
