@@ -637,8 +637,9 @@ def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> N
             if estimate.low < estimate.high:
                 ends = [estimate.low, estimate.high]
                 ax.plot([method, method], ends, color="0.4", linewidth=1.5, zorder=0, label="95 % interval")
-    ax.set_ylim(bottom=min(ax.get_ylim()[0], 0))
+    ax.update_datalim([(0.0, 0.0)])  # and not a limit, which would cut what panels beside this one have higher
     ax.margins(x=0.15)
+    ax.autoscale_view()
 
 
 CACHE_LOOKS: Mapping[str, Mapping[str, Any]] = {

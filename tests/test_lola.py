@@ -238,6 +238,6 @@ def test_what_is_stored_of_the_embedded_models_can_be_drawn_and_said() -> None:
             plotting.plot_caches(Figure().subplots(), curves, other={})
     head, rows = caching.caching_table(found, 0.25)
     assert all(len(row) == len(head) for row in rows)
-    assert caching.left_in_words(found, 0.25).count("Without any cache") == 2
+    assert caching.left_in_words(found, 0.25).count("Removing these states costs") == 2
     assert caching.beside_in_words(found, 0.25).count("Beside the whole states of") == 2
     assert caching.beside_in_words(found, caching.PAPER_SHARE) == "Caches beside whole states were not measured."

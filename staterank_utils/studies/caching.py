@@ -376,8 +376,8 @@ def left_in_words(found: Mapping[str, Caching], share: float) -> str:
         without, *_ = curve = of.curve(share, RECENT)
         smallest = list(curve)[1]
         said.append(
-            f"Without any cache {name} loses {curve[without].point:.2f} nats per token, and {curve[smallest].point:.2f} with the last pairs in "
-            f"1/{1 / smallest:g} of the bytes."
+            f"Removing these states costs {name} {curve[without].point:.2f} nats per token; with the last pairs kept, in 1/{1 / smallest:g} of the bytes, "
+            f"{curve[smallest].point:.2f}."
         )
     return " ".join(said)
 
