@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that --help answers at once,
 
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,28 +75,17 @@ Precision = Annotated[Dtype | None, typer.Option(help="by default float32 on a C
 
 
 # What an error of the package says -> what a command says that has these options.
+SIZES = {"lower batch_size": "lower --prompts or --tokens", "n_prompts": "--prompts", "n_tokens": "--tokens"}
 EVERYWHERE = {"revision=...": "--revision", "device='auto'": "--device auto"}
 WORDS = {
-    "trace": {
-        **EVERYWHERE,
-        "lower batch_size": "lower --prompts or --tokens",
-        "n_prompts": "--prompts",
-        "n_tokens": "--tokens",
-        "dtype=torch.bfloat16": "--dtype bfloat16",
-    },
+    "trace": {**EVERYWHERE, **SIZES, "dtype=torch.bfloat16": "--dtype bfloat16"},
     "prune": {
         **EVERYWHERE,
         "lower batch_size, or ": "",
         "take shorter prompts or a model": "take a model",
         "dtype=torch.bfloat16": "--dtype bfloat16",
     },
-    "report": {
-        **EVERYWHERE,
-        "lower batch_size": "lower --prompts or --tokens",
-        "n_prompts": "--prompts",
-        "n_tokens": "--tokens",
-        " (dtype=torch.bfloat16)": "",
-    },
+    "report": {**EVERYWHERE, **SIZES, " (dtype=torch.bfloat16)": ""},
 }
 
 
@@ -105,17 +93,6 @@ def _dtype(given: Dtype | None) -> "torch.dtype | None":
     import torch
 
     return None if given is None else getattr(torch, given)
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse a place that cannot be written, before anything is measured."""
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the name of a file in it")
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: {above} is no folder that you may write into")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: it is read-only")
 
 
 @contextmanager
@@ -205,7 +182,7 @@ def trace(
         from staterank_utils.architectures import linear_layers, state_size
         from staterank_utils.markdown import markdown_table
         from staterank_utils.models import load_model, load_tokenizer, model_outline
-        from staterank_utils.results import write_table
+        from staterank_utils.results import check_writable, write_table
         from staterank_utils.selection import by_layer, head_metrics
         from staterank_utils.surgery import all_heads
         from staterank_utils.tasks import DOMAINS, domain_prompts
@@ -217,8 +194,10 @@ def trace(
                 f"there is no file {text}, and no built-in text of that name: give a text file, or one of {', '.join(DOMAINS)}"
             )
         domain = f"./{text}" if is_file and "/" not in text else text
+        if out and out.is_dir():
+            raise IsADirectoryError(f"{out} is a folder: give the name of a file in it")
         if out:
-            _check_writable(out)
+            check_writable(out)
         check_even(linear_layers(model_outline(model, revision=revision)))
         tokenizer = load_tokenizer(model, revision=revision)
         ids = domain_prompts(domain, tokenizer, n_prompts=prompts, n_tokens=tokens, seed=0)
@@ -280,11 +259,12 @@ def prune(
     with said("prune"):
         from staterank_utils.architectures import linear_layers
         from staterank_utils.models import load_model, load_tokenizer, model_outline
+        from staterank_utils.results import check_writable
         from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
 
         if out.exists():
             raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
-        _check_writable(out)
+        check_writable(out)
         outline = model_outline(model, revision=revision)
         check_pruning(outline, rule=rule, share=share, per_layer=per_layer)
         if plain and not per_layer:

@@ -144,7 +144,7 @@ def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]], needed: Mapp
     counts = [f"{finding.lower()}, on {verdicts.count(HOLDS)} of {len(verdicts)}" for finding, verdicts in shown]
     designs = [f"{what} in {' and '.join(names)}" for what, names in needed.items() if names]
     return (
-        f"**Which heads a model needs depends on its design: {', '.join(designs)}.** Whole findings, and the models on which they hold: "
+        f"**Which heads are needed in a model depends on its design: {', '.join(designs)}.** Whole findings, and the models on which they hold: "
         f"{'; '.join(counts)}."
     )
 

@@ -220,35 +220,33 @@ def _of_direction() -> str:
     )
 
 
+def _by_needs(rows: Iterable[Mapping[str, Any]]) -> dict[str | None, list[str]]:
+    """Designs by which heads they need, by their rows of C4b: those of the "low" or of the "high" ranks, or None."""
+    groups: dict[str | None, list[str]] = {"low": [], "high": [], None: []}
+    for row in rows:
+        if row["claim"] == "C4b":
+            signs = {np.sign(of.removal.area(LAYERS)) for of in designs()[row["model"]]}
+            holds = row["verdict"] == HOLDS and len(signs) == 1
+            groups[("low" if signs == {-1.0} else "high") if holds else None].append(row["model"])
+    return groups
+
+
 def _beyond_layers() -> str:
     """Where C4b holds, and in which direction, in a sentence."""
-    held = [row["model"] for row in over_models() if row["claim"] == "C4b" and row["verdict"] == HOLDS]
-    signs = {
-        design: {np.sign(of.removal.area(LAYERS)) for of in seeds}
-        for design, seeds in designs().items()
-        if design in held
-    }
-    groups = {
-        "in the paper's direction": [f"`{design}`" for design, of in signs.items() if of == {-1.0}],
-        "in the other": [f"`{design}`" for design, of in signs.items() if of == {1.0}],
-    }
-    return "; ".join(f"{where}: {', '.join(names) or 'none'}" for where, names in groups.items())
+    groups = _by_needs(over_models())
+    said = {"in the paper's direction": groups["low"], "in the other": groups["high"]}
+    return "; ".join(f"{where}: {', '.join(f'`{name}`' for name in of) or 'none'}" for where, of in said.items())
 
 
 def needed() -> dict[str, list[str]]:
     """Which heads a design needs, by C4b, and the designs: of those with enough seeds alone."""
-    said: dict[str, list[str]] = {
-        "those of low rank": [],
-        "those of high rank": [],
-        "and rank tells no more than the layer does": [],
+    groups = _by_needs(row for row in over_models() if not has_few_seeds(row))
+    said = {
+        "those of low rank": groups["low"],
+        "those of high rank": groups["high"],
+        "and rank tells no more than the layer does": groups[None],
     }
-    low, high, neither = said.values()
-    for row in over_models():
-        if row["claim"] == "C4b" and not has_few_seeds(row):
-            signs = {np.sign(of.removal.area(LAYERS)) for of in designs()[row["model"]]}
-            where = neither if row["verdict"] != HOLDS or len(signs) > 1 else low if signs == {-1.0} else high
-            where.append(f"`{row['model']}`" + DESIGNED.get(row["model"], ""))
-    return said
+    return {what: [f"`{name}`{DESIGNED.get(name, '')}" for name in names] for what, names in said.items()}
 
 
 def _without_decay() -> str:

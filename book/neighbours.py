@@ -1,6 +1,7 @@
 """What stands beside the paper, measured: a rule made for sparse states, and a cache of pairs in the place of a state."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def is_shared(of: Measured) -> NDArray[np.bool_]:
     return np.array([head < of.training["recipe"]["value_heads"] for _, head in of.groups["end"].heads])
 
 
+@cache
 def kinds_of_states() -> dict[str, States]:
     """The states of the model with partitions by kind, and the heads of its control."""
     of, control = pair()
@@ -125,9 +127,9 @@ def expansion_tables() -> dict[str, str]:
 
 def _answer() -> str:
     of, control = pair()
-    low = {name: kind.low() for name, kind in kinds_of_states().items()}
+    kinds = kinds_of_states()
     return (
-        f"{low[PARTITIONS]:.0%} of its partitions have a rank under {GAP[0]} d, {low[SHARED]:.0%} of its shared states, and {low['heads of the control']:.0%} of the "
+        f"{kinds[PARTITIONS].low():.0%} of its partitions have a rank under {GAP[0]} d, {kinds[SHARED].low():.0%} of its shared states, and {kinds['heads of the control'].low():.0%} of the "
         f"heads of a model without partitions. Held-out text costs {of.training[ladder.HELD_OUT]:.3f} bits per byte with partitions and "
         f"{control.training[ladder.HELD_OUT]:.3f} without."
     )
@@ -204,13 +206,13 @@ def expansion_figure(pictures: Path, numbers: Path) -> None:
 
 def neighbours_table() -> str:
     """What was measured of the systems that stand beside the paper, as Markdown."""
-    low = {name: kind.low() for name, kind in kinds_of_states().items()}
+    kinds = kinds_of_states()
     caches = {name: found[0] for name in EMBEDDED if (found := caching.load_caching(name)) is not None}
     rows = (
         (
             "Sparse State Expansion {cite}`pan2025sse`", "several states per head, of which a token writes some",
-            f"{{ref}}`one small model <sparse-states>` on the gated delta rule, and its control: {low[PARTITIONS]:.0%} of the partitions have "
-            f"a rank under {GAP[0]} d, and {low[SHARED]:.0%} of the shared states",
+            f"{{ref}}`one small model <sparse-states>` on the gated delta rule, and its control: {kinds[PARTITIONS].low():.0%} of the partitions have "
+            f"a rank under {GAP[0]} d, and {kinds[SHARED].low():.0%} of the shared states",
         ),
         (
             "LoLA {cite}`mcdermott2025lola`", "a cache of pairs beside the state, without training",

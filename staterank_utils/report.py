@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import multiprocessing
-import os
 import re
 import resource
 import shutil
@@ -27,7 +26,7 @@ from staterank_utils import __version__, claims, markdown
 from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, check_device, load_tokenizer, model_outline
-from staterank_utils.results import PROFILES, weights_hash, whole_or_not, write_json
+from staterank_utils.results import PROFILES, check_writable, weights_hash, whole_or_not, write_json
 from staterank_utils.studies.groups import check_sizes
 from staterank_utils.tracing import check_even
 
@@ -224,9 +223,7 @@ def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
         return
     if not marker.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and is no report: choose a folder that is new or empty")
-    above = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(f"{out} cannot be written: {above} is no folder that you may write into")
+    above = check_writable(out)
     if (free := shutil.disk_usage(above).free) < ROOM:
         raise OSError(f"{out} has room for {in_words(free)}, and a report needs {in_words(ROOM)}: choose another disk")
     out.mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,32 @@ def plain(value: Any, *, digits: int = 6) -> Any:
     return value
 
 
+def check_writable(path: Path) -> Path:
+    """Refuse a place that cannot be written, before anything is measured.
+
+    Args:
+        path: of a file or folder, which need not be there.
+
+    Returns:
+        The folder that exists and will hold what is written: PATH itself if it is one, or else the nearest above it.
+
+    Raises:
+        PermissionError: it cannot be written.
+
+    Example:
+        >>> check_writable(Path(__file__) / "new")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        PermissionError: ... cannot be written: ...results.py is no folder that you may write into
+    """
+    above = path if path.is_dir() else next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {above} is no folder that you may write into")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: it is read-only")
+    return above
+
+
 @contextlib.contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
     """A place beside a file or folder to write it: renamed over it at the end of the block, removed if anything interrupts that.

@@ -398,11 +398,13 @@ class FastForward:
             raise ValueError(
                 f"expected one active partition per token, got n_active={n_active}: train it with its own forward"
             )
-        self._offset = 1.0 if isinstance(model, KimiLinearForCausalLM) else 0.0  # its norms have no 1 in them
+        self._adds_one = not isinstance(
+            model, KimiLinearForCausalLM
+        )  # to the weights of its norms, as `_rms_norm` does
         self._fuse = cache(torch.compile(dynamic=False) if compiled else lambda function: function)
 
     def _norm(self, module: torch.nn.Module) -> Tensor:
-        return module.weight - self._offset
+        return module.weight if self._adds_one else module.weight - 1.0
 
     def _low(self, *modules: torch.nn.Module) -> list[Tensor]:
         return [module.weight.to(self.dtype) for module in modules]
