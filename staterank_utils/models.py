@@ -33,6 +33,7 @@ from staterank_utils.pruned import MODEL_TYPE, RECORD, auto_class, config_class_
 
 EMBEDDED = ("hybrid", "pure")
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights, by the name that a notebook takes
 
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 PARTS_OF_FURTHER = ("eh_proj", "enorm", "hnorm")  # which no other layer has
@@ -90,10 +91,10 @@ def load_model(
         raise ModuleNotFoundError("device='auto' needs accelerate: pip install 'staterank-utils[large]'")
     on_cpu = not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
     chosen = dtype or (torch.float32 if on_cpu else "auto")
-    if Path(source).is_dir():
-        verify_weights(Path(source))
     # What cannot be measured is refused before its weights are read.
     config = model_outline(name_or_path, revision=revision, trust_remote_code=trust_remote_code).config
+    if Path(source).is_dir():
+        verify_weights(Path(source))
     if weights == "initial":
         model = initial_model(config, seed=seed)
         model = model.to(dtype=None if chosen == "auto" else chosen)
@@ -148,10 +149,15 @@ def model_outline(
         ('meta', 9)
     """
     source, options = _source(name_or_path, revision, trust_remote_code)
+    folder = Path(source) if Path(source).is_dir() else None
+    if folder and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has no config.json: expected a folder written by save_pretrained")
     config = _fetched(_config, source, options)
     with torch.device("meta"):
         outline: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     linear_layers(outline)
+    if folder and not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder} has no .safetensors file: expected a folder written by save_pretrained")
     return outline
 
 
@@ -170,7 +176,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
         >>> load_tokenizer("hybrid").decode(load_tokenizer("hybrid").encode("state rank"))
         'state rank'
     """
-    source, options = _source(name_or_path, revision, trust_remote_code, needs_weights=False)
+    source, options = _source(name_or_path, revision, trust_remote_code)
     tokenizer = _fetched(lambda source, options: AutoTokenizer.from_pretrained(source, **options), source, options)
     if not tokenizer.encode("a", add_special_tokens=False):
         # Where its files are missing, transformers makes an empty one.
@@ -208,9 +214,7 @@ def check_device(device: str) -> None:
         )
 
 
-def _source(
-    name_or_path: str, revision: str | None, trust_remote_code: bool, *, needs_weights: bool = True
-) -> tuple[str, dict[str, Any]]:
+def _source(name_or_path: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     folder = Path(name_or_path)
     if revision is not None and (name_or_path in EMBEDDED or folder.is_dir()):
         raise ValueError(f"{name_or_path} is here and has no revisions, got revision={revision!r}: leave it out")
@@ -223,8 +227,6 @@ def _source(
             )
         return str(folder), {"local_files_only": True}
     if name_or_path and folder.is_dir():
-        if needs_weights and not any(folder.glob("*.safetensors")):
-            raise FileNotFoundError(f"{folder} has no .safetensors file: expected a folder written by save_pretrained")
         return str(folder), {"local_files_only": True, "trust_remote_code": trust_remote_code}
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
         raise ValueError(

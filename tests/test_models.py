@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     FalconMambaConfig,
     FalconMambaForCausalLM,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -115,8 +116,14 @@ def test_a_hub_id_needs_a_revision() -> None:
         load_model("owner/name")
 
 
-def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+def test_a_folder_is_refused_for_what_it_lacks_first(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_model(str(tmp_path))
+    tiny_qwen3_next(["linear_attention", "full_attention"]).config.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no \.safetensors file"):
+        load_model(str(tmp_path))
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gpt2 has no linear-attention layer"):
         load_model(str(tmp_path))
 
 
