@@ -6,7 +6,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from staterank_utils.claims import CLAIMS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, SECOND, THIRD, SecondClaim
+from staterank_utils.claims import (
+    CLAIMS,
+    FAILS,
+    HOLDS,
+    NOT_MEASURED,
+    NOT_TESTABLE,
+    ORDER,
+    PARTLY,
+    SECOND,
+    THIRD,
+    SecondClaim,
+)
 
 
 def registered_table() -> str:
@@ -97,7 +108,9 @@ def _printed(key: str) -> tuple[str, str, str, str]:
 
 
 def overview_table(folder: Path, models: Sequence[str] | Mapping[str, str]) -> str:
-    """The book's claims table: one row per claim, one column per model, from the results of every notebook.
+    """One row per claim, one column per model, from the results of every notebook.
+
+    Claims of the first registration are always there, of the others those that were judged on one of the models.
 
     Args:
         folder: where results lie, `NOTEBOOK.json`.
@@ -110,20 +123,16 @@ def overview_table(folder: Path, models: Sequence[str] | Mapping[str, str]) -> s
     """
     columns = models if isinstance(models, Mapping) else {model: model for model in models}
     cells: dict[tuple[str, str], str] = {}
-    for notebook in sorted({claim.notebook for claim in CLAIMS.values()}):
-        file = folder / f"{notebook}.json"
-        for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else ():
+    for file in folder.glob("[0-9]*.json"):
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
             numbers = (f"{number['label']} {_interval(number)}" for number in row["criteria"])
             cells[row["claim"], row["model"]] = "<br>".join([f"**{row['verdict']}**{row['note']}", *numbers])
-    rows = [
-        (
-            f"**{key}** {claim.statement}",
-            claim.holds,
-            claim.paper,
-            *(cells.get((key, model), "not yet tested") for model in columns.values()),
-        )
-        for key, claim in CLAIMS.items()
-    ]
+    rows = []
+    for key in ORDER:
+        of_models = [cells.get((key, model)) for model in columns.values()]
+        if key in CLAIMS or any(of_models):
+            statement, _, holds, paper = _printed(key)
+            rows.append((f"**{key}** {statement}", holds, paper, *(cell or "not yet tested" for cell in of_models)))
     return markdown_table(("claim", "holds if", "paper", *columns), rows)
 
 

@@ -78,12 +78,16 @@ def test_asymmetry_needs_the_same_tasks() -> None:
 
 def test_overview_shows_every_verdict_with_its_numbers_and_what_is_not_yet_tested(tmp_path: Path) -> None:
     row = claims.judge("C2", "hybrid", {"rho": Estimate(0.95, 0.92, 0.97)})
+    second = claims.judge("C0a", "pure", {name: Estimate(0.95, 0.92, 0.97) for name in ("R^2", "labels", "middle")})
+    (tmp_path / "00_what_rank_measures.json").write_text(json.dumps({"rows": [second]}))
     (tmp_path / "02_input_invariance.json").write_text(json.dumps({"rows": [row]}))
     table = markdown.overview_table(tmp_path, ["hybrid", "pure"]).splitlines()
     c2 = next(line for line in table if line.startswith("| **C2** "))
     assert "**holds**<br>rho 0.950 [0.920, 0.970]" in c2
     assert c2.count("not yet tested") == 1
     assert next(line for line in table if line.startswith("| **C5**")).count("not yet tested") == 2
+    shown = [line.split("**")[1] for line in table[2:]]
+    assert shown == [*claims.CLAIMS, "C0a"]
 
 
 def test_an_undefined_number_is_stored_as_null_and_shown_as_such() -> None:
