@@ -74,9 +74,9 @@ quick: book ## build the book and store what its quick runs gave, which tests ho
 figure: .venv/installed ## store the figure of the README, from a quick run of the first notebook
 	$(BIN)/python -m book.assemble --stage _build/figure --only 01_stratification --figure book/ranks.png
 
-report: .venv/installed ## run the chapters on a model and build pages of them (MODEL=FOLDER or OWNER/NAME REVISION=... PROFILE=quick ONLY=01_stratification OUT=_build/report)
+report: .venv/installed ## run the chapters on a model and build pages of them (MODEL=FOLDER or OWNER/NAME REVISION=... PROFILE=quick DEVICE=cuda DTYPE=bfloat16 ONLY=01_stratification OUT=_build/report)
 	@[ -n "$(MODEL)" ] || { echo "name the model: make report MODEL=FOLDER" >&2; exit 1; }
-	$(BIN)/staterank report "$(MODEL)" --out "$(OUT)" --profile $(PROFILE) $(if $(REVISION),--revision $(REVISION)) $(addprefix --only ,$(ONLY))
+	$(BIN)/staterank report "$(MODEL)" --out "$(OUT)" --profile $(PROFILE) $(if $(REVISION),--revision $(REVISION)) $(if $(DEVICE),--device $(DEVICE)) $(if $(DTYPE),--dtype $(DTYPE)) $(addprefix --only ,$(ONLY))
 
 sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/example.yaml RUN=_build/sweep CORES=2), or go on with it (UNLOCK=1 first, if make itself was killed)
 	$(if $(UNLOCK),$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --unlock)

@@ -5,7 +5,9 @@ Nothing heavy is imported before a command runs, so that --help answers at once,
 
 import logging
 import math
+import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # which joins the lines of a paragraph
     pretty_exceptions_enable=False,
     help="Measure the recurrent states of a linear-attention model: their ranks, half-lives, and which heads can go.",
 )
@@ -85,7 +88,7 @@ WORDS = {
         "take shorter prompts or a model": "take a model",
         "dtype=torch.bfloat16": "--dtype bfloat16",
     },
-    "report": {**EVERYWHERE, **SIZES, " (dtype=torch.bfloat16)": ""},
+    "report": {**EVERYWHERE, **SIZES, "dtype=torch.bfloat16": "--dtype bfloat16"},
 }
 
 
@@ -93,6 +96,22 @@ def _dtype(given: Dtype | None) -> "torch.dtype | None":
     import torch
 
     return None if given is None else getattr(torch, given)
+
+
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """A block of imports, in which Ctrl-C ends the process: Python would lose it where the import system calls back.
+
+    Example:
+        >>> with ends_at_once():
+        ...     signal.getsignal(signal.SIGINT)
+        <Handlers.SIG_DFL: 0>
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -109,9 +128,10 @@ def said(command: str) -> Iterator[None]:
             ...
         Exit: 1
     """
-    import torch
+    with ends_at_once():
+        import torch
 
-    from staterank_utils.dispatch import limit_autotuning
+        from staterank_utils.dispatch import limit_autotuning
 
     limit_autotuning()
     try:
@@ -151,6 +171,7 @@ def main(
         True
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    warnings.filterwarnings("ignore", message="Triton is not supported")  # by which fla says that there is no GPU
 
 
 @app.command()
@@ -169,7 +190,9 @@ def trace(
     """Print ranks, norms and half-lives of every layer, after the last token of some prompts.
 
     Effective rank is the number of singular values over 1e-4 of the largest; a half-life is the number of tokens after which a state has lost
-    half of what it held, by the head's mean decay; the layer's is by the median of its heads. The last column is the share of heads whose rank is not between 0.2 and 0.8 of the largest possible one.
+    half of what it held, by the head's mean decay; the layer's is by the median of its heads. The last column is the share of heads whose rank is not
+    between 0.2 and 0.8 of the largest possible one.
+
     Example: staterank trace ./my-model --text notes.txt --out heads.csv
     \f
 
@@ -179,14 +202,15 @@ def trace(
         1
     """
     with said("trace"):
-        from staterank_utils.architectures import linear_layers, state_size
-        from staterank_utils.markdown import markdown_table
-        from staterank_utils.models import load_model, load_tokenizer, model_outline
-        from staterank_utils.results import check_writable, write_table
-        from staterank_utils.selection import by_layer, head_metrics
-        from staterank_utils.surgery import all_heads
-        from staterank_utils.tasks import DOMAINS, domain_prompts
-        from staterank_utils.tracing import check_even
+        with ends_at_once():
+            from staterank_utils.architectures import linear_layers, state_size
+            from staterank_utils.markdown import markdown_table
+            from staterank_utils.models import load_model, load_tokenizer, model_outline
+            from staterank_utils.results import check_writable, write_table
+            from staterank_utils.selection import by_layer, head_metrics
+            from staterank_utils.surgery import all_heads
+            from staterank_utils.tasks import DOMAINS, domain_prompts
+            from staterank_utils.tracing import check_even
 
         is_file = text not in DOMAINS and not text.startswith("dataset:") and ("." in text or Path(text).exists())
         if is_file and not Path(text).exists():
@@ -257,10 +281,11 @@ def prune(
         1
     """
     with said("prune"):
-        from staterank_utils.architectures import linear_layers
-        from staterank_utils.models import load_model, load_tokenizer, model_outline
-        from staterank_utils.results import check_writable
-        from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
+        with ends_at_once():
+            from staterank_utils.architectures import linear_layers
+            from staterank_utils.models import load_model, load_tokenizer, model_outline
+            from staterank_utils.results import check_writable
+            from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
 
         if out.exists():
             raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
@@ -301,6 +326,7 @@ def report(
     ] = None,
     revision: Revision = None,
     device: Device = None,
+    dtype: Precision = None,
 ) -> None:
     """Run the book's chapters on a model and write them as pages: OUT/index.html. The same command goes on where it was stopped; where a chapter could
     not be run, the others are there, the first page says why, and the exit status is 1.
@@ -314,11 +340,19 @@ def report(
         1
     """
     with said("report"):
-        from staterank_utils.report import write_report
+        with ends_at_once():
+            from staterank_utils.report import write_report
 
         sizes = {name: size for name, size in (("n_prompts", prompts), ("n_tokens", tokens)) if size is not None}
         missing = write_report(
-            model, out, revision=revision, profile=profile, device=device, only=only or (), parameters=sizes
+            model,
+            out,
+            revision=revision,
+            profile=profile,
+            device=device,
+            dtype=dtype,
+            only=only or (),
+            parameters=sizes,
         )
         for name, why in missing.items():
             print(f"not run: {name}: {in_options(why, 'report')}", file=sys.stderr)

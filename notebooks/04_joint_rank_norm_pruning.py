@@ -39,6 +39,7 @@ if importlib.util.find_spec("staterank_utils") is None:
 model = "hybrid, pure"  # embedded names, folders or hub ids, separated by commas
 revision = ""  # commit or tag, for hub ids
 device = ""  # "": the GPU if there is one; "cpu", "cuda", or "auto": spread over all GPUs
+dtype = ""  # of the weights: "": float32 on a CPU, the checkpoint's own on a GPU; or "float32", "bfloat16"
 profile = "quick"  # "quick" or "full"
 seed = 0
 n_prompts = 0  # prompts per task; 0: what the profile says

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from staterank_utils import __version__, claims, markdown
 from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
-from staterank_utils.models import CHECKPOINTS, EMBEDDED, check_device, load_tokenizer, model_outline
+from staterank_utils.models import CHECKPOINTS, DTYPES, EMBEDDED, check_device, load_tokenizer, model_outline
 from staterank_utils.results import PROFILES, check_writable, weights_hash, whole_or_not, write_json
 from staterank_utils.studies.groups import check_sizes
 from staterank_utils.tracing import check_even
@@ -116,6 +116,7 @@ def write_report(
     revision: str | None = None,
     profile: str = "quick",
     device: str | None = None,
+    dtype: str | None = None,
     only: Sequence[str] = (),
     parameters: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
@@ -131,6 +132,7 @@ def write_report(
         revision: commit or tag, for a hub id.
         profile: "quick" (minutes on two cores for a small model) or "full".
         device: as in `load_model`.
+        dtype: of the weights, "float32" or "bfloat16"; by default as in `load_model`.
         only: names of chapters, such as "01_stratification"; all by default.
         parameters: sizes that every chapter which has them takes, such as {"n_prompts": 2}.
 
@@ -138,7 +140,7 @@ def write_report(
         Chapter -> why it failed; empty where none did.
 
     Raises:
-        ValueError: an unknown profile, chapter or parameter, or a model that cannot be measured.
+        ValueError: an unknown profile, dtype, chapter or parameter, or a model that cannot be measured.
         FileExistsError: the folder holds something else: the report says what.
         ModuleNotFoundError: without the packages that run and build notebooks.
         OSError: a hub id that could not be fetched, or too little room on the disk.
@@ -154,6 +156,8 @@ def write_report(
         raise ValueError(
             f"a report is on one model, and {model!r} has a comma, at which chapters split: rename the folder"
         )
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"there is no dtype {dtype!r} of a report: choose from {', '.join(DTYPES)}")
     sources = _chapters(profile, only)
     _check_packages()
     known = {source: _sizes_of(source, sizes) for source in sources}
@@ -161,11 +165,11 @@ def write_report(
         raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
     if "n_tokens" in sizes:
         check_sizes(n_prompts=2, n_tokens=sizes["n_tokens"])  # how few prompts do is for each chapter to say
-    plan = _plan(model, revision, device)
+    plan = _plan(model, revision, device, dtype)
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
     given: dict[str, Any] = {
         "model": str(folder.resolve()) if folder.is_dir() and model not in EMBEDDED else model,
-        "revision": revision or "", "device": device or "", "profile": profile,
+        "revision": revision or "", "device": device or "", "dtype": dtype or "", "profile": profile,
     }  # fmt: skip
     files = _files_hash(folder) if folder.is_dir() else "of the revision"
     _take_folder(out, {**given, **sizes, "version": __version__, "files": files})
@@ -246,7 +250,7 @@ def _files_hash(folder: Path) -> str:
     return told.hexdigest()
 
 
-def _plan(model: str, revision: str | None, device: str | None) -> str:
+def _plan(model: str, revision: str | None, device: str | None, dtype: str | None) -> str:
     """What will be measured and what it takes, from the configuration alone."""
     if device:
         check_device(device)
@@ -256,10 +260,14 @@ def _plan(model: str, revision: str | None, device: str | None) -> str:
     load_tokenizer(model, revision=revision)
     memory = machine_memory()
     has = f"; this machine has {in_words(memory)} of memory" if memory else ""
-    wide = 4 * sum(parameter.numel() for parameter in outline.parameters())
+    n_parameters = sum(parameter.numel() for parameter in outline.parameters())
+    if dtype:
+        weights = f"{in_words(n_parameters * DTYPES[dtype].itemsize)} in {dtype}"
+    else:
+        weights = f"{in_words(weight_bytes(outline))} as they are stored and {in_words(4 * n_parameters)} in float32, which a CPU uses"
     return (
         f"{model}: {len(layers)} linear-attention layers, {sum(layer.n_heads for layer in layers)} heads with states of {layers[0].d_k} x "
-        f"{layers[0].d_v}. Weights take {in_words(weight_bytes(outline))} as they are stored and {in_words(wide)} in float32, which a CPU uses, "
+        f"{layers[0].d_v}. Weights take {weights}, "
         f"and some chapters hold a control of the same size beside them; the states of a prompt take {in_words(moment_bytes(outline))}{has}."
     )
 
@@ -363,14 +371,19 @@ def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: 
             [
                 f"# State ranks of {name_of_model}",
                 f"The chapters of the book \"State Rank Dynamics, tested\", run on `{name_of_model}` with staterank-utils {__version__}. Verdicts are by rules that were "
-                "fixed before any model was measured ({doc}`book/claims`). Embedded models, and those of the ladder, are models of the book.",
+                "fixed before the book's models were trained ({doc}`book/claims`). Embedded models, and those of the ladder, are models of the book.",
                 _answers(stage / "results", chapters),
                 markdown.overview_table(stage / "results", {name_of_model: name_of_model}),
                 "## What was not run" if not_run else "",
                 not_run,
             ]
         ),
-        "book/claims": "\n\n".join(["# The registered rules", claims.PREAMBLE, markdown.registered_table(), claims.CONTROLS]),
+        "book/claims": "\n\n".join(
+            [
+                "# The registered rules", claims.PREAMBLE, markdown.registered_table(), claims.CONTROLS,
+                "## Second registration", claims.SECOND_TERMS, markdown.rules_table(claims.SECOND), claims.SECOND_READINGS,
+            ]
+        ),
         "book/references": "# References\n\n```{bibliography}\n:all:\n```",
     }  # fmt: skip
     for name, text in pages.items():

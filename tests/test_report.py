@@ -40,6 +40,8 @@ def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path)
     assert f"State ranks of {tiny.name}" in first
     assert "C1" in first
     assert "not yet tested" in first  # the chapters that were not asked for
+    assert "C1b" in first
+    assert "C0a" not in first
     assert "<em>03_ablation_asymmetry</em>: not asked for" in first
     page = (made / "notebooks" / f"{CHAPTER}.html").read_text()
     assert "Do heads fall into two groups?" in page
@@ -59,10 +61,13 @@ def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path)
 
 
 def test_make_writes_a_report(tiny: Path, tmp_path: Path) -> None:
-    command = make("report", MODEL=tiny, OUT=tmp_path / "report", ONLY=CHAPTER)
+    command = make("report", MODEL=tiny, OUT=tmp_path / "report", ONLY=CHAPTER, DEVICE="cpu", DTYPE="bfloat16")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "in bfloat16" in done.stderr
     assert "The report is in" in done.stdout
+    stored = json.loads((tmp_path / "report" / "work" / "results" / f"{CHAPTER}.json").read_text())
+    assert stored["provenance"]["parameters"]["dtype"] == "bfloat16"
     assert (tmp_path / "report" / "notebooks" / f"{CHAPTER}.html").exists()
     nameless = subprocess.run(make("report"), capture_output=True, text=True)
     assert "name the model: make report MODEL=FOLDER" in nameless.stderr
@@ -135,6 +140,8 @@ def test_a_size_that_no_chapter_has_is_refused(tiny: Path, tmp_path: Path) -> No
 def test_what_chapters_would_refuse_is_refused_before_any_runs(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n_tokens must be at least 256, got 100"):
         write_report(str(tiny), tmp_path / "out", parameters={"n_tokens": 100})
+    with pytest.raises(ValueError, match="no dtype 'half' of a report: choose from float32, bfloat16"):
+        write_report(str(tiny), tmp_path / "out", dtype="half")
     with pytest.raises(ValueError, match="'a, b' has a comma"):
         write_report("a, b", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -272,13 +272,17 @@ def test_ranks_of_which_nothing_is_stored_are_measured_with_their_controls(tmp_p
 
 
 def test_parameters_become_a_run() -> None:
-    given = {"model": " hybrid ,pure", "profile": "full", "seed": 3, "n_prompts": 0, "results_folder": "there"}
+    given = {
+        "model": " hybrid ,pure", "profile": "full", "seed": 3, "n_prompts": 0, "results_folder": "there", "device": "cpu", "dtype": "bfloat16",
+    }  # fmt: skip
     run = setup(given, "page", n_prompts=(2, 16))
     assert (run.models, run.quick, run.seed, run.sizes) == (
         ("hybrid", "pure"), False, 3, {"n_prompts": 16, "seed": 3},
     )  # fmt: skip
     assert run.file == Path("there/page.json")
-    assert run.where == {"revision": None, "device": None}
+    assert run.where == {"revision": None, "device": "cpu"}
+    assert run.load("pure")[0].dtype == torch.bfloat16
+    assert setup({"model": "pure"}, "page").dtype is None
 
 
 @pytest.mark.parametrize(
@@ -286,6 +290,7 @@ def test_parameters_become_a_run() -> None:
     [
         ({"model": " , "}, "names no model"),
         ({"model": "pure", "n_prompts": -1}, "'n_prompts' must be at least 1"),
+        ({"model": "pure", "dtype": "half"}, "'dtype' takes float32 or bfloat16"),
         ({"model": "pure", "n_promts": 1}, "did you mean 'n_prompts'"),
     ],
 )

@@ -242,7 +242,9 @@ def repeat_groups(
         return measure_groups(of, tokenizer, n_prompts=n_prompts, n_tokens=n_tokens, domains=domains, seed=seed)
 
     def control(weights: Literal["initial", "shuffled"]) -> Groups:
-        return measured_now(load_model(name, weights=weights, seed=seed, revision=revision, device=device))
+        return measured_now(
+            load_model(name, weights=weights, seed=seed, revision=revision, device=device, dtype=model.dtype)
+        )
 
     live = measured_now(model)
     stored = None if seed else stored_on(name)

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import torch
 from IPython.display import HTML
 from myst_nb import glue
 from transformers import PreTrainedModel
 
 from staterank_utils import markdown, plotting
 from staterank_utils.dispatch import limit_autotuning
-from staterank_utils.models import load_model, load_tokenizer
+from staterank_utils.models import DTYPES, load_model, load_tokenizer
 from staterank_utils.results import check_parameters, write_table
 from staterank_utils.studies.repeated import RepeatedGroups, RepeatedRecall, RepeatedRemoval, write_chapter
 
-TEXTS = ("model", "revision", "device", "profile", "results_folder")
+TEXTS = ("model", "revision", "device", "dtype", "profile", "results_folder")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Run:
     Attributes:
         models: embedded names, folders or hub ids, in the order given.
         where: "revision" and "device", as `load_model` takes them.
+        dtype: of the weights, as `load_model` takes it.
         quick: whether the profile is "quick".
         sizes: name of a size -> its value, and "seed".
         file: where the result is stored; None where it is not.
@@ -39,6 +41,7 @@ class Run:
 
     models: tuple[str, ...]
     where: Mapping[str, str | None]
+    dtype: torch.dtype | None
     quick: bool
     sizes: Mapping[str, int]
     file: Path | None
@@ -60,7 +63,7 @@ class Run:
         """
         revision, device = self.where["revision"], self.where["device"]
         tokenizer = load_tokenizer(name, revision=revision)
-        return load_model(name, revision=revision, device=device), tokenizer
+        return load_model(name, revision=revision, device=device, dtype=self.dtype), tokenizer
 
     def keep(self, figure: str, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Store the numbers behind a figure as FIGURE.csv beside the result, if that is stored.
@@ -126,7 +129,7 @@ def setup(namespace: dict[str, Any], page: str, **sizes: tuple[int, int]) -> Run
         sizes: name of a parameter -> its value in the quick and in the full profile; a parameter of 0 takes these.
 
     Raises:
-        ValueError, TypeError: as in `check_parameters`; no model; or a size under 0.
+        ValueError, TypeError: as in `check_parameters`; no model; a dtype that is not of `DTYPES`; or a size under 0.
 
     Example:
         >>> setup({"model": "pure", "n_prompts": 3, "profile": "full"}, "page", n_prompts=(2, 16)).sizes["n_prompts"]
@@ -139,6 +142,10 @@ def setup(namespace: dict[str, Any], page: str, **sizes: tuple[int, int]) -> Run
         raise ValueError(
             f"parameter 'model' names no model, got {given['model']!r}: give an embedded name, a folder or a hub id"
         )
+    if given["dtype"] not in ("", *DTYPES):
+        raise ValueError(
+            f"parameter 'dtype' takes {' or '.join(DTYPES)}, or nothing for the default of the device, got {given['dtype']!r}"
+        )
     quick = given["profile"] == "quick"
     chosen = {name: namespace.get(name, 0) or values[0 if quick else 1] for name, values in sizes.items()}
     if wrong := [name for name, value in chosen.items() if value < 1]:
@@ -150,8 +157,9 @@ def setup(namespace: dict[str, Any], page: str, **sizes: tuple[int, int]) -> Run
     return Run(
         models,
         {"revision": given["revision"] or None, "device": given["device"] or None},
+        DTYPES.get(given["dtype"]),
         quick,
         chosen,
         Path(given["results_folder"], f"{page}.json") if given["results_folder"] else None,
-        {"model": given["model"], "revision": given["revision"], "profile": given["profile"], **chosen},
+        {**{name: given[name] for name in ("model", "revision", "dtype", "profile")}, **chosen},
     )  # fmt: skip
