@@ -39,7 +39,7 @@ pdf: .venv/installed ## print the built book as _build/state-rank.pdf: needs chr
 	$(BIN)/python -m book.pdf --stage $(STAGE)
 
 test: .venv/installed ## run the tests that need no GPU, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(patsubst %,--ignore=%,$(BEYOND) $(PAGES))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(patsubst %,--ignore=%,$(BEYOND) $(PAGES))
 
 test-slow: .venv/installed ## run what takes long: every architecture on its tiny model, the ladder's stored numbers, a sweep, a report, the wheel, lm-evaluation-harness
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(BEYOND)

@@ -56,7 +56,11 @@ def full_precision() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests of one expensive fixture in one process of xdist, which otherwise makes it twice."""
     for item in items:
-        shared = [name for name in ("stored", "made") if name in getattr(item, "fixturenames", ())]
+        shared = [
+            name
+            for name in ("stored", "made", "made_few", "by_task", "study")
+            if name in getattr(item, "fixturenames", ())
+        ]
         if shared:
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}.{shared[0]}"))
 

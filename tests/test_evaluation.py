@@ -186,7 +186,7 @@ def test_instances_follow_from_their_number_alone(tokenizer) -> None:
 
 def test_evaluation_is_the_same_in_any_batch(hybrid, tokenizer) -> None:
     with ablate_heads(hybrid, all_heads(hybrid)[::5]):
-        one, other = (evaluate("arithmetic", hybrid, tokenizer, n_instances=6, batch_size=size) for size in (1, 4))
+        one, other = (evaluate("arithmetic", hybrid, tokenizer, n_instances=4, batch_size=size) for size in (1, 3))
     assert one.tolist() == other.tolist()
 
 

@@ -344,9 +344,9 @@ def first_claims(
         keys: of the claims, in this order.
 
     Example:
-        >>> from staterank_utils import load_model, load_tokenizer
-        >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256)
-        >>> [row["claim"] for row in first_claims("hybrid", groups, initial=groups)]
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> groups = load_measured("hybrid-text-0")[0].groups
+        >>> [row["claim"] for row in first_claims("hybrid", groups["end"], initial=groups["initial"])]
         ['C1', 'C1c', 'C2', 'C2n', 'C3', 'C3a']
     """
     end = groups.rank["prose"]
@@ -480,10 +480,10 @@ class Law:
         d: largest possible rank.
 
     Example:
-        >>> from staterank_utils import load_model, load_tokenizer
-        >>> law = measure_law(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=1, n_tokens=192, factors=[2.0])
-        >>> law.bound_violations, law.scaled_rank.shape
-        (0, (1, 1, 144))
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> law = load_measured("hybrid-text-0")[0].laws["end"]
+        >>> law.bound_violations, law.scaled_rank.shape  # 6 factors, 4 prompts, 9 layers of 16 heads
+        (0, (6, 4, 144))
     """
 
     bound_violations: int
@@ -558,7 +558,7 @@ def measure_law(
 
     Example:
         >>> from staterank_utils import load_model, load_tokenizer
-        >>> law = measure_law(load_model("pure"), load_tokenizer("pure"), n_prompts=1, n_tokens=192, factors=[0.5, 4.0])
+        >>> law = measure_law(load_model("pure"), load_tokenizer("pure"), n_prompts=1, n_tokens=192, factors=[4.0])
         >>> law.agreement().point > 0.5
         True
     """
@@ -599,11 +599,9 @@ def law_claims(name: str, groups: Groups, law: Law, *, keys: Sequence[str] = ("C
         keys: of the claims, in this order.
 
     Example:
-        >>> from staterank_utils import load_model, load_tokenizer
-        >>> model, tokenizer = load_model("hybrid"), load_tokenizer("hybrid")
-        >>> groups = measure_groups(model, tokenizer, n_prompts=2, n_tokens=256, domains=["prose"])
-        >>> law = measure_law(model, tokenizer, n_prompts=1, n_tokens=192, factors=[0.5, 2.0])
-        >>> [row["claim"] for row in law_claims("hybrid", groups, law)]
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> measured, _ = load_measured("hybrid-text-0")
+        >>> [row["claim"] for row in law_claims("hybrid", measured.groups["end"], measured.laws["end"])]
         ['C0', 'C0a', 'C0c']
     """
     counted = f" of {law.bound_states:,} states, {law.void:.0%} of them not bounded by decay"
