@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from transformers import KimiLinearForCausalLM
+from transformers import BambaForCausalLM, KimiLinearForCausalLM
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
@@ -26,6 +26,7 @@ from training.fast_forward import (
     FastForward,
     Gradients,
     chunk_gradients,
+    decayed_sum,
     gated_delta,
     mend_backward,
     recurrence_of,
@@ -56,13 +57,17 @@ def tiny_recurrence(tokenizer) -> Callable:
 
 
 def plain_recurrence(model) -> Callable:
-    """The chunked rule of the model's class in transformers, in plain torch."""
+    """The chunked rule of the model's class, in plain torch."""
+    if isinstance(model, BambaForCausalLM):
+        return decayed_sum
     of_kda = isinstance(model, KimiLinearForCausalLM)
     kernel = Kernel(chunk_kimi_delta_attention if of_kda else torch_chunk_gated_delta_rule, plain=True)
     return lambda q, k, v, log_decay, beta: kernel(q, k, v, g=log_decay, beta=beta)[0]
 
 
-@pytest.mark.parametrize("name", ["hybrid-text-0", "pure-tasks63-1", "hybrid-sse-0", "hybrid-kda-0"])
+@pytest.mark.parametrize(
+    "name", ["hybrid-text-0", "pure-tasks63-1", "hybrid-sse-0", "hybrid-kda-0", "hybrid-nodelta-0"]
+)
 def test_fast_forward_is_the_model_s_own_forward(name: str, tokenizer) -> None:
     model = initial_model(RECIPES[name].configuration(tokenizer))
     ids = torch.randint(0, 512, (2, 131), generator=torch.Generator().manual_seed(0))
@@ -80,9 +85,9 @@ def test_fast_forward_is_the_model_s_own_forward(name: str, tokenizer) -> None:
     torch.testing.assert_close(loss, (expected * weights.flatten()).sum() / weights.sum(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["hybrid-sse-0", "hybrid-kda-0"])
+@pytest.mark.parametrize("name", ["hybrid-sse-0", "hybrid-kda-0", "hybrid-nodelta-0"])
 def test_fast_forward_of_another_rule_has_the_gradients_of_its_own_forward(name: str, tokenizer) -> None:
-    """With partitions, whose tokens are brought together and taken apart again, and with a decay per channel."""
+    """With partitions, whose tokens are brought together and taken apart again, with a decay per channel, and without the delta rule."""
     recipe = replace(RECIPES[name], layer_types=(LINEAR, SOFTMAX), hidden=32, intermediate=32, head_size=8)
     model = initial_model(recipe.configuration(tokenizer)).train()
     choose_kernels(model, plain=True)
@@ -109,6 +114,13 @@ def test_fast_forward_takes_one_active_partition(tokenizer) -> None:
     configuration.n_active = 2
     model = SSEForCausalLM(configuration)
     with pytest.raises(ValueError, match="one active partition per token, got n_active=2"):
+        FastForward(model, plain_recurrence(model))
+
+
+def test_fast_forward_takes_mamba_layers_that_are_normalised_by_group(tokenizer) -> None:
+    model = initial_model(replace(RECIPES["hybrid-nodelta-0"], layer_types=(LINEAR, SOFTMAX)).configuration(tokenizer))
+    del model.model.layers[0].mamba.norm.group_size
+    with pytest.raises(ValueError, match=r"train with 5\.23 or later"):
         FastForward(model, plain_recurrence(model))
 
 
@@ -184,7 +196,7 @@ def test_the_ladder_s_recipes_are_those_of_its_waves() -> None:
 
 
 def test_another_rule_has_as_many_parameters(tokenizer) -> None:
-    names = ("hybrid-text-0", "hybrid-sse-0", "hybrid-fewheads-0", "hybrid-kda-0")
+    names = ("hybrid-text-0", "hybrid-sse-0", "hybrid-fewheads-0", "hybrid-kda-0", "hybrid-nodelta-0")
     counts = [sum(p.numel() for p in untrained(RECIPES[name], tokenizer).parameters()) for name in names]
     assert counts == pytest.approx([counts[0]] * len(names), rel=0.02)
 

@@ -1,7 +1,7 @@
-"""The training loss of a small `Qwen3NextForCausalLM`, `SSEForCausalLM` or `KimiLinearForCausalLM`, several times faster than its own forward.
+"""The training loss of a small model of a recipe's class, several times faster than its own forward.
 
 Same parameters, same function (a test compares the logits), written so that `torch.compile` can fuse all that lies between
-the matrix products and the chunked recurrence, which is fla's `chunk_gated_delta_rule` or `chunk_kda`. One kernel of its backward pass is wrong on
+the matrix products and the chunked recurrence, which is fla's `chunk_gated_delta_rule` or `chunk_kda`, or `decayed_sum` here. One kernel of its backward pass is wrong on
 Hopper GPUs with Triton 3.4 to 3.7.0, and fla refuses it there; `mend_backward` puts matrix products of torch in its place.
 """
 
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import KimiLinearForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel, Qwen3NextForCausalLM
+from transformers.models.bamba.modeling_bamba import BambaAttention, BambaMixer
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention, KimiLinearDeltaAttention
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from staterank_utils.kernels import unit
 from staterank_utils.sse import SSEGatedDeltaNet
 
-Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Recurrence = Callable[..., Tensor]
 FORGETS = -30.0  # log-decay that leaves nothing of a state
 
 
@@ -37,6 +38,40 @@ def kda(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Ten
 
     out: Tensor = chunk_kda(q, k, v, log_decay, beta)[0]
     return out
+
+
+def decayed_sum(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, size: int = 64) -> Tensor:
+    """Decay without the delta rule, as in Mamba-2: o_t = S_t^T q_t with S_t = a_t S_(t-1) + k_t v_t^T, by products within and between chunks.
+
+    Args:
+        q, k, v: (batch, token, head, d).
+        log_decay: ln a_t, (batch, token, head).
+        size: tokens of a chunk.
+    """
+    n_tokens = q.shape[1]
+    rest = -n_tokens % size
+
+    def chunks(x: Tensor) -> Tensor:
+        """(batch, chunk, head, token, d)"""
+        return F.pad(x, (0, 0, 0, 0, 0, rest)).unflatten(1, (-1, size)).transpose(2, 3)
+
+    q, k, v = map(chunks, (q, k, v))
+    g = chunks(log_decay.float()[..., None])[..., 0].cumsum(-1)
+    near = (q @ k.mT).float() * _decays(g, g)
+    out = near.to(v.dtype) @ v
+    ends = g[..., -1].transpose(1, 2).cumsum(-1)  # (batch, head, chunk)
+    added = (k * (g[..., -1:] - g).exp()[..., None].to(k.dtype)).mT @ v
+    far = _decays(F.pad(ends, (1, -1)), ends, -1).to(v.dtype)  # from the end of one chunk to the start of a later one
+    before = (far @ added.transpose(1, 2).flatten(-2)).unflatten(-1, added.shape[-2:]).transpose(1, 2)
+    out = out + (q * g.exp()[..., None].to(q.dtype)) @ before
+    return out.transpose(2, 3).flatten(1, 2)[:, :n_tokens]
+
+
+def _decays(to: Tensor, of: Tensor, diagonal: int = 0) -> Tensor:
+    """exp(to_i - of_j) for j <= i + diagonal, else 0, from logarithms that are summed up."""
+    n = of.shape[-1]
+    earlier = torch.ones(n, n, dtype=torch.bool, device=of.device).tril(diagonal)
+    return torch.where(earlier, to[..., :, None] - of[..., None, :], float("-inf")).exp()
 
 
 def mend_backward() -> None:
@@ -124,7 +159,9 @@ def chunk_gradients(
     return dq, dk, tokens(dw), dg.transpose(2, 3).flatten(1, 2)
 
 
-RECURRENCES: dict[str, Recurrence] = {"gated delta": gated_delta, "sparse state expansion": gated_delta, "KDA": kda}
+RECURRENCES: dict[str, Recurrence] = {
+    "gated delta": gated_delta, "sparse state expansion": gated_delta, "KDA": kda, "decay without delta": decayed_sum,
+}  # fmt: skip
 
 
 def recurrence_of(rule: str) -> Recurrence:
@@ -292,6 +329,47 @@ def _kda_inputs(
     return q, k, v, log_decay, F.linear(h, b).float().sigmoid().to(x.dtype), z
 
 
+def _decayed_inputs(
+    x: Tensor,
+    norm: Tensor,
+    projection: Tensor,
+    conv: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    eps: float,
+    d: int,
+    n_k: int,
+    n_v: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_linear_inputs`, for Mamba-2: what is written is scaled by the step that decides the decay. Last the values as they were."""
+    width, keys = conv.shape[0] - 2 * n_k * d, n_k * d
+    z, xbc, dt = F.linear(_rms_norm(x, norm, eps), projection).split([width, width + 2 * keys, n_v], dim=-1)
+    v, k, q = (
+        part.unflatten(-1, (n, -1))
+        for n, part in zip((n_v, n_k, n_k), _convolved(xbc, conv).split([width, keys, keys], dim=-1), strict=True)
+    )
+    step = F.softplus(dt.float() + dt_bias)
+    q, k = (u.repeat_interleave(n_v // n_k, 2) for u in (q, k))
+    return q, k, (v * step[..., None]).to(x.dtype), -a_log.exp() * step, z, v
+
+
+def _decayed_outputs(
+    x: Tensor,
+    out: Tensor,
+    v: Tensor,
+    z: Tensor,
+    skip: Tensor,
+    norm: Tensor,
+    projection: Tensor,
+    eps: float,
+    n_groups: int,
+) -> Tensor:
+    gated = (out.float() + skip[:, None] * v.float()).flatten(-2) * F.silu(z.float())
+    wide = gated.unflatten(-1, (n_groups, -1))
+    normed = norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2).to(x.dtype)
+    return x + F.linear(normed, projection)
+
+
 def _linear_outputs(
     x: Tensor, out: Tensor, z: Tensor, norm: Tensor, projection: Tensor, eps: float, gate: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -321,6 +399,17 @@ def _attention(
     query, key = (_rotate(_rms_norm(u, w, eps).transpose(1, 2), cos, sin) for u, w in ((query, q_norm), (key, k_norm)))
     out = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), is_causal=True, enable_gqa=True)
     return x + F.linear(out.transpose(1, 2).flatten(-2) * gate.flatten(-2).sigmoid(), o)
+
+
+def _plain_attention(
+    x: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, cos: Tensor, sin: Tensor, eps: float, d: int
+) -> Tensor:
+    """Softmax attention without gates and norms of its own."""
+    h = _rms_norm(x, norm, eps)
+    query, key, value = (F.linear(h, w).unflatten(-1, (-1, d)).transpose(1, 2) for w in (q, k, v))
+    query, key = (_rotate(u, cos, sin) for u in (query, key))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return x + F.linear(out.transpose(1, 2).flatten(-2), o)
 
 
 def _latent_attention(
@@ -372,6 +461,11 @@ def _weighted_loss(
     return (losses * weights).sum() / weights.sum(), losses.detach()
 
 
+def _part(module: torch.nn.Module, *names: str) -> Any:
+    """The part of a module that has one of these names: each class has its own."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
 class FastForward:
     """Loss and logits of a small model with dense MLPs and tied embeddings, of a class that a recipe may have.
 
@@ -382,7 +476,7 @@ class FastForward:
         compiled: fuse with `torch.compile`.
 
     Raises:
-        ValueError: more than one active partition.
+        ValueError: more than one active partition, or Mamba-2 layers of another transformers.
     """
 
     def __init__(
@@ -398,9 +492,12 @@ class FastForward:
             raise ValueError(
                 f"expected one active partition per token, got n_active={n_active}: train it with its own forward"
             )
-        self._adds_one = not isinstance(
-            model, KimiLinearForCausalLM
-        )  # to the weights of its norms, as `_rms_norm` does
+        if any(isinstance(m, BambaMixer) and not hasattr(m.norm, "group_size") for m in model.modules()):
+            raise ValueError(
+                "this transformers normalises what Mamba-2 layers put out over all heads, and later ones over each group: "
+                "train with 5.23 or later, so that the model stays the same"
+            )
+        self._adds_one = isinstance(model, Qwen3NextForCausalLM)  # to the weights of its norms, as `_rms_norm` does
         self._fuse = cache(torch.compile(dynamic=False) if compiled else lambda function: function)
 
     def _norm(self, module: torch.nn.Module) -> Tensor:
@@ -413,7 +510,7 @@ class FastForward:
         """What a layer's first half gives, and the auxiliary loss of its router, weighted; 0 without one."""
         config, low, fuse = self.model.config, self._low, self._fuse
         before, eps = self._norm(layer.input_layernorm), config.rms_norm_eps
-        m = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
+        m = _part(layer, "linear_attn", "mamba", "self_attn")
         if isinstance(m, SSEGatedDeltaNet):
             *inputs, z, balance, order, inverse = fuse(_sse_inputs)(
                 x, before, *low(m.in_proj_qkvz, m.in_proj_ba, m.router, m.lora_down, m.lora_up, m.conv1d), m.A_log, m.dt_bias, eps, m.head_k_dim,
@@ -437,6 +534,16 @@ class FastForward:
             return fuse(_linear_outputs)(
                 x, self.recurrence(*inputs), z, *low(m.o_norm, m.o_proj), eps, torch.sigmoid
             ), 0.0
+        if isinstance(m, BambaMixer):
+            *inputs, z, v = fuse(_decayed_inputs)(
+                x, before, *low(m.in_proj, m.conv1d), m.A_log, m.dt_bias, eps, m.ssm_state_size, m.n_groups, m.num_heads
+            )
+            out = fuse(self.recurrence)(*inputs)
+            return fuse(_decayed_outputs)(x, out, v, z, m.D, *low(m.norm, m.out_proj), eps, m.n_groups), 0.0
+        if isinstance(m, BambaAttention):
+            return fuse(_plain_attention)(
+                x, before, *low(m.q_proj, m.k_proj, m.v_proj, m.o_proj), *angles, eps, m.head_dim
+            ), 0.0
         if isinstance(m, KimiLinearAttention):
             return fuse(_latent_attention)(
                 x, before, *low(m.q_proj, m.kv_a_proj_with_mqa, m.kv_b_proj, m.o_proj), self._norm(m.kv_a_layernorm), eps,
@@ -457,15 +564,15 @@ class FastForward:
         for layer in of.layers:
             x, balance = self._mixed(layer, x, angles)
             auxiliary = auxiliary + balance
-            m = layer.mlp
+            m, norm = _part(layer, "mlp", "feed_forward"), _part(layer, "post_attention_layernorm", "pre_ff_layernorm")
             x = self._fuse(_mlp)(
-                x, self._norm(layer.post_attention_layernorm), *self._low(m.gate_proj, m.up_proj, m.down_proj), self.model.config.rms_norm_eps
+                x, self._norm(norm), *self._low(m.gate_proj, m.up_proj, m.down_proj), self.model.config.rms_norm_eps
             )  # fmt: skip
         return x, auxiliary
 
     def _head(self) -> tuple[Tensor, Tensor]:
         """Last norm and embedding."""
-        return self._norm(self.model.model.norm), *self._low(self.model.lm_head)  # type: ignore[return-value]
+        return self._norm(_part(self.model.model, "norm", "final_layernorm")), *self._low(self.model.lm_head)  # type: ignore[return-value]
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (batch, token, vocabulary)."""

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     KimiLinearConfig,
     KimiLinearForCausalLM,
     PreTrainedConfig,
@@ -38,6 +40,7 @@ RULES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "gated delta": (Qwen3NextConfig, Qwen3NextForCausalLM),
     "sparse state expansion": (SSEConfig, SSEForCausalLM),
     "KDA": (KimiLinearConfig, KimiLinearForCausalLM),
+    "decay without delta": (BambaConfig, BambaForCausalLM),
 }
 TASKS = {"needle": 0.18, "arithmetic": 0.09, "recall": 0.11, "copying": 0.62}
 
@@ -112,16 +115,23 @@ class Recipe:
             raise ValueError(f"{self.name}: unknown gates {self.gates!r}: choose from {', '.join(SCHEMES)}")
         n_layers = len(self.layer_types)
         of_rule, model_class = RULES[self.rule]
-        sizes: dict[str, Any]
+        sizes: dict[str, Any] = {} if of_rule is BambaConfig else {"layer_types": list(self.layer_types)}
         if issubclass(of_rule, Qwen3NextConfig):
-            sizes = {
+            sizes |= {
                 "num_key_value_heads": self.key_value_heads, "head_dim": self.head_size, "linear_num_key_heads": self.key_heads,
                 "linear_num_value_heads": self.value_heads, "linear_key_head_dim": self.head_size, "linear_value_head_dim": self.head_size,
                 "num_experts": 0, "mlp_only_layers": list(range(n_layers)),
                 "tie_word_embeddings": True,
             } | (PARTITIONS if of_rule is SSEConfig else {})  # fmt: skip
+        elif of_rule is BambaConfig:  # which knows its softmax layers by their places; its other layers are Mamba-2
+            sizes |= {
+                "num_key_value_heads": self.key_value_heads, "attn_layer_indices": [i for i, kind in enumerate(self.layer_types) if kind == SOFTMAX],
+                "mamba_n_heads": self.value_heads, "mamba_d_head": self.head_size, "mamba_expand": self.value_heads * self.head_size // self.hidden,
+                "mamba_n_groups": self.key_heads, "mamba_d_state": self.head_size, "mamba_conv_bias": False, "bos_token_id": None,
+                "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+            }  # fmt: skip
         else:  # its softmax layers keep a latent of keys and values, and know no positions
-            sizes = {
+            sizes |= {
                 "num_key_value_heads": self.softmax_heads, "qk_nope_head_dim": self.head_size, "v_head_dim": self.head_size,
                 "qk_rope_head_dim": self.head_size // 2, "kv_lora_rank": 2 * self.head_size, "linear_num_heads": self.value_heads,
                 "linear_head_dim": self.head_size, "mlp_layer_types": ["dense"] * n_layers, "bos_token_id": None, "rms_norm_eps": 1e-6,
@@ -129,7 +139,7 @@ class Recipe:
             }  # fmt: skip
         return of_rule(
             vocab_size=len(tokenizer), hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=n_layers,
-            layer_types=list(self.layer_types), num_attention_heads=self.softmax_heads, max_position_embeddings=4096,
+            num_attention_heads=self.softmax_heads, max_position_embeddings=4096,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, use_cache=SOFTMAX in self.layer_types,
             initialization={"scheme": SCHEMES[self.gates], "seed": self.seed}, architectures=[model_class.__name__], **sizes,
         )  # fmt: skip
@@ -155,6 +165,8 @@ def _recipes() -> dict[str, Recipe]:
         "fewheads": (1, {"key_heads": 4, "value_heads": 8, "intermediate": 1008}),  # those sizes, without partitions
         # A decay per channel, as many key heads as value heads, and narrower MLPs: as many parameters as the others.
         "kda": (1, {"rule": "KDA", "key_heads": 16, "intermediate": 352}),
+        # Mamba-2: what is written is not compared with what the state holds.
+        "nodelta": (1, {"rule": "decay without delta", "intermediate": 528}),
         "tasks25": (1, {"rows": MappingProxyType(TASKS_25)}),
         "tasks63light": (1, {"rows": tasks63}),  # answers weigh as other tokens do
     }
@@ -187,7 +199,7 @@ WAVES = {
         "hybrid-softmaxfirst-1",
         "hybrid-softmaxfirst-2",
     ),  # the leads of wave 5, on more seeds
-    8: ("hybrid-kda-0",),  # another update rule with decay
+    8: ("hybrid-kda-0", "hybrid-nodelta-0"),  # other update rules with decay
 }  # the wide pair is of no wave: it is a candidate for embedding, and `--recipes` trains it
 
 

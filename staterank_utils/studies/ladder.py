@@ -59,6 +59,7 @@ RULES = {
     "gated delta rule": "text",
     "sparse state expansion": "sse",
     "KDA": "kda",
+    "decay without delta": "nodelta",
 }  # update rule -> data or design of the hybrids that have it
 WITHOUT_DECAY = "DeltaNet"
 HELD_OUT = "bits_per_byte_held_out_books"  # of a training
