@@ -52,7 +52,7 @@ def bin(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment") / "empty"
     venv.create(folder, with_pip=True)
     [wheel] = built.glob("*.whl")
-    quiet = ["--quiet", "--disable-pip-version-check", "--constraint", str(ROOT / "requirements.txt")]
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", str(ROOT / "requirements.txt")]
     fla = ["flash-linear-attention", "triton"] if sys.platform == "linux" else []
     subprocess.run([folder / "bin" / "python", "-m", "pip", "install", *quiet, f"{wheel}[report]", *fla], check=True)
     return folder / "bin"
