@@ -128,17 +128,21 @@ def said(command: str) -> Iterator[None]:
             ...
         Exit: 1
     """
-    with ends_at_once():
-        import torch
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # that of torch
+            raise
+        print(f"staterank: {in_options(str(error), command)}", file=sys.stderr)
+        raise typer.Exit(1) from None
 
+
+def _prepare() -> None:
+    """Import what takes long, and keep kernels of a GPU from being tuned anew."""
+    with ends_at_once():
         from staterank_utils.dispatch import limit_autotuning
 
     limit_autotuning()
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"staterank: {in_options(str(error), command)}", file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 def in_options(message: str, command: str) -> str:
@@ -181,7 +185,7 @@ def trace(
         str, typer.Option(help="what the model reads: a text file, or a built-in domain such as prose or code")
     ] = "prose",
     tokens: Annotated[int, typer.Option(min=1, help="length of a prompt")] = 512,
-    prompts: Annotated[int, typer.Option(min=1, help="how many")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="how many prompts, of which means are printed")] = 4,
     out: Annotated[Path | None, typer.Option(help="write every head's numbers here, as CSV")] = None,
     revision: Revision = None,
     device: Device = None,
@@ -202,6 +206,13 @@ def trace(
         1
     """
     with said("trace"):
+        if out and out.is_dir():
+            raise IsADirectoryError(f"{out} is a folder: give the name of a file in it")
+        if "." in text and not text.startswith("dataset:") and not Path(text).exists():
+            raise FileNotFoundError(
+                f"there is no file {text}, and no built-in text of that name: give a text file, or a built-in text such as prose or code"
+            )
+        _prepare()
         with ends_at_once():
             from staterank_utils.architectures import linear_layers, state_size
             from staterank_utils.markdown import markdown_table
@@ -212,14 +223,8 @@ def trace(
             from staterank_utils.tasks import DOMAINS, domain_prompts
             from staterank_utils.tracing import check_even
 
-        is_file = text not in DOMAINS and not text.startswith("dataset:") and ("." in text or Path(text).exists())
-        if is_file and not Path(text).exists():
-            raise FileNotFoundError(
-                f"there is no file {text}, and no built-in text of that name: give a text file, or one of {', '.join(DOMAINS)}"
-            )
+        is_file = text not in DOMAINS and Path(text).exists()
         domain = f"./{text}" if is_file and "/" not in text else text
-        if out and out.is_dir():
-            raise IsADirectoryError(f"{out} is a folder: give the name of a file in it")
         if out:
             check_writable(out)
         check_even(linear_layers(model_outline(model, revision=revision)))
@@ -261,7 +266,13 @@ def prune(
     model: Model,
     out: Annotated[Path, typer.Option(help="folder of the smaller model, which is not there yet")],
     share: Annotated[float, typer.Option(help="of all heads, between 0 and 1")] = 0.25,
-    rule: Annotated[Rule, typer.Option(help="which heads go first")] = Rule.rank,
+    rule: Annotated[
+        Rule,
+        typer.Option(
+            help="which heads go first: of the highest rank, the lowest, the highest rank and norm together (the paper's score), "
+            "the largest norm, the longest half-life, or at random"
+        ),
+    ] = Rule.rank,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="the same share of every layer")] = False,
     plain: Annotated[
         bool, typer.Option("--plain", help="write a model that loads without this package; needs --per-layer")
@@ -281,19 +292,20 @@ def prune(
         1
     """
     with said("prune"):
+        if out.exists():
+            raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
+        if plain and not per_layer:
+            raise ValueError("--plain needs as many heads in every layer: add --per-layer")
+        _prepare()
         with ends_at_once():
             from staterank_utils.architectures import linear_layers
             from staterank_utils.models import load_model, load_tokenizer, model_outline
             from staterank_utils.results import check_writable
             from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
 
-        if out.exists():
-            raise FileExistsError(f"{out} is there already: choose another folder, or remove it")
         check_writable(out)
         outline = model_outline(model, revision=revision)
         check_pruning(outline, rule=rule, share=share, per_layer=per_layer)
-        if plain and not per_layer:
-            raise ValueError("--plain needs as many heads in every layer: add --per-layer")
         if plain and not (first := linear_layers(outline)[0]).heads_settings:
             raise ValueError(
                 f"a model of {first.name} cannot say in its configuration that it has fewer heads: leave --plain out"
@@ -314,12 +326,18 @@ def prune(
 def report(
     model: Model,
     out: Annotated[Path, typer.Option(help="folder of the report")],
-    profile: Annotated[Profile, typer.Option(help="how much is measured")] = Profile.quick,
+    profile: Annotated[
+        Profile, typer.Option(help="how much is measured: minutes on two cores for a small model, or what needs a GPU")
+    ] = Profile.quick,
     only: Annotated[
-        list[str] | None, typer.Option(help="a chapter, such as 01_stratification; may be given several times")
+        list[str] | None,
+        typer.Option(
+            help="a chapter: 00_what_rank_measures, 01_stratification, 02_input_invariance, 03_ablation_asymmetry, "
+            "04_joint_rank_norm_pruning or 05_memory_and_recall; may be given several times"
+        ),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="prompts per measurement; by default what the profile says")
+        int | None, typer.Option(min=2, help="prompts per measurement; by default what the profile says")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="length of a prompt; by default what the profile says")
@@ -340,6 +358,7 @@ def report(
         1
     """
     with said("report"):
+        _prepare()
         with ends_at_once():
             from staterank_utils.report import write_report
 
@@ -362,4 +381,4 @@ def report(
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="staterank")

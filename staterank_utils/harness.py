@@ -39,7 +39,7 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, *, batch_size: int = 8
         from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "lm-evaluation-harness is not installed: pip install 'staterank-utils[harness]'"
+            "lm-evaluation-harness is not installed: pip install 'lm_eval[math,ruler]'"
         ) from error
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

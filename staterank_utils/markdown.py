@@ -114,12 +114,12 @@ def overview_table(folder: Path, models: Sequence[str] | Mapping[str, str]) -> s
 
     Args:
         folder: where results lie, `NOTEBOOK.json`.
-        models: column heads, in order; or column head -> model, as results name it. A claim without a result shows as not yet tested.
+        models: column heads, in order; or column head -> model, as results name it. A claim without a result shows as not tested.
 
     Example:
         >>> table = overview_table(Path("nowhere"), ["hybrid"])
-        >>> table.splitlines()[0], table.count("not yet tested") == len(CLAIMS)
-        ('| claim | holds if | paper | hybrid |', True)
+        >>> table.splitlines()[0], table.count("not tested") == len(CLAIMS)
+        ('| claim | measured: holds if | paper | hybrid |', True)
     """
     columns = models if isinstance(models, Mapping) else {model: model for model in models}
     cells: dict[tuple[str, str], str] = {}
@@ -131,9 +131,11 @@ def overview_table(folder: Path, models: Sequence[str] | Mapping[str, str]) -> s
     for key in ORDER:
         of_models = [cells.get((key, model)) for model in columns.values()]
         if key in CLAIMS or any(of_models):
-            statement, _, holds, paper = _printed(key)
-            rows.append((f"**{key}** {statement}", holds, paper, *(cell or "not yet tested" for cell in of_models)))
-    return markdown_table(("claim", "holds if", "paper", *columns), rows)
+            statement, measure, holds, paper = _printed(key)
+            rows.append(
+                (f"**{key}** {statement}", f"{measure}: {holds}", paper, *(cell or "not tested" for cell in of_models))
+            )
+    return markdown_table(("claim", "measured: holds if", "paper", *columns), rows)
 
 
 def number(criterion: Mapping[str, Any]) -> str:
@@ -147,7 +149,7 @@ def number(criterion: Mapping[str, Any]) -> str:
         ('rho 0.91', 'rho undefined')
     """
     point = criterion["point"]
-    return f"{criterion['label']} {'undefined' if point is None else format(point, '.2f')}"
+    return f"{criterion['label']} {'undefined' if point is None else format(point, 'z.2f')}"
 
 
 def _interval(number: Mapping[str, Any]) -> str:
@@ -156,8 +158,8 @@ def _interval(number: Mapping[str, Any]) -> str:
     if number["label"] == "violations":
         return f"{number['point']:.0f}"
     if number["point"] == number["low"] == number["high"]:
-        return f"{number['point']:.3f}"
-    return f"{number['point']:.3f} [{number['low']:.3f}, {number['high']:.3f}]"
+        return f"{number['point']:z.3f}"
+    return f"{number['point']:z.3f} [{number['low']:z.3f}, {number['high']:z.3f}]"
 
 
 def by_model(rows: Iterable[Mapping[str, Any]], key: str) -> str:

@@ -88,7 +88,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     if device == "auto" and importlib.util.find_spec("accelerate") is None:
-        raise ModuleNotFoundError("device='auto' needs accelerate: pip install 'staterank-utils[large]'")
+        raise ModuleNotFoundError("device='auto' needs accelerate: pip install accelerate")
     on_cpu = not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
     chosen = dtype or (torch.float32 if on_cpu else "auto")
     # What cannot be measured is refused before its weights are read.

@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,35 @@ from tqdm import tqdm
 from staterank_utils import __version__, claims, markdown
 from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
-from staterank_utils.models import CHECKPOINTS, DTYPES, EMBEDDED, check_device, load_tokenizer, model_outline
+from staterank_utils.models import (
+    CHECKPOINTS,
+    DTYPES,
+    EMBEDDED,
+    check_device,
+    load_tokenizer,
+    model_outline,
+    verify_weights,
+)
 from staterank_utils.results import PROFILES, check_writable, weights_hash, whole_or_not, write_json
-from staterank_utils.studies.groups import check_sizes
+from staterank_utils.studies.groups import EARLY, check_sizes
 from staterank_utils.tracing import check_even
 
 log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
 # Notebooks and looks of the book: in the package where it was installed from a wheel, beside it in the repository.
 BOOK = PACKAGE / "_book" if (PACKAGE / "_book").exists() else PACKAGE.parent
-NEEDED = ("papermill", "jupyter_book", "myst_nb", "altair", "vl_convert")
+NEEDED = {  # module -> what brings it
+    "papermill": "papermill", "jupyter_book": "'jupyter-book<2'", "myst_nb": "myst-nb", "altair": "altair", "vl_convert": "vl-convert-python",
+}  # fmt: skip
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
-PROFILED = "what the profile says"  # of a size that was not given
+DEFAULT = "what is the default"  # of a size, a dtype or a device that was not given
 TOLD = 400  # letters of an error that a page shows
 
 
-def execute(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path) -> dict[str, Any]:
+def execute(
+    source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path, progress: bool = False
+) -> dict[str, Any]:
     """Run a notebook; say how long it took and how much memory.
 
     Its peak memory is the largest of all kernels that this process has run, so give each notebook a process of its own.
@@ -51,6 +63,7 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: P
         target: where the executed one goes; after an error it holds what was run.
         parameters: of the notebook.
         cwd: folder that it runs in.
+        progress: with a bar of its cells.
 
     Returns:
         "notebook", "seconds", "peak_gib" and the parameters.
@@ -72,7 +85,8 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: P
         raise ValueError(f"{source.name} has no parameter {', '.join(sorted(unknown))}")
     started = time.monotonic()
     papermill.execute_notebook(
-        str(source), str(target), parameters=dict(parameters), cwd=str(cwd), progress_bar=False, log_output=False,
+        str(source), str(target), parameters=dict(parameters), cwd=str(cwd), log_output=False,
+        progress_bar={"desc": source.stem, "position": 1, "leave": False} if progress else False,
         extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # a page says what went wrong
     )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -163,16 +177,18 @@ def write_report(
     known = {source: _sizes_of(source, sizes) for source in sources}
     if unknown := set(sizes) - {name for of in known.values() for name in of}:
         raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
-    if "n_tokens" in sizes:
-        check_sizes(n_prompts=2, n_tokens=sizes["n_tokens"])  # how few prompts do is for each chapter to say
+    check_sizes(n_prompts=sizes.get("n_prompts", 2), n_tokens=sizes.get("n_tokens", 2 * EARLY))
     plan = _plan(model, revision, device, dtype)
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
+    if folder.is_dir():
+        verify_weights(folder)
     given: dict[str, Any] = {
         "model": str(folder.resolve()) if folder.is_dir() and model not in EMBEDDED else model,
         "revision": revision or "", "device": device or "", "dtype": dtype or "", "profile": profile,
     }  # fmt: skip
     files = _files_hash(folder) if folder.is_dir() else "of the revision"
-    _take_folder(out, {**given, **sizes, "version": __version__, "files": files})
+    chosen = {name: value for name, value in {**given, **sizes}.items() if value}
+    _take_folder(out, {**chosen, "version": __version__, "files": files})
     print(plan, file=sys.stderr)
     work = out / "work"
     (work / "notebooks").mkdir(exist_ok=True)
@@ -187,7 +203,8 @@ def write_report(
     done = _done(work)
     if not done:
         raise ValueError("no chapter could be run: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
-    _build(out, work, given["model"], done, missing)
+    measured_with = ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "model")
+    _build(out, work, given["model"], measured_with, done, missing)
     return missing
 
 
@@ -220,7 +237,7 @@ def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
             if "model" in others and "files" in others:
                 others.remove("files")
             differs = ", ".join(
-                "files of the model that have changed since" if name == "files" else f"{name} {before.get(name, PROFILED)!s} and not {made_of.get(name, PROFILED)!s}"
+                "files of the model that have changed since" if name == "files" else f"{name} {before.get(name, DEFAULT)!s} and not {made_of.get(name, DEFAULT)!s}"
                 for name in others
             )  # fmt: skip
             raise FileExistsError(f"{out} holds a report of {differs}: choose another folder, or remove this one")
@@ -238,7 +255,8 @@ def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
 def _check_packages() -> None:
     if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(
-            f"a report needs {', '.join(absent)}: pip install 'staterank-utils[report]'", name=absent[0]
+            f"a report needs {', '.join(absent)}: pip install {' '.join(NEEDED[name] for name in absent)}",
+            name=absent[0],
         )
 
 
@@ -301,6 +319,7 @@ def _apart(source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_tell, args=(there, source, target, parameters, cwd), daemon=True)
+    resource_tracker.ensure_running()  # which the start does otherwise, and then lets the signal in again
     with _deaf():
         process.start()
     there.close()
@@ -317,28 +336,27 @@ def _apart(source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path)
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes that start in this block do not hear Ctrl-C: the one that started them says it alone, and ends them."""
-    if threading.current_thread() is not threading.main_thread():  # no other may change signals, nor hears any
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes that start in this block never hear Ctrl-C; the one that starts them hears it at the end of the block, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tell(there: Connection, source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path) -> None:
-    """Execute a notebook, and send why it failed, or None."""
+    """Execute a notebook with a bar of its cells, and send why it failed, or None."""
     tempfile.tempdir = str(source.parent)  # for the kernel's connection file, which a stop would leave behind
     try:
-        execute(source, target, parameters, cwd=cwd)
+        execute(source, target, parameters, cwd=cwd, progress=True)
         there.send(None)
     except Exception as error:
         there.send(f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}")
 
 
-def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: Mapping[str, str]) -> None:
+def _build(
+    out: Path, work: Path, model: str, measured_with: str, chapters: Sequence[str], missing: Mapping[str, str]
+) -> None:
     """Write the pages around the chapters, and build the site into OUT."""
     from staterank_utils import interactive  # with the libraries of figures, which the command's help need not wait for
 
@@ -350,6 +368,10 @@ def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: 
         for place, name in places.items():
             text = text.replace(json.dumps(place)[1:-1], name)
         return text
+
+    def alone(text: str) -> str:
+        """A text on models without the name of the one that it is on."""
+        return text.replace(f" ({name_of_model})", "")
 
     shutil.rmtree(stage, ignore_errors=True)
     (stage / "results").mkdir(parents=True)
@@ -371,9 +393,10 @@ def _build(out: Path, work: Path, model: str, chapters: Sequence[str], missing: 
             [
                 f"# State ranks of {name_of_model}",
                 f"The chapters of the book \"State Rank Dynamics, tested\", run on `{name_of_model}` with staterank-utils {__version__}. Verdicts are by rules that were "
-                "fixed before the book's models were trained ({doc}`book/claims`). Embedded models, and those of the ladder, are models of the book.",
-                _answers(stage / "results", chapters),
-                markdown.overview_table(stage / "results", {name_of_model: name_of_model}),
+                "fixed before the book's models were trained ({doc}`book/claims`). Embedded models, and those of the ladder, are models of the book. "
+                f"Measured with: {measured_with}.",
+                alone(_answers(stage / "results", chapters)),
+                alone(markdown.overview_table(stage / "results", {name_of_model: name_of_model})),
                 "## What was not run" if not_run else "",
                 not_run,
             ]

@@ -163,6 +163,21 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def requirement() -> str:
+    """By what pip installs this package: its name, and the address of its repository if it was installed.
+
+    Example:
+        >>> requirement().startswith("staterank-utils")
+        True
+    """
+    try:
+        addresses = metadata.metadata("staterank-utils").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return "staterank-utils"
+    [repository] = [address.removeprefix("Repository, ") for address in addresses if address.startswith("Repository, ")]
+    return f"staterank-utils @ git+{repository}"
+
+
 def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> dict[str, Any]:
     """What a result needs beside it: commit, versions, device, checkpoint hashes, parameters, time.
 

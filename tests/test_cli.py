@@ -235,3 +235,18 @@ import staterank
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_ctrl_c_while_a_model_is_written_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def stopped(self: PreTrainedModel, folder: Path, **options: object) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", stopped)
+    done = RUN.invoke(staterank.app, ["prune", str(tiny), "--share", "0.5", "--out", "smaller"])
+    assert done.exit_code != 0
+    assert "Traceback" not in done.output
+    assert list(tmp_path.iterdir()) == []

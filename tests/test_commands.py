@@ -4,6 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +61,19 @@ def test_every_line_is_known() -> None:
             or (program == "make" and words[0] in BY_MAKE)
             or line.startswith("git clone")
         ), line
+
+
+def test_what_pip_is_told_to_install_is_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = [name for text in PAGES.values() for name in re.findall(r"pip install '([^']+)'", text)]
+    assert len(found) > 1
+    for name in found:
+        of_project = re.fullmatch(r"staterank-utils\[(\w+)\] @ git\+(.*)", name)
+        if of_project:
+            assert of_project[1] in project["optional-dependencies"]
+            assert of_project[2] == project["urls"]["Repository"]
+        else:
+            assert find_spec(name.split("[")[0]), name
 
 
 @pytest.mark.parametrize("line", sorted({line for line in lines() if "staterank" in line.split()[0]}))

@@ -63,14 +63,15 @@ def scores(model, tokenizer, folder: Path) -> tuple[float, float]:
     return found["said"]["exact_match,none"], found["chosen"]["acc,none"]
 
 
-def test_the_harness_sees_what_was_done_to_the_model(hybrid, tokenizer, folder: Path) -> None:
+def test_the_harness_sees_what_was_done_to_the_model(hybrid, tokenizer, folder: Path, tmp_path: Path) -> None:
     assert scores(hybrid, tokenizer, folder) == (1.0, 1.0)
     with ablate_heads(hybrid, early_heads(hybrid)):
         ablated = scores(hybrid, tokenizer, folder)
     assert ablated[0] == 0.0
     assert ablated[1] < 1.0
     pruned = prune_heads(hybrid, heads_by_layer(early_heads(hybrid), all_heads(hybrid), what="heads"))
-    assert scores(pruned, tokenizer, folder) == ablated
+    pruned.save_pretrained(tmp_path)
+    assert scores(load_model(str(tmp_path)), tokenizer, folder) == ablated
 
 
 def test_a_model_without_softmax_layers_generates_in_the_harness(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path)
     first = (made / "index.html").read_text()
     assert f"State ranks of {tiny.name}" in first
     assert "C1" in first
-    assert "not yet tested" in first  # the chapters that were not asked for
+    assert "not tested" in first  # the chapters that were not asked for
+    assert "Measured with: profile quick, n_prompts 2, n_tokens 256." in first
+    assert f"({tiny.name})" not in first
     assert "C1b" in first
     assert "C0a" not in first
     assert "<em>03_ablation_asymmetry</em>: not asked for" in first
@@ -116,7 +118,7 @@ def test_a_folder_holds_one_report(made: Path, tiny: Path, tmp_path: Path, monke
         write_report(str(other), made, only=[CHAPTER], parameters=SMALL)
     with pytest.raises(FileExistsError, match="of n_prompts 2 and not 3: choose another"):
         write_report(str(tiny), made, only=[CHAPTER], parameters={**SMALL, "n_prompts": 3})
-    with pytest.raises(FileExistsError, match=r"of n_tokens 256 and not what the profile says: choose another"):
+    with pytest.raises(FileExistsError, match=r"of n_tokens 256 and not what is the default: choose another"):
         write_report(str(tiny), made, only=[CHAPTER], parameters={"n_prompts": 2})
     kept = (tiny / "model.safetensors").read_bytes()
     (tiny / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
@@ -140,6 +142,12 @@ def test_a_size_that_no_chapter_has_is_refused(tiny: Path, tmp_path: Path) -> No
 def test_what_chapters_would_refuse_is_refused_before_any_runs(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n_tokens must be at least 256, got 100"):
         write_report(str(tiny), tmp_path / "out", parameters={"n_tokens": 100})
+    with pytest.raises(ValueError, match="n_prompts must be at least 2, got 1"):
+        write_report(str(tiny), tmp_path / "out", parameters={"n_prompts": 1})
+    cut = shutil.copytree(tiny, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        write_report(str(cut), tmp_path / "out")
     with pytest.raises(ValueError, match="no dtype 'half' of a report: choose from float32, bfloat16"):
         write_report(str(tiny), tmp_path / "out", dtype="half")
     with pytest.raises(ValueError, match="'a, b' has a comma"):
@@ -193,15 +201,20 @@ def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: P
 
 
 def test_ctrl_c_is_heard_again_afterwards_and_reports_may_be_made_in_a_thread() -> None:
-    def within() -> object:
+    def within() -> bool:
         with report._deaf():
-            return signal.getsignal(signal.SIGINT)
+            return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
-    before = signal.getsignal(signal.SIGINT)
-    assert within() == signal.SIG_IGN
-    assert signal.getsignal(signal.SIGINT) == before
+    def pressed() -> None:
+        with report._deaf():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert within()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(KeyboardInterrupt):
+        pressed()
     with ThreadPoolExecutor(1) as threads:
-        assert threads.submit(within).result() == before
+        assert threads.submit(within).result()
 
 
 @pytest.mark.parametrize(
@@ -209,9 +222,9 @@ def test_ctrl_c_is_heard_again_afterwards_and_reports_may_be_made_in_a_thread() 
     [
         ({"ROOM": 10**18}, OSError, "has room for .* and a report needs"),
         (
-            {"NEEDED": ("no_such_package",)},
+            {"NEEDED": {"no_such_package": "such-a-package"}},
             ModuleNotFoundError,
-            r"a report needs no_such_package: pip install 'staterank-utils\[report\]'",
+            r"a report needs no_such_package: pip install such-a-package",
         ),
     ],
 )

@@ -620,7 +620,7 @@ def law_claims(name: str, groups: Groups, law: Law, *, keys: Sequence[str] = ("C
 
 def _causal(name: str, law: Law) -> Row:
     if not law.factors:
-        return claims.not_measured("C0c", name, why="decay was not scaled; `measure_law` does it")
+        return claims.not_measured("C0c", name, why="decay was not scaled; chapter 0 does it")
     if (law.predicted_changes() != 0).sum() < 2:
         return claims.not_testable("C0c", name, why="the law predicts no change of rank")
     return claims.judge("C0c", name, {"rho": law.agreement()}, note=f"; {law.n_still} pairs predicted to stay")

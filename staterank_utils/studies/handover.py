@@ -16,7 +16,7 @@ from staterank_utils.evaluation import token_nats
 from staterank_utils.markdown import markdown_table
 from staterank_utils.pruned import plain_model, removed_heads
 from staterank_utils.pruning import prune_heads
-from staterank_utils.results import whole_or_not
+from staterank_utils.results import requirement, whole_or_not
 from staterank_utils.selection import Measure, measure_heads, random_heads, saturation_scores, select_heads
 from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.studies.shrinking import Footprint, footprint
@@ -261,7 +261,7 @@ def model_card(
     )
     if not plain:
         note = (
-            "`import staterank_utils` (`pip install staterank-utils`) makes the type of the model known; without it, transformers says that it "
+            f"`import staterank_utils` (`pip install '{requirement()}'`) makes the type of the model known; without it, transformers says that it "
             "does not know it. No code is loaded with the weights."
         )
     load = LOAD.format(
