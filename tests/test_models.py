@@ -229,7 +229,7 @@ def test_a_model_spread_over_devices_gives_the_same_states(
 
 def test_a_model_is_spread_by_accelerate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="large"):
+    with pytest.raises(ModuleNotFoundError, match="pip install accelerate"):
         load_model("hybrid", device="auto")
 
 
