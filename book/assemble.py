@@ -197,7 +197,8 @@ def main() -> None:
     (stage / "book" / "_static" / "vega.js").write_text(interactive.bundle(), encoding="utf-8")
     stored = {name: content["rows"] for name, (_, content) in stored_models().items()}
     of_first_pair = {name: content["rows"] for name, content in first_pair().items()}
-    when = home.ladder_answer(stored, needed())
+    when = home.ladder_answer(stored | of_first_pair, needed())
+    again = json.loads((STORED / "ladder" / "repeats" / "hybrid-text-0.json").read_text(encoding="utf-8"))
     generated = {
         "tiles": home.home_tiles(
             stage / "results", EMBEDDED, home.ladder_verdicts(stored | of_first_pair, over_models())
@@ -205,6 +206,7 @@ def main() -> None:
         "tiles_ladder": home.ladder_tiles(stored | of_first_pair),
         "ladder_answer": when,
         "tiles_legend": home.legend(),
+        "retrained": home.retrained("hybrid", stored_models()["hybrid-text-0"][1], again),
         "answers": f"{home.answers(stage / 'results')}\n- {{doc}}`ladder` {when}",
         "overview": markdown.overview_table(stage / "results", EMBEDDED),
         "registered": markdown.registered_table(),

@@ -8,6 +8,7 @@ from typing import Any
 
 from staterank_utils.claims import ENOUGH_SEEDS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, has_few_seeds
 from staterank_utils.markdown import MARKS, verdict_class
+from staterank_utils.selection import PAPER_SHARE
 
 # What the home page shows: finding, notebook, the claim that decides it.
 FINDINGS = (
@@ -20,7 +21,7 @@ FINDINGS = (
     ("High-rank heads are redundant with each other", "03_ablation_asymmetry", "C7"),
     ("Long memory is spare where attention recalls", "05_memory_and_recall", "C6"),
     ("A hybrid recalls with its heads of lowest rank", "05_memory_and_recall", "C11"),
-    ("The paper's score prunes better than chance", "04_joint_rank_norm_pruning", "C5a"),
+    ("The paper's score (alpha = 0.5) prunes better than chance", "04_joint_rank_norm_pruning", "C5a"),
 )
 PAPERS = ("C1", "C2", "C3", "C4")  # claims that are findings of the paper; the others are tests that the book added
 WORDS = {"holds": "yes", "partly": "in part", "fails": "no", "open": "open"}
@@ -141,12 +142,41 @@ def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]], needed: Mapp
     """
     found = ladder_verdicts(alone, ())
     shown = [(finding, found[key]) for finding, _, key in FINDINGS if key in found]
-    counts = [f"{finding.lower()}, on {verdicts.count(HOLDS)} of {len(verdicts)}" for finding, verdicts in shown]
+    counts = [
+        f"{finding[0].lower()}{finding[1:]}, on {verdicts.count(HOLDS)} of {len(verdicts)}"
+        for finding, verdicts in shown
+    ]
+    leads = [
+        number["point"]
+        for rows in alone.values()
+        for row in rows
+        if row["claim"] == "C5a"
+        for number in row["criteria"]
+        if number["label"] == f"{PAPER_SHARE:.1%}"
+    ]
     designs = [f"{what} in {' and '.join(names)}" for what, names in needed.items() if names]
     return (
         f"**Which heads are needed in a model depends on its design: {', '.join(designs)}.** Whole findings, and the models on which they hold: "
-        f"{'; '.join(counts)}."
+        f"{'; '.join(counts)}. At its own {PAPER_SHARE:.1%} the paper's score could be judged on {len(leads)} models, and beat all random draws on {sum(x < 0 for x in leads)}."
     )
+
+
+def retrained(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Which verdicts differ between two trainings of a model from the same seed, of the findings on the home page, in a sentence.
+
+    Args:
+        name: of the embedded model.
+        first: what is stored of it.
+        second: of the other training.
+    """
+    one, other = ({row["claim"]: row["verdict"] for row in content["rows"]} for content in (first, second))
+    differ = [
+        f"{finding} ({WORDS[verdict_class(other[key])]})"
+        for finding, _, key in FINDINGS
+        if key in one and key in other and one[key] != other[key]
+    ]
+    said = "; ".join(differ) or "none"
+    return f"Trained again from the same seed on another kind of GPU, `{name}` gets another verdict on: {said}."
 
 
 def answers(results: Path) -> str:

@@ -27,19 +27,23 @@ from staterank_utils.claims import (
 from staterank_utils.markdown import brief_table, markdown_table
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED, whole_or_not, write_table
+from staterank_utils.selection import PAPER_SHARE
 from staterank_utils.strata import Estimate
 from staterank_utils.studies import ladder
 from staterank_utils.studies.by_task import mastered
 from staterank_utils.studies.groups import Row, half_lives_from, shares
 from staterank_utils.studies.ladder import Measured, by_design, ladder_claims
-from staterank_utils.studies.removal import HIGH, LAYERS, LOW, MODEL, PROTECTED, RANDOM, SCHEMES
+from staterank_utils.studies.removal import HIGH, JOINT, LAYERS, LOW, MODEL, PROTECTED, RANDOM, SCHEMES
 from staterank_utils.tasks import NATURAL_DOMAINS
 from training.recipes import LINEAR, RECIPES
 
 CANDIDATES = ("tasks10", "text", "wide")  # in this order; the first pair that holds C1 and C3 is embedded
 SHORT = {HOLDS: "holds", PARTLY: "in part", FAILS: "no", NOT_TESTABLE: "–", NOT_MEASURED: "–"}
 DOSE = 0.25
-DESIGNED = {"hybrid-softmaxfirst": " (softmax as layer 0)", "hybrid-default": " (gates of the class)"}
+DESIGNED = {
+    "hybrid-softmaxfirst": " (softmax layers first)",
+    "hybrid-default": " (gates of the class, where few heads are full)",
+}
 FIGURES = {MODEL: "ladder-model", LAYERS: "ladder-layers", PROTECTED: "ladder-protected"}
 # What the lines of the trajectories are: the data that hybrids of the same size learnt from, and how their gates began.
 PATHS: Mapping[str, Mapping[str, Any]] = {
@@ -235,16 +239,45 @@ def _beyond_layers() -> str:
     """Where C4b holds, and in which direction, in a sentence."""
     groups = _by_needs(over_models())
     said = {"in the paper's direction": groups["low"], "in the other": groups["high"]}
-    return "; ".join(f"{where}: {', '.join(f'`{name}`' for name in of) or 'none'}" for where, of in said.items())
+    seeds = designs()
+
+    def counted(name: str) -> str:
+        n = len(seeds[name])
+        return f"`{name}` ({n} {'seed' if n == 1 else 'seeds'})"
+
+    return "; ".join(f"{where}: {', '.join(map(counted, of)) or 'none'}" for where, of in said.items())
+
+
+def _joint_protected() -> str:
+    """On how many models the paper's score beats every random draw where layer 0 is protected, in a sentence."""
+    better: dict[str, list[bool]] = {}
+    for name, of in _measured().items():
+        share = of.removal.nearest(PROTECTED, JOINT, PAPER_SHARE)
+        draws = of.removal.draws(PROTECTED, share).mean(1)
+        better.setdefault(name.split("-")[0], []).append(
+            bool(of.removal.added(PROTECTED, JOINT, share).mean() < draws.min())
+        )
+    counts = " and ".join(f"{sum(beats)} of {len(beats)} {kind} models" for kind, beats in better.items())
+    return (
+        f"With layer 0 protected and {PAPER_SHARE:.1%} of all heads removed, the paper's score costs less than every random draw in {counts} "
+        "(exploratory; models that share a design are no independent draws)."
+    )
+
+
+def _random_groups() -> str:
+    """On how many models random groups fail C7 as well, in a sentence."""
+    enough = [of.removal.restoring_share(RANDOM) for of in _measured().values() if of.removal.groups["high"].size]
+    limit = SECOND["C7"].numbers["holds"]
+    return f"Groups of as many random heads do not stand in for each other either, by the rule of C7, in {sum(share > limit for share in enough)} of {len(enough)} models."
 
 
 def needed() -> dict[str, list[str]]:
     """Which heads a design needs, by C4b, and the designs: of those with enough seeds alone."""
     groups = _by_needs(row for row in over_models() if not has_few_seeds(row))
     said = {
-        "those of low rank": groups["low"],
-        "those of high rank": groups["high"],
-        "and rank tells no more than the layer does": groups[None],
+        "those of lowest rank": groups["low"],
+        "those of highest rank": groups["high"],
+        "and no effect of rank beyond the choice of layers was shown": groups[None],
     }
     return {what: [f"`{name}`{DESIGNED.get(name, '')}" for name in names] for what, names in said.items()}
 
@@ -256,12 +289,14 @@ def _without_decay() -> str:
     ranks = np.concatenate([of.groups["end"].rank["prose"].mean(0) / of.groups["end"].d for of in still])
     losses = [np.mean([of.training[ladder.HELD_OUT] for of in seeds]) for seeds in (gated, still)]
     taken = [np.mean([of.recall.taken().point for of in seeds]) for seeds in (gated, still)]
+    others = [shares(of.groups["end"])["two groups"] for of in by_name["hybrid-default"]]
     [row] = [row for row in over_models() if row["claim"] == "C10"]
     return (
         f"In the hybrid in which nothing decays, {np.mean(ranks > 0.8):.0%} of {ranks.size} heads have a rank over 0.8 d, and the lowest has "
         f"{ranks.min():.2f} d: the law says full, and full they are. There are no groups, and held-out text costs {losses[1]:.3f} bits per byte "
         f"in place of {losses[0]:.3f}. That the groups need decay (C10): **{row['verdict']}**{row['note']}. The cap on half-lives takes "
-        f"{taken[1]:.0%} of its gain from copies, and {taken[0]:.0%} where heads decay."
+        f"{taken[1]:.0%} of its gain from copies, and {taken[0]:.0%} of that of `hybrid-text`. C10 compares rules that were trained alike; `hybrid-default`, whose gates "
+        f"began otherwise, has two-group shares of {_range(others, '.2f')}."
     )
 
 
@@ -286,7 +321,11 @@ def _capped() -> str:
     for name, measured in _measured().items():
         if name.startswith("hybrid") and RECIPES[name].rule == "gated delta":
             taken.setdefault(RECIPES[name].gates, []).append(measured.recall.taken().point)
-    each = [f"{_range(shares, '.0%')} ({gates} gates, {len(shares)})" for gates, shares in taken.items()]
+    named = {"open": "nothing decays"}
+    each = [
+        f"{_range(shares, '.0%')} ({named.get(gates, f'{gates} gates')}, {len(shares)})"
+        for gates, shares in taken.items()
+    ]
     return (
         f"Of the gain of hybrids of the gated delta rule the cap takes, by how their gates began and over how many models: {'; '.join(each)}. The pure models have too small a "
         "gain to compare, so C6 is not testable."
@@ -311,7 +350,10 @@ def _repeats(data: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _found(row: Mapping[str, Any]) -> str:
     """A verdict with its numbers."""
-    numbers = ", ".join(f"{number['label']} {number['point']:.3g}" for number in row["criteria"])
+    numbers = ", ".join(
+        f"{number['label']} {number['point']:.3g} [{number['low']:.3g}, {number['high']:.3g}]"
+        for number in row["criteria"]
+    )
     return f"{_short(row['verdict'])}: {numbers}"
 
 
@@ -331,6 +373,8 @@ def ladder_tables() -> dict[str, str]:
         "ladder_mastering": _mastering(),
         "ladder_tasks": _of_tasks(),
         "ladder_beyond": _beyond_layers(),
+        "ladder_protected": _joint_protected(),
+        "ladder_random_groups": _random_groups(),
         "ladder_still": _without_decay(),
         "ladder_inherited": _inherited(),
         "ladder_numbers": _numbers(data),

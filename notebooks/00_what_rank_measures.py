@@ -96,8 +96,8 @@ HTML(interactive.embed(chart, name="law", alt_text=ALT))
 # Each point is one head. The *effective rank* of its state counts the singular values over $\varepsilon = 10^{-4}$ times the
 # largest. Its *half-life* is the number of tokens in which its decay alone would halve the state: $\ln 2$ over the mean of $|\log a|$. What new
 # writes erase is not counted. The line is a law with nothing fitted: a head remembers some {glue:text}`half_lives` half-lives above $\varepsilon$, and each token that it remembers adds one direction, until the
-# state is full. By this law a half-life of {glue:text}`full_from` tokens fills a state of $d = 64$, so rank does not tell 5 tokens from 5,000.
-# Measured heads fill more slowly. Median $r/d$ by half-life: {glue:text}`filling`.
+# state is full. By this law a half-life of {glue:text}`full_from` tokens fills a state of $d = 64$, and rank does not tell it from 5,000.
+# Measured heads fill more slowly, and their ranks tell more. Median $r/d$ by half-life: {glue:text}`filling`.
 #
 # ```{admonition} Where the numbers come from
 # :class: dropdown
@@ -110,7 +110,7 @@ HTML(interactive.embed(chart, name="law", alt_text=ALT))
 #
 # $$ S(t) = A_t\, S(t-1) + b_t\, k_t v_t^\top, $$ (eq-recurrence)
 #
-# where $A_t$ forgets. In a gated delta layer $A_t = a_t (I - b_t k_t k_t^\top)$ with a decay $a_t \in (0, 1]$, a key of length 1 and $b_t \in [0, 2]$, so
+# where $A_t$ forgets. In a gated delta layer $A_t = a_t (I - b_t k_t k_t^\top)$ with a decay $a_t \in (0, 1]$, a key of length 1 and $b_t \in [0, 1]$ (in some models up to 2), so
 # that $\lVert A_t \rVert \le a_t$ in the spectral norm, which is meant throughout. Write $r_\varepsilon(S)$ for the number of singular values over
 # $\varepsilon\, \sigma_1(S)$.
 #
@@ -169,8 +169,8 @@ run.keep("fig-bound")
 # This is a prediction, not a theorem. The paper's appendix is said to have a bound per head as well; how it relates to {prf:ref}`thm-memory` we do not
 # know. Of the variance of ranks over heads it explains $R^2$ = {glue:text}`R^2`; it gives the same label, high or low,
 # to this share of heads: {glue:text}`labels`. Clipping flatters the first number, so here is $R^2$ over the heads between $0.1\,d$ and
-# $0.9\,d$ alone: {glue:text}`R^2 between`. Heads may lie under the
-# line: it is close to an upper bound. How far under is not explained here. Writes that repeat directions, the erasing by
+# $0.9\,d$ alone: {glue:text}`R^2 between`. Heads with long half-lives lie under the
+# line, and many with half-lives of about a token above it. How far is not explained here. Writes that repeat directions, the erasing by
 # $b_t k_t k_t^\top$, which the law ignores, and a mean that stands for a varying decay are candidates.
 #
 # For comparison, $R^2$ of a straight line in the geometric mean decay $\exp(\overline{\log a})$, the predictor of the independent replication (0.90
@@ -260,10 +260,13 @@ explained = (
     ", ".join(f"{of['R^2'].point:.0%} ({name})" for name, of in fits.items())
     or "nothing: these models do not forget"
 )
+between = (
+    ", ".join(f"{of['R^2 between'].point:.0%} ({name})" for name, of in fits.items()) or "nothing"
+)
 
 # %% tags=["hide-input"]
 said |= {
-    "answer": f"The number of tokens that a head remembers, cut at the size of its state, by the registered rule: {markdown.yes_or_no(verdicts, 'C0a')}. Decay alone, with nothing fitted, explains this part of the variance of rank: {explained}.",
+    "answer": f"The number of tokens that a head remembers, cut at the size of its state, by the registered rule: {markdown.yes_or_no(verdicts, 'C0a')}. Decay alone, with nothing fitted, explains this part of the variance of rank: {explained}; of heads between 0.1 d and 0.9 d alone, where nothing is cut: {between}.",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),
     "half_lives": f"{half_lives_remembered:.1f}",
     "full_from": f"{63 / half_lives_remembered:.1f}",

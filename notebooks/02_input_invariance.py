@@ -119,7 +119,7 @@ run.keep("fig-agreement")
 # Two controls answer that. *Same input, other prompts*: the prompts of each natural input in two halves, which differ in nothing but which
 # prompts they are. No two inputs can be asked to agree better. *Models that learned nothing*, before training and shuffled: where those
 # agree as well as the trained one, agreement is no sign of a function that was learned; where they agree better, training made heads
-# depend on input. All rows but the first compare halves of the prompts, so their numbers are a little lower than those of the verdicts. Smallest kappa
+# depend on input. All rows but the first compare halves of the prompts, so compare them with each other and not with the verdicts. Smallest kappa
 # of the labels, from halves: {glue:text}`kappas`.
 
 # %% tags=["hide-input"]
@@ -176,7 +176,7 @@ run.keep("fig-settling")
 
 # %% [markdown]
 # An order that is kept while the norms go on turning means that heads grow at different speeds without overtaking each other in rank. An
-# independent replication on one pure model of 1.3 billion parameters reported just that (Spearman 0.982, cosine of norms 0.72). Here the cosine of norms
+# independent replication on one pure model of 1.3 billion parameters reports a Spearman of 0.982 and a cosine of norms of 0.72. Here the cosine of norms
 # is {glue:text}`norms`.
 #
 # How much of that is news? The table compares token {glue:text}`early` with the end. *Permuted* is the mean over 1,000 permutations of the
@@ -228,9 +228,8 @@ of_inputs = [
 kappas = []
 for name, by_label in agreed.items():
     between, same, before = ([of[2] for of in by_label.values()][i] for i in (1, 2, 3))
-    more = "more" if before > between else "no more"
     kappas.append(
-        f"between inputs {strata.exactly(between):.2f}, same input {strata.exactly(same):.2f}, untrained {strata.exactly(before):.2f}, so trained labels depend {more} on the input than untrained ones ({name})"
+        f"between inputs {strata.exactly(between):.2f}, between prompts of the same input {strata.exactly(same):.2f}, between inputs before training {strata.exactly(before):.2f} ({name})"
     )
 
 # %% tags=["hide-input"]

@@ -78,7 +78,7 @@ for name in run.models:
     by_task[name] = measure_by_task(network, tokenizer, tasks_of(profile), name=name, **counts)
 shown = {name: found.shown for name, found in removed.items()}
 
-# %% mystnb={"figure": {"caption": "Added nats against the share of heads removed; lower is better, cut at the top. Squares: lowest rank first. Dots: highest first. Grey: random. Open marks: this run, on fewer windows. Dotted: a unigram model.", "name": "fig-removal"}, "image": {"alt": "Panels of rising curves, one row per model. In the embedded models the curve of the highest ranks starts far below that of the lowest and crosses it beyond a third of the heads; with layer 0 protected it stays below; layer-matched, the two lie close together."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Added nats against the share of heads removed; lower is better, cut at the top. Squares: lowest rank first. Dots: highest first. Grey: random. Open marks: this run, on fewer windows. Horizontal: a unigram model.", "name": "fig-removal"}, "image": {"alt": "Panels of rising curves, one row per model. In the embedded models the curve of the highest ranks starts far below that of the lowest and crosses it beyond a third of the heads; with layer 0 protected it stays below; layer-matched, the two lie close together."}} tags=["hide-input"]
 curves = {
     name: {scheme: found.curves(scheme, (LOW, HIGH)) for scheme in removals.SCHEMES}
     for name, found in removed.items()
@@ -89,7 +89,7 @@ run.keep("fig-removal")
 
 # %% [markdown]
 # Read the left column first. Where the dots lie under the squares, the lowest ranks cost more: that is the paper's direction. Where they lie
-# under the grey line, heads of high rank can be spared better than random ones. Beyond the dotted line a model reads no better than token
+# under the grey line, heads of high rank can be spared better than random ones. Beyond the horizontal line a model reads no better than token
 # frequencies, and an arm there tells nothing. At the dose nearest to a quarter of the heads, over the model: {glue:text}`quarter`. At the paper's share for
 # pruning, 38.9 %, as far as measured: {glue:text}`paper_share`.
 #
@@ -164,7 +164,7 @@ Markdown(markdown.markdown_table(HEAD, rows))
 
 # %% [markdown]
 # The last two columns say what the arms take from the first linear layer. Where the curves cross over the model, and no longer do when that
-# layer is protected, the damage of the high arm beyond the crossing is that of losing layer 0. That is claim C4c: {glue:text}`answer C4c`. It speaks of
+# layer is protected, the damage of the high arm beyond the crossing comes with heads of that layer. That is claim C4c: {glue:text}`answer C4c`. It speaks of
 # the crossing alone: where $D$ stays negative with layer 0 protected, the asymmetry is there without that layer.
 #
 # Layer-matched, no arm chooses layers. Is the difference that is left there more than chance? Claim C4b asks random orders: draw an order of
@@ -203,7 +203,7 @@ Markdown(markdown.markdown_table(("model", "first to go", *removals.SCHEMES), ro
 # With a quarter kept, the share of that damage undone is {glue:text}`undone`.
 #
 # This is a narrower question than the paper's, and ours: can a quarter of these heads stand in for all? It does not ask whether they can be
-# spared; they may be cheap to lose and still not replace each other. Damage beyond the dotted line of the first figure tells little, and the registered
+# spared; they may be cheap to lose and still not replace each other. Damage beyond the horizontal line of the first figure tells little, and the registered
 # rule exempts C7 from it. Both groups hold heads of layer 0, which this does not take apart.
 
 # %% mystnb={"figure": {"caption": "Share of the damage that keeping a part undoes, mean and range over draws. Dots: heads of full rank. Grey: random groups of that size. The claim asks for 0.8 at 25 %.", "name": "fig-undone"}, "image": {"alt": "Curves that rise with the share of the group kept. In the embedded models both need more than a quarter."}} tags=["hide-input"]
@@ -269,13 +269,13 @@ for name, found in shown.items():
     parts = f"{high} without the highest ranks, {low} without the lowest, {random} without random heads"
     quarter.append(f"{parts} ({name})")
     answer.append(
-        f"{low} nats per token without the lowest ranks, {high} without the highest ({name})"
+        f"of lowest rank adds {low} nats per token, of highest rank {high}, at random {random} ({name})"
     )
 
 # %% tags=["hide-input"]
 counting = ((name, ", ".join(found.heads) or "none") for name, found in by_task.items())
 said = {f"answer {key}": markdown.by_model(verdicts, key) for key in ("C4b", "C4c")} | {
-    "answer": f"A quarter of the heads costs {'; '.join(answer)}. An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. With layer 0 protected, the two costs are {'; '.join(kept)}.",
+    "answer": f"To remove a quarter of the heads {'; '.join(answer)}. An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. With layer 0 protected, the lowest and highest ranks add {'; '.join(kept)}.",
     "quarter": "; ".join(quarter),
     "paper_share": "; ".join(
         f"{of.at_in_words(MODEL, (LOW, HIGH, RANDOM), selection.PAPER_SHARE)} ({name})"

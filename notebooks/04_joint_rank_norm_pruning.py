@@ -79,7 +79,7 @@ for name, (network, _) in loaded.items():
     pruned[name] = repeat_removal(name, network, texts[name], sizes=sizes, seed=run.seed)
 shown = {name: found.shown for name, found in pruned.items()}
 
-# %% mystnb={"figure": {"caption": "Added nats against the share of heads removed, four orders; lower is better. Left: over the model. Right: layer 0 protected. Open marks: this run. Dotted: a unigram model.", "name": "fig-joint"}, "image": {"alt": "Panels of rising curves, one row per model. In the embedded models the joint score and norm alone rise far above random heads over the model, and rank alone stays under them up to a third of the heads; with layer 0 protected all stay low."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Added nats against the share of heads removed, four orders; lower is better. Left: over the model. Right: layer 0 protected. Open marks: this run. Horizontal: a unigram model.", "name": "fig-joint"}, "image": {"alt": "Panels of rising curves, one row per model. In the embedded models the joint score and norm alone rise far above random heads over the model, and rank alone stays under them up to a third of the heads; with layer 0 protected all stay low."}} tags=["hide-input"]
 curves = {
     name: {scheme: found.curves(scheme, (HIGH, NORM, JOINT)) for scheme in SCHEMES}
     for name, found in pruned.items()
@@ -364,7 +364,7 @@ scores = (
     for name, found in by_task.items()
 )
 said |= {
-    "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Measured: {'; '.join(answer)}.",
+    "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Measured: {'; '.join(answer)}. With layer 0 protected, 38.9 % add (exploratory): {'; '.join(protected)}.",
     "inverted": "; ".join(inverted),
     "quarter": "; ".join(quarter),
     "sources": " ".join(found.source(name) for name, found in pruned.items()),

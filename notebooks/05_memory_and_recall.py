@@ -106,7 +106,7 @@ run.keep("fig-recall-arms")
 # ## Does it hold beyond one model?
 #
 # Every model of {doc}`the ladder <../book/ladder>` on which these arms were measured, with a quarter of the heads of every layer removed
-# (seen first in the models of waves 1 to 3, then registered as C11 for hybrids that are measured later):
+# (seen first in the earlier hybrids of the ladder, then registered as C11 for those that are measured later):
 
 # %% tags=["hide-input", "of-the-book"]
 everyone = [of for of, _ in stored_models().values()]
@@ -118,6 +118,11 @@ limit = claims.SECOND["C6"].numbers["hybrid"]
 stored = {name: of[0] for name in run.models if (of := stored_on(name))}
 said = {
     "first_pair": markdown.by_model(first_pair, "C4"),
+    "first_pair_numbers": "; ".join(
+        f"{', '.join(markdown.number(x) for x in row['criteria'] if 'random' not in x['label'])} ({row['model']})"
+        for row in first_pair
+        if row["claim"] == "C4"
+    ),
     "cap_takes": f"it asks that the cap take under {limit:.0%} of the gain; in {len(taken)} hybrids of the ladder it takes {min(taken):.0%} to {max(taken):.0%} (the one with Sparse State Expansion is left out: it was measured under another cap)",
     "ladder_said": recall_over_models(ladder),
     "losses_pure": pure_direction(everyone),
@@ -153,7 +158,8 @@ Markdown(markdown.markdown_table(HEAD, rows))
 # {glue:text}`ladder_said` {glue:text}`later` Pure models trained on text recall next to nothing over this distance. Those trained with 63 % tasks recall a little, and
 # their gain grows when the lowest ranks go; from gains under 0.2 nothing follows. A replication on a pure model of 1.3 billion parameters reports
 # that the gain vanishes without the high-rank heads ({doc}`limits <../book/limits>`). An earlier pair of 9 million parameters was judged by scores on
-# tasks. That removing its low-rank heads hurts more: {glue:text}`first_pair`. So in recall and on tasks a hybrid, which the paper measured, and a pure
+# tasks. That removing its low-rank heads hurts more: {glue:text}`first_pair`. Score without the highest minus without the lowest, one seed each:
+# {glue:text}`first_pair_numbers`. So in recall and on tasks a hybrid, which the paper measured, and a pure
 # model, which the replication measured, may differ. For losses on text this does not reconcile the two: {glue:text}`losses_pure`, and the
 # replication's model has the opposite.
 
@@ -192,7 +198,7 @@ if capped:
 # $\kappa$ = {glue:text}`kappa`. What the cap takes from the gain while ranks stay, rank does not see.
 
 # %% [markdown] tags=["of-the-book"]
-# The hybrid's gain falls: rank does not see memory beyond a few tokens. The heads of low rank that recall needs have mean half-lives far under the cap, which
+# The hybrid's gain falls: rank hardly sees memory beyond some tens of tokens. The heads of low rank that recall needs have mean half-lives far under the cap, which
 # can change them only at single tokens that decay little. It takes a large part of the gain. The arm of the highest ranks takes away many of
 # the heads with long memories, and costs no gain. So both kinds of memory matter, but not every head of high rank does: some of those that
 # stay may be enough, or a cap may disturb what the later layers expect. Nothing here decides between the two.

@@ -65,3 +65,11 @@ def test_every_finding_names_a_notebook_and_a_registered_claim() -> None:
     assert set(home.ORDER) == notebooks
     assert {notebook for _, notebook, _ in home.FINDINGS} <= notebooks
     assert {key for *_, key in home.FINDINGS} <= set(ORDER)
+
+
+def test_verdicts_that_another_training_turns_are_named() -> None:
+    first, second = (
+        {"rows": [{"claim": "C1", "verdict": x}, {"claim": "C2", "verdict": HOLDS}]} for x in (HOLDS, FAILS)
+    )
+    assert home.retrained("m", first, second).endswith("`m` gets another verdict on: Heads fall into two groups (no).")
+    assert home.retrained("m", first, first).endswith("another verdict on: none.")

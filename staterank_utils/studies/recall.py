@@ -382,6 +382,6 @@ def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> 
         else "no group alone"
     )
     return (
-        f"{name}'s recall needs {who}. Without {share:.0%} of the heads of every layer, its gain from reading {GAP} tokens twice goes from "
+        f"{name}'s recall needs {who} (one training, exploratory). Without {share:.0%} of the heads of every layer, its gain from reading {GAP} tokens twice goes from "
         f"{found.intact:.2f} nats per token to {low:.2f} (lowest ranks), {high:.2f} (highest) or {random.mean():.2f} (random)."
     )
