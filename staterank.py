@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that --help answers at once,
 
 import logging
 import math
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -99,22 +98,6 @@ def _dtype(given: Dtype | None) -> "torch.dtype | None":
 
 
 @contextmanager
-def ends_at_once() -> Iterator[None]:
-    """A block of imports, in which Ctrl-C ends the process: Python would lose it where the import system calls back.
-
-    Example:
-        >>> with ends_at_once():
-        ...     signal.getsignal(signal.SIGINT)
-        <Handlers.SIG_DFL: 0>
-    """
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
 def said(command: str) -> Iterator[None]:
     """A block whose errors are told in a line, with exit status 1; what is none of ours keeps its traceback.
 
@@ -139,8 +122,7 @@ def said(command: str) -> Iterator[None]:
 
 def _prepare() -> None:
     """Import what takes long, and keep kernels of a GPU from being tuned anew."""
-    with ends_at_once():
-        from staterank_utils.dispatch import limit_autotuning
+    from staterank_utils.dispatch import limit_autotuning
 
     limit_autotuning()
 
@@ -213,15 +195,14 @@ def trace(
                 f"there is no file {text}, and no built-in text of that name: give a text file, or a built-in text such as prose or code"
             )
         _prepare()
-        with ends_at_once():
-            from staterank_utils.architectures import linear_layers, state_size
-            from staterank_utils.markdown import markdown_table
-            from staterank_utils.models import load_model, load_tokenizer, model_outline
-            from staterank_utils.results import check_writable, write_table
-            from staterank_utils.selection import by_layer, head_metrics
-            from staterank_utils.surgery import all_heads
-            from staterank_utils.tasks import DOMAINS, domain_prompts
-            from staterank_utils.tracing import check_even
+        from staterank_utils.architectures import linear_layers, state_size
+        from staterank_utils.markdown import markdown_table
+        from staterank_utils.models import load_model, load_tokenizer, model_outline
+        from staterank_utils.results import check_writable, write_table
+        from staterank_utils.selection import by_layer, head_metrics
+        from staterank_utils.surgery import all_heads
+        from staterank_utils.tasks import DOMAINS, domain_prompts
+        from staterank_utils.tracing import check_even
 
         is_file = text not in DOMAINS and Path(text).exists()
         domain = f"./{text}" if is_file and "/" not in text else text
@@ -297,11 +278,10 @@ def prune(
         if plain and not per_layer:
             raise ValueError("--plain needs as many heads in every layer: add --per-layer")
         _prepare()
-        with ends_at_once():
-            from staterank_utils.architectures import linear_layers
-            from staterank_utils.models import load_model, load_tokenizer, model_outline
-            from staterank_utils.results import check_writable
-            from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
+        from staterank_utils.architectures import linear_layers
+        from staterank_utils.models import load_model, load_tokenizer, model_outline
+        from staterank_utils.results import check_writable
+        from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
 
         check_writable(out)
         outline = model_outline(model, revision=revision)
@@ -359,8 +339,7 @@ def report(
     """
     with said("report"):
         _prepare()
-        with ends_at_once():
-            from staterank_utils.report import write_report
+        from staterank_utils.report import write_report
 
         sizes = {name: size for name, size in (("n_prompts", prompts), ("n_tokens", tokens)) if size is not None}
         missing = write_report(
