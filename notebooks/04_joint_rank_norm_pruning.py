@@ -345,7 +345,7 @@ Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
 ORDERS = (JOINT, HIGH, RANDOM)
-quarter, answer, protected, inverted = [], [], [], []
+quarter, protected, inverted, cheap, kept, large = [], [], [], [], [], []
 for name, found in shown.items():
     for share in (0.25, SHARE):
         quarter.append(
@@ -353,18 +353,17 @@ for name, found in shown.items():
         )
     protected.append(f"{found.near_in_words(removals.PROTECTED, ORDERS, SHARE)} ({name})")
     spare = found.spare_share() or SHARE
-    few = [f"{found.near(removals.MODEL, order, spare).point:.2f}" for order in (JOINT, RANDOM)]
-    what = "" if spare == SHARE else ", the most that rank alone removes for 0.1 nats"
-    answer.append(
-        f"{found.ruin_in_words(removals.MODEL, JOINT, SHARE)}; at {spare:.1%}{what}, the score adds {few[0]} nats per token, random heads {few[1]} ({name})"
-    )
+    both = (JOINT, RANDOM)
+    cheap.append(f"{found.points_in_words(removals.MODEL, both, spare)} at {spare:.1%} ({name})")
+    kept.append(f"{found.points_in_words(removals.PROTECTED, both, SHARE)} ({name})")
+    large.append(f"{found.ruin_in_words(removals.MODEL, JOINT, SHARE)} ({name})")
     inverted.append(f"{found.near(removals.MODEL, removals.INVERTED, SHARE):.2f} ({name})")
 scores = (
     f"{', '.join(f'{task} {score_interval(x).point:.2f}' for task, x in found.intact.items())} ({name})"
     for name, found in by_task.items()
 )
 said |= {
-    "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Measured: {'; '.join(answer)}. With layer 0 protected, 38.9 % add (exploratory): {'; '.join(protected)}.",
+    "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats per token added by the score and by random heads, where rank alone is spare: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Else {'; '.join(large)}.",
     "inverted": "; ".join(inverted),
     "quarter": "; ".join(quarter),
     "sources": " ".join(found.source(name) for name, found in pruned.items()),

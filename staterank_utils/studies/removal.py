@@ -511,7 +511,7 @@ class Removal:
         """What removing each whole group of C7 costs, how many heads that are, and the cost at which a model is no better than token frequencies."""
         n = int((self.rank >= claims.SECOND["C7"].numbers["full"] * self.d).sum())
         costs = ", ".join(f"{added[0].mean():.2f} ({group})" for group, added in self.groups.items() if added.size)
-        return f"{costs} for {n} of {len(self.heads)} heads, beside {self.ruin:.2f} at the dotted line,"
+        return f"{costs} for {n} of {len(self.heads)} heads, beside {self.ruin:.2f} at the horizontal line,"
 
     def undone_in_words(self, keep: float) -> str:
         """Share of the damage that keeping a part of each group of C7 undoes, as "number (group), number (group)"."""
