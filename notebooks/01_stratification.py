@@ -251,7 +251,7 @@ for name, groups in shown.items():
 
 # %% tags=["hide-input"]
 beyond = (
-    f" So the rule does not show that training made the groups: {', '.join(passing)} pass it, too."
+    f" So the rule does not show that training made the groups; it holds without: {', '.join(passing)}."
     if passing
     else ""
 )

@@ -269,13 +269,13 @@ for name, found in shown.items():
     parts = f"{high} without the highest ranks, {low} without the lowest, {random} without random heads"
     quarter.append(f"{parts} ({name})")
     answer.append(
-        f"of lowest rank adds {low} nats per token, of highest rank {high}, at random {random} ({name})"
+        f"of lowest rank adds {low} nats per token, of highest rank {high}, random ones {random} ({name})"
     )
 
 # %% tags=["hide-input"]
 counting = ((name, ", ".join(found.heads) or "none") for name, found in by_task.items())
 said = {f"answer {key}": markdown.by_model(verdicts, key) for key in ("C4b", "C4c")} | {
-    "answer": f"To remove a quarter of the heads {'; '.join(answer)}. An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. With layer 0 protected, the lowest and highest ranks add {'; '.join(kept)}.",
+    "answer": f"Removing the quarter of heads {'; '.join(answer)}. An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. With layer 0 protected, the lowest and highest ranks add {'; '.join(kept)}.",
     "quarter": "; ".join(quarter),
     "paper_share": "; ".join(
         f"{of.at_in_words(MODEL, (LOW, HIGH, RANDOM), selection.PAPER_SHARE)} ({name})"
