@@ -8,7 +8,8 @@ INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/pi
 STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
-BEYOND := tests/test_conformance.py tests/test_fla.py tests/test_sweep.py tests/test_harness.py tests/test_notebooks_elsewhere.py tests/test_report.py tests/test_wheel.py tests/test_commands.py tests/test_ladder.py tests/test_kernels.py
+# First those that keep one process busy for minutes, so that none is left alone at the end.
+BEYOND := tests/test_wheel.py tests/test_ladder.py tests/test_sweep.py tests/test_report.py tests/test_commands.py tests/test_notebooks_elsewhere.py tests/test_harness.py tests/test_conformance.py tests/test_fla.py tests/test_kernels.py
 PAGES := tests/test_pages.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
@@ -44,7 +45,7 @@ test: .venv/installed ## run the tests that need no GPU, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(patsubst %,--ignore=%,$(BEYOND) $(PAGES))
 
 test-slow: .venv/installed ## run what takes long: every architecture on its tiny model, the ladder's stored numbers, a sweep, a report, the wheel, lm-evaluation-harness
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(BEYOND)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu" $(BEYOND)
 
 test-pages: .venv/installed ## look at the built book in a browser: needs chromium, and `make book` before
 	$(BIN)/python -m pytest -n 2 $(PAGES)

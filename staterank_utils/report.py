@@ -286,7 +286,8 @@ def _plan(model: str, revision: str | None, device: str | None, dtype: str | Non
     return (
         f"{model}: {len(layers)} linear-attention layers, {sum(layer.n_heads for layer in layers)} heads with states of {layers[0].d_k} x "
         f"{layers[0].d_v}. Weights take {weights}, "
-        f"and some chapters hold a control of the same size beside them; the states of a prompt take {in_words(moment_bytes(outline))}{has}."
+        f"and some chapters hold a control of the same size beside them; the states of a prompt take {in_words(moment_bytes(outline))}{has}. "
+        f"The report takes up to {in_words(ROOM)} of disk."
     )
 
 

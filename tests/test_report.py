@@ -67,6 +67,7 @@ def test_make_writes_a_report(tiny: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "in bfloat16" in done.stderr
+    assert "up to 500.0 MB of disk" in done.stderr
     assert "The report is in" in done.stdout
     stored = json.loads((tmp_path / "report" / "work" / "results" / f"{CHAPTER}.json").read_text())
     assert stored["provenance"]["parameters"]["dtype"] == "bfloat16"
