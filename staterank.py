@@ -11,15 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 try:
     import typer  # which hears Ctrl-C once it is there
 except KeyboardInterrupt:
     raise SystemExit(130) from None
-
-if TYPE_CHECKING:
-    import torch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,12 +86,6 @@ WORDS = {
     },
     "report": {**EVERYWHERE, **SIZES, "dtype=torch.bfloat16": "--dtype bfloat16"},
 }
-
-
-def _dtype(given: Dtype | None) -> "torch.dtype | None":
-    import torch
-
-    return None if given is None else getattr(torch, given)
 
 
 @contextmanager
@@ -197,7 +188,7 @@ def trace(
         _prepare()
         from staterank_utils.architectures import linear_layers, state_size
         from staterank_utils.markdown import markdown_table
-        from staterank_utils.models import load_model, load_tokenizer, model_outline
+        from staterank_utils.models import DTYPES, load_model, load_tokenizer, model_outline
         from staterank_utils.results import check_writable, write_table
         from staterank_utils.selection import by_layer, head_metrics
         from staterank_utils.surgery import all_heads
@@ -211,7 +202,7 @@ def trace(
         check_even(linear_layers(model_outline(model, revision=revision)))
         tokenizer = load_tokenizer(model, revision=revision)
         ids = domain_prompts(domain, tokenizer, n_prompts=prompts, n_tokens=tokens, seed=0)
-        network = load_model(model, revision=revision, device=device, dtype=_dtype(dtype))
+        network = load_model(model, revision=revision, device=device, dtype=DTYPES[dtype] if dtype else None)
         measured, d = head_metrics(network, ids), state_size(network)
         rows = [
             (
@@ -279,7 +270,7 @@ def prune(
             raise ValueError("--plain needs as many heads in every layer: add --per-layer")
         _prepare()
         from staterank_utils.architectures import linear_layers
-        from staterank_utils.models import load_model, load_tokenizer, model_outline
+        from staterank_utils.models import DTYPES, load_model, load_tokenizer, model_outline
         from staterank_utils.results import check_writable
         from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
 
@@ -291,7 +282,7 @@ def prune(
                 f"a model of {first.name} cannot say in its configuration that it has fewer heads: leave --plain out"
             )
         tokenizer = load_tokenizer(model, revision=revision)
-        network = load_model(model, revision=revision, device=device, dtype=_dtype(dtype))
+        network = load_model(model, revision=revision, device=device, dtype=DTYPES[dtype] if dtype else None)
         pruned, cost = prune_by_rule(network, tokenizer, rule=rule, share=share, per_layer=per_layer)
         if dtype is None:  # exact: each weight was one of the checkpoint's
             pruned = pruned.to(outline.dtype)

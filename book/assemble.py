@@ -195,7 +195,8 @@ def main() -> None:
         for source in sorted((ROOT / "notebooks").glob("*.ipynb")):
             archive.write(source, source.name)
     (stage / "book" / "_static" / "vega.js").write_text(interactive.bundle(), encoding="utf-8")
-    stored = {name: content["rows"] for name, (_, content) in stored_models().items()}
+    models = stored_models()
+    stored = {name: content["rows"] for name, (_, content) in models.items()}
     of_first_pair = {name: content["rows"] for name, content in first_pair().items()}
     when = home.ladder_answer(stored | of_first_pair, needed())
     again = json.loads((STORED / "ladder" / "repeats" / "hybrid-text-0.json").read_text(encoding="utf-8"))
@@ -206,7 +207,7 @@ def main() -> None:
         "tiles_ladder": home.ladder_tiles(stored | of_first_pair),
         "ladder_answer": when,
         "tiles_legend": home.legend(),
-        "retrained": home.retrained("hybrid", stored_models()["hybrid-text-0"][1], again),
+        "retrained": home.retrained("hybrid", models["hybrid-text-0"][1], again),
         "answers": f"{home.answers(stage / 'results')}\n- {{doc}}`ladder` {when}",
         "overview": markdown.overview_table(stage / "results", EMBEDDED),
         "registered": markdown.registered_table(),

@@ -97,7 +97,7 @@ HTML(interactive.embed(chart, name="law", alt_text=ALT))
 # largest. Its *half-life* is the number of tokens in which its decay alone would halve the state: $\ln 2$ over the mean of $|\log a|$. What new
 # writes erase is not counted. The line is a law with nothing fitted: a head remembers some {glue:text}`half_lives` half-lives above $\varepsilon$, and each token that it remembers adds one direction, until the
 # state is full. By this law a half-life of {glue:text}`full_from` tokens fills a state of $d = 64$, and rank does not tell it from 5,000.
-# Measured heads fill more slowly, and their ranks tell more. Median $r/d$ by half-life: {glue:text}`filling`.
+# Measured heads need not follow: median $r/d$ by half-life: {glue:text}`filling`.
 #
 # ```{admonition} Where the numbers come from
 # :class: dropdown
@@ -169,8 +169,8 @@ run.keep("fig-bound")
 # This is a prediction, not a theorem. The paper's appendix is said to have a bound per head as well; how it relates to {prf:ref}`thm-memory` we do not
 # know. Of the variance of ranks over heads it explains $R^2$ = {glue:text}`R^2`; it gives the same label, high or low,
 # to this share of heads: {glue:text}`labels`. Clipping flatters the first number, so here is $R^2$ over the heads between $0.1\,d$ and
-# $0.9\,d$ alone: {glue:text}`R^2 between`. Heads with long half-lives lie under the
-# line, and many with half-lives of about a token above it. How far is not explained here. Writes that repeat directions, the erasing by
+# $0.9\,d$ alone: {glue:text}`R^2 between`. Heads may lie on either
+# side of the line. How far is not explained here. Writes that repeat directions, the erasing by
 # $b_t k_t k_t^\top$, which the law ignores, and a mean that stands for a varying decay are candidates.
 #
 # For comparison, $R^2$ of a straight line in the geometric mean decay $\exp(\overline{\log a})$, the predictor of the independent replication (0.90

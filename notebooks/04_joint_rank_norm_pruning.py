@@ -353,9 +353,9 @@ for name, found in shown.items():
             f"{found.near_in_words(removals.MODEL, ORDERS, share)} ({name}, {share:.1%})"
         )
     protected.append(f"{found.near_in_words(removals.PROTECTED, ORDERS, SHARE)} ({name})")
-    spare = found.spare_share() or SHARE
-    both = (JOINT, RANDOM)
-    cheap.append(f"{found.points_in_words(removals.MODEL, both, spare)} at {spare:.1%} ({name})")
+    both, spare = (JOINT, RANDOM), found.spare_share()
+    at = f"{found.points_in_words(removals.MODEL, both, spare)} at {spare:.1%}" if spare else ""
+    cheap.append(f"{at or 'nowhere'} ({name})")
     kept.append(f"{found.points_in_words(removals.PROTECTED, both, SHARE)} ({name})")
     large.append(f"{found.ruin_in_words(removals.MODEL, JOINT, SHARE)} ({name})")
     inverted.append(f"{found.near(removals.MODEL, removals.INVERTED, SHARE):.2f} ({name})")

@@ -160,8 +160,8 @@ Markdown(markdown.markdown_table(HEAD, rows))
 # that the gain vanishes without the high-rank heads ({doc}`limits <../book/limits>`). An earlier pair of 9 million parameters was judged by scores on
 # tasks. That removing its low-rank heads hurts more: {glue:text}`first_pair`. Score without the highest minus without the lowest, one seed each:
 # {glue:text}`first_pair_numbers`. So in recall and on tasks a hybrid, which the paper measured, and a pure
-# model, which the replication measured, may differ. For losses on text this does not reconcile the two: {glue:text}`losses_pure`, and the
-# replication's model has the opposite.
+# model, which the replication measured, may differ. For losses on text this does not reconcile the two: {glue:text}`losses_pure`; the
+# replication's model has the opposite at every share.
 
 # %% [markdown]
 # ## Same rank, shorter memory

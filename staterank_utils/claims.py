@@ -306,7 +306,7 @@ THIRD = {
 ORDER = (*CLAIMS, *SECOND, *THIRD)  # of claims, wherever they are listed
 
 THIRD_TERMS = """\
-- *C11*, before any model of wave 5 was trained. What was known: in all six hybrids of waves 1 to 3, the first twelve models, on which it was measured, the gain was lost
+- *C11*, before any model of wave 5 was trained. What was known: in all six hybrids of waves 1 to 3 on which it was measured, the gain was lost
   without the lowest ranks and kept without the highest. That was seen first and so is exploratory. The rule is for models that came later.
   Beside it stands, as a rival explanation, what the same removals add to the loss on text that is read once: a model that is damaged more may
   recall less for that reason alone.

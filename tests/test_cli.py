@@ -206,8 +206,9 @@ def test_help_answers_before_anything_heavy_is_imported() -> None:
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_rules_are_those_of_the_package() -> None:
+def test_rules_and_dtypes_are_those_of_the_package() -> None:
     assert [rule.value for rule in staterank.Rule] == list(RULES)
+    assert [dtype.value for dtype in staterank.Dtype] == list(models.DTYPES)
 
 
 def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tiny: Path) -> None:

@@ -494,7 +494,7 @@ class FastForward:
             )
         if any(isinstance(m, BambaMixer) and not hasattr(m.norm, "group_size") for m in model.modules()):
             raise ValueError(
-                "this transformers normalises what Mamba-2 layers put out over all heads, and later ones over each group: "
+                "this transformers normalises the output of Mamba-2 layers over all heads, and later ones over each group: "
                 "train with 5.23 or later, so that the model stays the same"
             )
         self._adds_one = isinstance(model, Qwen3NextForCausalLM)  # to the weights of its norms, as `_rms_norm` does
