@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
@@ -25,6 +26,7 @@ from staterank_utils.claims import (
     has_few_seeds,
 )
 from staterank_utils.markdown import brief_table, markdown_table
+from staterank_utils.memory import predicted_rank
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED, whole_or_not, write_table
 from staterank_utils.selection import PAPER_SHARE
@@ -300,6 +302,24 @@ def _without_decay() -> str:
     )
 
 
+def _by_channel() -> str:
+    """What becomes of rank where every key channel has a decay of its own, in sentences."""
+    (of,) = designs()["hybrid-kda"]
+    d, low = of.groups["end"].d, strata.GAP[0]
+    end, initial = (of.groups[variant].rank["prose"].mean(0) / d for variant in ("end", "initial"))
+    predicted = predicted_rank(torch.from_numpy(of.groups["end"].log_decay["prose"].mean(0)), d=d).numpy() / d
+    [beyond] = [row for row in over_models() if (row["claim"], row["model"]) == ("C4b", "hybrid-kda")]
+    return (
+        f"In the hybrid of Kimi Delta Attention, {np.sum(end < low)} of {end.size} heads have a rank under {low} d, and the lowest has {end.min():.2f} d; "
+        f"before training they are {np.sum(initial < low)} and {initial.min():.2f} d. So its two-group share is {shares(of.groups['end'])['two groups']:.2f}, where "
+        f"C10 expects at least {SECOND['C10'].numbers['decay']} under every rule with decay. The law, which takes the mean decay of a head's "
+        f"channels, puts {np.sum(predicted < low)} heads under {low} d. It orders the heads well (Spearman {strata.spearman(predicted, end):.2f}) and misses how "
+        f"high their ranks are (R² {strata.explained(predicted, end):.1f}; a negative R² is worse than to predict the mean). Held-out text costs "
+        f"{of.training[ladder.HELD_OUT]:.3f} bits per byte, and the cap on half-lives takes {of.recall.taken().point:.0%} of the gain from copies. The heads of lowest "
+        f"rank are the costly ones here, too, beyond their layers (C4b: **{beyond['verdict']}**{beyond['note']}), though none of them has a low rank."
+    )
+
+
 def _inherited() -> str:
     """What became of gates that all began alike, in a sentence."""
     by_name = designs()
@@ -376,6 +396,7 @@ def ladder_tables() -> dict[str, str]:
         "ladder_protected": _joint_protected(),
         "ladder_random_groups": _random_groups(),
         "ladder_still": _without_decay(),
+        "ladder_channels": _by_channel(),
         "ladder_inherited": _inherited(),
         "ladder_numbers": _numbers(data),
         "ladder_causal": _causal(data),
@@ -396,9 +417,12 @@ def _of_tasks() -> str:
     outside, two = (
         {data: np.mean([each[key] for each in of]) for data, of in of_data.items()} for key in ("outside", "two groups")
     )
+    (longer,) = by_name["hybrid-long"]
+    after = shares(longer.groups["end"])
     return (
         f"C1e judges the share outside: {outside['text']:.2f} in hybrids trained on text, {outside['tasks63']:.2f} in those trained with tasks (means over "
-        f"seeds). Their two-group shares are {two['text']:.2f} and {two['tasks63']:.2f}."
+        f"seeds). Their two-group shares are {two['text']:.2f} and {two['tasks63']:.2f}. After {longer.training['steps']:,} steps in place of "
+        f"{by_name['hybrid-text'][0].training['steps']:,} (`{longer.name}`, one seed) the two are {after['outside']:.2f} and {after['two groups']:.2f}."
     )
 
 

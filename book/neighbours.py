@@ -208,11 +208,17 @@ def neighbours_table() -> str:
     """What was measured of the systems that stand beside the paper, as Markdown."""
     kinds = kinds_of_states()
     caches = {name: found[0] for name in EMBEDDED if (found := caching.load_caching(name)) is not None}
+    (channels,) = (of.groups["end"] for of in designs()["hybrid-kda"])
+    low = np.mean(channels.rank["prose"].mean(0) < GAP[0] * channels.d)
     rows = (
         (
             "Sparse State Expansion {cite}`pan2025sse`", "several states per head, of which a token writes some",
             f"{{ref}}`one small model <sparse-states>` on the gated delta rule, and its control: {kinds[PARTITIONS].low():.0%} of the partitions have "
             f"a rank under {GAP[0]} d, and {kinds[SHARED].low():.0%} of the shared states",
+        ),
+        (
+            "Kimi Delta Attention {cite}`kimi2025linear`", "a decay per key channel",
+            f"{{ref}}`one small model <decay-per-channel>`: {low:.0%} of its heads have a rank under {GAP[0]} d",
         ),
         (
             "LoLA {cite}`mcdermott2025lola`", "a cache of pairs beside the state, without training",

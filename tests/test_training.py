@@ -70,6 +70,7 @@ def plain_recurrence(model) -> Callable:
 )
 def test_fast_forward_is_the_model_s_own_forward(name: str, tokenizer) -> None:
     model = initial_model(RECIPES[name].configuration(tokenizer))
+    choose_kernels(model, plain=True)
     ids = torch.randint(0, 512, (2, 131), generator=torch.Generator().manual_seed(0))
     fast = FastForward(model, plain_recurrence(model), dtype=torch.float32, compiled=False)
     with torch.no_grad():
