@@ -52,6 +52,19 @@ def in_words(n_bytes: int) -> str:
     return f"{n_bytes / unit:,.1f} {name}"
 
 
+def duration_in_words(seconds: float | int) -> str:
+    """A time in the unit that suits it, at least a minute.
+
+    Example:
+        >>> duration_in_words(20), duration_in_words(600), duration_in_words(90_000), duration_in_words(1e6)
+        ('1 minute', '10 minutes', '25 hours', '12 days')
+    """
+    units = (("day", 86_400), ("hour", 3_600))
+    unit, length = next((of for of in units if seconds >= 2 * of[1]), ("minute", 60))
+    count = max(1, round(seconds / length))
+    return f"{count} {unit}{'s' if count > 1 else ''}"
+
+
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of a model's weights, on whatever devices they are.
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import multiprocessing
 import re
 import resource
@@ -20,11 +21,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from staterank_utils import __version__, claims, markdown
 from staterank_utils.architectures import linear_layers
-from staterank_utils.budget import in_words, machine_memory, moment_bytes, weight_bytes
+from staterank_utils.budget import duration_in_words, in_words, machine_memory, moment_bytes, weight_bytes
 from staterank_utils.models import (
     CHECKPOINTS,
     DTYPES,
@@ -46,6 +49,7 @@ NEEDED = {  # module -> what brings it
     "papermill": "papermill", "jupyter_book": "'jupyter-book<2'", "myst_nb": "myst-nb", "altair": "altair", "vl_convert": "vl-convert-python",
 }  # fmt: skip
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
+LEAST = 10.0  # seconds that a chapter takes on any model, most of them imports
 ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
 DEFAULT = "what is the default"  # of a size, a dtype or a device that was not given
 TOLD = 400  # letters of an error that a page shows
@@ -178,7 +182,8 @@ def write_report(
     if unknown := set(sizes) - {name for of in known.values() for name in of}:
         raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
     check_sizes(n_prompts=sizes.get("n_prompts", 2), n_tokens=sizes.get("n_tokens", 2 * EARLY))
-    plan = _plan(model, revision, device, dtype)
+    outline = _checked(model, revision, device)
+    plan = " ".join((_memory(model, outline, dtype), _time(outline, known, profile, device)))
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
     if folder.is_dir():
         verify_weights(folder)
@@ -268,17 +273,21 @@ def _files_hash(folder: Path) -> str:
     return told.hexdigest()
 
 
-def _plan(model: str, revision: str | None, device: str | None, dtype: str | None) -> str:
-    """What will be measured and what it takes, from the configuration alone."""
+def _checked(model: str, revision: str | None, device: str | None) -> PreTrainedModel:
+    """The model without weights, if it can be measured."""
     if device:
         check_device(device)
     outline = model_outline(model, revision=revision)
-    layers = linear_layers(outline)
-    check_even(layers)
+    check_even(linear_layers(outline))
     load_tokenizer(model, revision=revision)
-    memory = machine_memory()
+    return outline
+
+
+def _memory(model: str, outline: PreTrainedModel, dtype: str | None) -> str:
+    """What will be measured, and the room that it takes, from the configuration alone."""
+    layers, memory = linear_layers(outline), machine_memory()
     has = f"; this machine has {in_words(memory)} of memory" if memory else ""
-    n_parameters = sum(parameter.numel() for parameter in outline.parameters())
+    n_parameters = outline.num_parameters()
     if dtype:
         weights = f"{in_words(n_parameters * DTYPES[dtype].itemsize)} in {dtype}"
     else:
@@ -289,6 +298,22 @@ def _plan(model: str, revision: str | None, device: str | None, dtype: str | Non
         f"and some chapters hold a control of the same size beside them; the states of a prompt take {in_words(moment_bytes(outline))}{has}. "
         f"The report takes up to {in_words(ROOM)} of disk."
     )
+
+
+def _time(outline: PreTrainedModel, known: Mapping[Path, Mapping[str, int]], profile: str, device: str | None) -> str:
+    """How long the chapters will take on a CPU: what they took on the book's models, by the number of weights and by the sizes."""
+    on_cpu = not torch.cuda.is_available() if device in (None, "auto") else torch.device(device).type == "cpu"
+    if profile != "quick" or not on_cpu:
+        return f"How long it takes is known for the quick profile on a CPU alone, and this is {profile} on {'a CPU' if on_cpu else 'a GPU'}."
+    seconds = 0.0
+    for source, sizes in known.items():
+        made = json.loads((BOOK / "results" / "quick" / f"{source.stem}.json").read_text(encoding="utf-8"))[
+            "provenance"
+        ]
+        factor = outline.num_parameters() / sum(made["n_weights"].values())
+        factor *= math.prod(value / made["parameters"][name] for name, value in sizes.items() if name.startswith("n_"))
+        seconds += max(LEAST, made["seconds"] * factor)
+    return f"On two cores the chapters take very roughly {duration_in_words(seconds)}, by what they took on the book's models and the number of weights."
 
 
 def _sizes_of(source: Path, sizes: Mapping[str, int]) -> dict[str, int]:

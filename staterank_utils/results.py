@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from staterank_utils.models import CHECKPOINTS, EMBEDDED
 
@@ -179,11 +180,12 @@ def requirement() -> str:
 
 
 def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = ()) -> dict[str, Any]:
-    """What a result needs beside it: commit, versions, device, checkpoint hashes, parameters, time.
+    """What a result needs beside it: commit, versions, device, hashes and sizes of checkpoints, parameters, time.
 
     Args:
         parameters: all that the run could have been given otherwise, seeds included.
-        checkpoints: folders of weights that were measured; each is named with a hash over its safetensors files.
+        checkpoints: folders of weights that were measured; each is named with a hash over its safetensors files, and how many numbers
+            they hold.
 
     Returns:
         A dictionary that JSON can hold. `seconds` is counted from the import of this module; `commit` is what the environment variable
@@ -206,6 +208,7 @@ def provenance(*, parameters: Mapping[str, Any], checkpoints: Sequence[Path] = (
         "python": platform.python_version(),
         "packages": dict(_versions()),
         "checkpoints": {folder.name: weights_hash(folder) for folder in checkpoints},
+        "n_weights": {folder.name: count_weights(folder) for folder in checkpoints},
         "parameters": dict(parameters),
     }
 
@@ -238,6 +241,23 @@ def weights_hash(folder: Path) -> str:
             while block := stream.read(2**24):
                 total.update(block)
     return total.hexdigest()
+
+
+def count_weights(folder: Path) -> int:
+    """How many numbers the safetensors files of a folder hold, from what they say at their start.
+
+    Args:
+        folder: in Hugging Face format.
+
+    Example:
+        >>> f"{count_weights(CHECKPOINTS / 'hybrid'):,}"
+        '17,194,464'
+    """
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
 
 
 def gather(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -287,7 +307,10 @@ def gather(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "date": max(each["date"] for each in made),
             "seconds": round(sum(each["seconds"] for each in made), 1),
             "device": ", ".join(dict.fromkeys(each["device"] for each in made)),
-            "checkpoints": {name: value for each in made for name, value in each["checkpoints"].items()},
+            **{
+                key: {name: value for each in made for name, value in each[key].items()}
+                for key in ("checkpoints", "n_weights")
+            },
             "parameters": parameters,
         },
         "rows": [row for part in parts for row in part["rows"]],

@@ -1,5 +1,6 @@
 """What README and the page "On your own model" tell readers to type, typed."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -61,6 +62,33 @@ def test_every_line_is_known() -> None:
             or (program == "make" and words[0] in BY_MAKE)
             or line.startswith("git clone")
         ), line
+
+
+def test_the_clone_that_readers_make_is_one_of_this_repository(tmp_path: Path) -> None:
+    [line] = [line for line in lines() if line.startswith("git clone")]
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    assert address in line
+    # git takes this repository where the address stands.
+    here = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{ROOT}.insteadOf", "GIT_CONFIG_VALUE_0": address}
+    subprocess.run(shlex.split(line), cwd=tmp_path, env={**os.environ, **here}, check=True, capture_output=True)
+    assert (tmp_path / address.rsplit("/", 1)[1] / "Makefile").exists()
+
+
+def test_an_environment_of_conda_builds_the_book_without_another_installation(tmp_path: Path) -> None:
+    [line] = re.findall(r"`(make -o [^`]*)`", PAGES["README.md"])
+    called, programs = tmp_path / "called", tmp_path / "conda" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "jupyter-book"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {called}\n')
+        (programs / name).chmod(0o755)
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", str(clone)], check=True)
+    environment = {**os.environ, "CONDA_PREFIX": str(programs.parent)}
+    subprocess.run(["bash", "-c", line], cwd=clone, env=environment, check=True, capture_output=True)
+    assert [call.split()[:3] for call in called.read_text().splitlines()] == [
+        ["python", "-m", "book.assemble"], ["jupyter-book", "build", "_build/stage"],
+    ]  # fmt: skip
+    assert not (clone / ".venv").exists()
 
 
 def test_what_pip_is_told_to_install_is_there() -> None:

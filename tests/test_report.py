@@ -16,7 +16,9 @@ import pytest
 from conftest import make, save_tiny
 
 from staterank_utils import load_model, prune_heads, report
+from staterank_utils.budget import duration_in_words
 from staterank_utils.report import write_report
+from staterank_utils.results import STORED
 
 CHAPTER = "01_stratification"
 SMALL = {"n_prompts": 2, "n_tokens": 256}
@@ -62,12 +64,27 @@ def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path)
     assert [file for file in published for place in places if place.encode() in file.read_bytes()] == []
 
 
+def test_the_time_that_is_told_grows_with_the_model_and_the_sizes() -> None:
+    sources = report._chapters("quick", [])
+    made = [json.loads((STORED / "quick" / f"{source.stem}.json").read_text())["provenance"] for source in sources]
+    hybrid = load_model("hybrid")
+    alone = sum(of["seconds"] * of["n_weights"]["hybrid"] / sum(of["n_weights"].values()) for of in made)
+    told = report._time(hybrid, {source: {} for source in sources}, "quick", "cpu")
+    assert f"very roughly {duration_in_words(alone)}, by" in told
+    n_prompts = {
+        source: {"n_prompts": 100 * of["parameters"]["n_prompts"]} for source, of in zip(sources, made, strict=True)
+    }
+    assert f"very roughly {duration_in_words(100 * alone)}, by" in report._time(hybrid, n_prompts, "quick", "cpu")
+    assert "this is full on a CPU" in report._time(hybrid, n_prompts, "full", "cpu")
+    assert "this is quick on a GPU" in report._time(hybrid, n_prompts, "quick", "cuda")
+
+
 def test_make_writes_a_report(tiny: Path, tmp_path: Path) -> None:
     command = make("report", MODEL=tiny, OUT=tmp_path / "report", ONLY=CHAPTER, DEVICE="cpu", DTYPE="bfloat16")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "in bfloat16" in done.stderr
-    assert "up to 500.0 MB of disk" in done.stderr
+    assert "up to 500.0 MB of disk. On two cores the chapters take very roughly 1 minute" in done.stderr
     assert "The report is in" in done.stdout
     stored = json.loads((tmp_path / "report" / "work" / "results" / f"{CHAPTER}.json").read_text())
     assert stored["provenance"]["parameters"]["dtype"] == "bfloat16"

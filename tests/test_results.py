@@ -44,7 +44,17 @@ def test_a_nan_is_refused_not_written(tmp_path: Path) -> None:
 
 def test_provenance_names_all_that_a_result_depends_on() -> None:
     made = provenance(parameters={"seed": 3}, checkpoints=[results.CHECKPOINTS / "hybrid"])
-    assert set(made) == {"commit", "date", "seconds", "device", "python", "packages", "checkpoints", "parameters"}
+    assert set(made) == {
+        "commit",
+        "date",
+        "seconds",
+        "device",
+        "python",
+        "packages",
+        "checkpoints",
+        "n_weights",
+        "parameters",
+    }
     assert len(made["checkpoints"]["hybrid"]) == 64
     assert "torch" in made["packages"]
 
@@ -93,7 +103,7 @@ def test_the_cell_of_parameters_can_be_run_again_and_profiles_are_checked() -> N
 def part_of(model: str, *, seed: int = 0) -> dict[str, object]:
     made = provenance(parameters={"model": model, "seed": seed})
     return {
-        "provenance": {**made, "seconds": 2.0, "checkpoints": {model: "0"}},
+        "provenance": {**made, "seconds": 2.0, "checkpoints": {model: "0"}, "n_weights": {model: 1}},
         "rows": [{"model": model}],
     }
 
