@@ -377,28 +377,6 @@ def answer_nats(
 
 
 @torch.inference_mode()
-def text_nats(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]) -> NDArray[np.float64]:
-    """Mean loss of predicting each token of a text from those before it; its exponential is the perplexity.
-
-    Args:
-        model: what is measured.
-        input_ids: texts of equal length, at least 2 tokens, such as `domain_prompts` gives.
-
-    Returns:
-        One mean per text, nats per token.
-
-    Raises:
-        ValueError: texts of fewer than 2 tokens.
-
-    Example:
-        >>> from staterank_utils import load_model
-        >>> text_nats(load_model("hybrid"), torch.arange(8).reshape(2, 4)).shape
-        (2,)
-    """
-    return token_nats(model, input_ids).mean(1)
-
-
-@torch.inference_mode()
 def token_nats(
     model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"], *, batch_size: int | None = None
 ) -> NDArray[np.float64]:
@@ -432,42 +410,3 @@ def token_nats(
         for hidden, text in zip(read_tokens(model, texts), texts, strict=True)
     ]
     return torch.stack(losses).cpu().numpy()
-
-
-@torch.inference_mode()
-def induction(
-    model: PreTrainedModel, tokenizer: Any, *, gap: int, n_instances: int, seed: int = 0
-) -> NDArray[np.float64]:
-    """Random tokens said twice: the share of the second copy that the model would have said itself.
-
-    Source: the repeated random tokens of Olsson et al., "In-context Learning and Induction Heads", 2022.
-
-    Args:
-        model, tokenizer: what is measured.
-        gap: length of a copy, at least 2, and so the distance between a token and what it must be copied from.
-        n_instances: how many sequences.
-        seed: of the tokens.
-
-    Returns:
-        One share per instance; the first token of the second copy, which nothing announces, is left out.
-
-    Raises:
-        ValueError: a gap under 2, or no instances.
-
-    Example:
-        >>> from staterank_utils import load_model, load_tokenizer
-        >>> induction(load_model("hybrid"), load_tokenizer("hybrid"), gap=16, n_instances=3).shape
-        (3,)
-    """
-    if gap < 2 or n_instances < 1:
-        raise ValueError(f"need gap >= 2 and n_instances >= 1, got {gap} and {n_instances}")
-    check_tokenizer(model, tokenizer)
-    rng = random.Random(f"induction {gap} {seed}")
-    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
-    shares = []
-    for _ in range(n_instances):
-        copy = torch.tensor(rng.choices(ordinary, k=gap), device=model.device)
-        hidden = read_tokens(model, copy.repeat(2)[None])[0]
-        best = output_logits(model, hidden[gap : 2 * gap - 1]).argmax(-1)
-        shares.append((best == copy[1:]).double().mean().item())
-    return np.array(shares)

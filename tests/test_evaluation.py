@@ -7,8 +7,6 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from conftest import tiny_qwen3_next
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from staterank_utils import decoding, evaluation
 from staterank_utils.decoding import generate_greedily, greedy_choices, pad_left
@@ -22,11 +20,10 @@ from staterank_utils.evaluation import (
     evaluate,
     exact,
     exact_final,
-    induction,
     line_ends,
     needle_task,
     score_interval,
-    text_nats,
+    token_nats,
 )
 from staterank_utils.models import load_model, make_cache
 from staterank_utils.surgery import ablate_heads, all_heads, forward_with_edits
@@ -206,9 +203,9 @@ def test_impossible_evaluations_are_refused(hybrid, tokenizer, task: str, option
 def test_losses_agree_with_the_model_s_own(tiny_model) -> None:
     ids = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(0))
     expected = [tiny_model(row[None], labels=row[None], use_cache=False).loss.item() for row in ids]
-    np.testing.assert_allclose(text_nats(tiny_model, ids), expected, rtol=1e-5)
+    np.testing.assert_allclose(token_nats(tiny_model, ids).mean(1), expected, rtol=1e-5)
     with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
-        text_nats(tiny_model, ids[:, :1])
+        token_nats(tiny_model, ids[:, :1])
 
 
 def test_answer_losses_are_of_the_answer_and_take_another_reading(hybrid, tokenizer) -> None:
@@ -223,34 +220,6 @@ def test_answer_losses_are_of_the_answer_and_take_another_reading(hybrid, tokeni
         read=lambda ids: forward_with_edits(hybrid, ids, heads=all_heads(hybrid), edit=lambda state: 0 * state, every=1),
     )  # fmt: skip
     assert edited > own + 0.1
-
-
-class Parrot(PreTrainedModel):
-    """Says at every place the token that stands `gap` - 1 places before it."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, gap: int):
-        super().__init__(PreTrainedConfig(vocab_size=8192))
-        self.gap = gap
-
-    @property
-    def base_model(self):
-        return self
-
-    def forward(self, input_ids, use_cache):
-        said = torch.nn.functional.one_hot(input_ids.roll(self.gap - 1, 1), 8192).float()
-        return BaseModelOutput(last_hidden_state=said)
-
-    def get_output_embeddings(self):
-        return torch.nn.Identity()
-
-
-def test_induction_counts_what_was_copied(tokenizer) -> None:
-    assert induction(Parrot(16), tokenizer, gap=16, n_instances=2).tolist() == [1, 1]
-    assert induction(Parrot(15), tokenizer, gap=16, n_instances=2).max() < 0.2
-    with pytest.raises(ValueError, match="need gap >= 2"):
-        induction(Parrot(16), tokenizer, gap=1, n_instances=2)
 
 
 def test_intervals_of_scores() -> None:

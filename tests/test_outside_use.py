@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from staterank_utils.architectures import linear_layers
 from staterank_utils.decoding import generate_greedily
 from staterank_utils.dispatch import choose_kernels
-from staterank_utils.evaluation import answer_nats, evaluate, induction, text_nats
+from staterank_utils.evaluation import answer_nats, evaluate, token_nats
 from staterank_utils.models import load_tokenizer, make_cache, read_tokens
 from staterank_utils.pruning import prune_heads
 from staterank_utils.streaming import stream_states
@@ -316,10 +316,8 @@ def test_a_tokenizer_of_another_model_names_both_sizes(model) -> None:
         evaluate("recall", model, tokenizer, n_instances=1)
     with pytest.raises(ValueError, match=words):
         answer_nats("recall", model, tokenizer, n_instances=1)
-    with pytest.raises(ValueError, match=words):
-        induction(model, tokenizer, gap=4, n_instances=1)
     with pytest.raises(ValueError, match=r"token id 999 is outside the model's vocabulary 0\.\.63"):
-        text_nats(model, torch.full((1, 4), 999))
+        token_nats(model, torch.full((1, 4), 999))
 
 
 def test_what_is_no_input_is_named_in_a_process_without_a_type_checker(tmp_path: Path) -> None:
@@ -329,7 +327,7 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np, torch
 from conftest import tiny_qwen3_next
 from staterank_utils import load_tokenizer, prune_heads, singular_values, trace_states
-from staterank_utils.evaluation import answer_nats, text_nats
+from staterank_utils.evaluation import answer_nats, token_nats
 from staterank_utils.models import output_logits, read_tokens
 from staterank_utils.surgery import ablate_heads, forward_with_edits, mean_outputs
 
@@ -339,7 +337,7 @@ prompts = "shape (batch, token)"
 pairs = "expected (layer, head) pairs, such as [(0, 3), (5, 1)], got"
 axes = "reduce must keep the axes (batch, position, head)"
 calls = [
-    *((lambda x=x: text_nats(model, x), prompts) for x in no_prompts),
+    *((lambda x=x: token_nats(model, x), prompts) for x in no_prompts),
     *((lambda x=x: mean_outputs(model, x), prompts) for x in no_prompts),
     *((lambda x=x: forward_with_edits(model, x, heads=[(0, 1)], edit=lambda s: s), prompts) for x in no_prompts),
     *((lambda n=n: answer_nats("recall", model, load_tokenizer("hybrid"), n_instances=1, batch_size=n), f"at least 1, got {n}") for n in (-1, 0)),
