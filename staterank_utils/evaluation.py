@@ -323,7 +323,7 @@ def score_interval(scores: NDArray[np.float64]) -> Estimate:
     if np.isin(scores, (0.0, 1.0)).all():
         interval = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
         return Estimate(float(scores.mean()), float(interval.low), float(interval.high))
-    return bootstrap(lambda drawn: float(drawn.mean()), scores)
+    return bootstrap(float, scores, of_means=True)
 
 
 # ---------------------------------------------------------------- without generation

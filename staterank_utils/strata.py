@@ -6,7 +6,7 @@ drawing the prompts anew, because prompts are what a measurement could have draw
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 Numbers = NDArray[Any] | Sequence[Any] | Tensor
 LOW_UNDER = 0.5  # a head is low under this share of d, high from it
 GAP = (0.2, 0.8)  # "between the groups", in shares of d
+DRAWN_TOGETHER = 2**21  # numbers that a bootstrap holds at once
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def bootstrap(
     n_resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    of_means: bool = False,
 ) -> Estimate:
     """A statistic of prompts, with its percentile bootstrap interval.
 
@@ -94,6 +96,7 @@ def bootstrap(
         n_resamples: how often all prompts are drawn anew, with replacement.
         level: of the interval.
         seed: of the draws.
+        of_means: the statistic takes the mean of every group over its prompts, not the group: the same number, faster.
 
     Returns:
         The statistic on the prompts as they are, and the interval. With one prompt a group, the interval is the point.
@@ -112,11 +115,9 @@ def bootstrap(
         raise ValueError(f"need at least one prompt in every group, got {[len(group) for group in groups]}")
     for group in groups:
         _finite(group, "bootstrap")
-    point = float(statistic(*groups))
-    rng = np.random.default_rng(seed)
-    draws = np.array(
-        [statistic(*(group[rng.integers(len(group), size=len(group))] for group in groups)) for _ in range(n_resamples)]
-    )
+    point = float(statistic(*(group.mean(0) if of_means else group for group in groups)))
+    drawn = _drawn(groups, n_resamples, np.random.default_rng(seed), of_means=of_means)
+    draws = np.array([statistic(*of_groups) for of_groups in drawn])
     if np.isnan(point):
         return Estimate(point, float("nan"), float("nan"))
     if np.isnan(draws).any():
@@ -125,6 +126,20 @@ def bootstrap(
         )
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(point, float(low), float(high))
+
+
+def _drawn(
+    groups: Sequence[NDArray[np.float64]], n_resamples: int, rng: np.random.Generator, *, of_means: bool
+) -> Iterator[tuple[NDArray[np.float64], ...]]:
+    """The groups with their prompts drawn anew, or the means of these, once per resample; many are drawn together."""
+    together = max(1, DRAWN_TOGETHER // sum(group.size for group in groups))
+    for start in range(0, n_resamples, together):
+        picked = [
+            [rng.integers(len(group), size=len(group)) for group in groups]
+            for _ in range(min(together, n_resamples - start))
+        ]
+        drawn = (group[np.array(of)] for group, of in zip(groups, zip(*picked, strict=True), strict=True))
+        yield from zip(*(of.mean(1) if of_means else of for of in drawn), strict=True)
 
 
 def _finite(values: Numbers, what: str) -> NDArray[np.float64]:
@@ -157,7 +172,7 @@ def paired_difference(first: Numbers, second: Numbers) -> Estimate:
     x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (first, second))
     if len(x) != len(y):
         raise ValueError(f"expected values on the same prompts, got {len(x)} and {len(y)}")
-    return bootstrap(lambda drawn: float(drawn.mean()), x - y)
+    return bootstrap(float, x - y, of_means=True)
 
 
 def exactly(value: float) -> Estimate:
@@ -285,7 +300,7 @@ def two_groups(values: Numbers) -> dict[str, Estimate]:
         ['Sarle', 'dip p', 'share outside']
     """
     statistics = {"Sarle": sarle_coefficient, "dip p": dip_p_value, "share outside": share_outside}
-    return {label: bootstrap(lambda x, f=f: f(x.mean(0)), np.asarray(values)) for label, f in statistics.items()}
+    return {label: bootstrap(f, np.asarray(values), of_means=True) for label, f in statistics.items()}
 
 
 def share_outside(values: Numbers, *, gap: tuple[float, float] = GAP) -> float:

@@ -160,3 +160,12 @@ def test_unrelated_heads_keep_their_sizes_and_nothing_else() -> None:
     assert strata.unrelated(strata.cosine, a, a) == pytest.approx(expected, abs=1e-3)
     with pytest.raises(ValueError, match="n_draws must be at least 1, got 0"):
         strata.unrelated(strata.cosine, a, a, n_draws=0)
+
+
+@pytest.mark.parametrize("together", [1, 1000, strata.DRAWN_TOGETHER])
+def test_a_bootstrap_of_means_is_that_of_the_prompts(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    groups = rng.normal(size=(5, 7)), rng.normal(size=(4, 7)), rng.normal(size=5)
+    expected = bootstrap(lambda a, b, c: spearman(a.mean(0), b.mean(0)) + c.mean(), *groups)
+    monkeypatch.setattr(strata, "DRAWN_TOGETHER", together)
+    assert bootstrap(lambda a, b, c: spearman(a, b) + c, *groups, of_means=True) == expected

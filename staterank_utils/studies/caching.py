@@ -125,7 +125,7 @@ class Caching:
     def answers(self, share: float, method: str, task: str) -> Estimate:
         """Added nats per token of the right answers of a task."""
         added = self.outcomes[share][method].tasks[task] - self.intact.tasks[task]
-        return bootstrap(lambda of: float(of.mean()), added)
+        return bootstrap(float, added, of_means=True)
 
 
 def cached(split: str, fraction: float) -> str:

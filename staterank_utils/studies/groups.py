@@ -355,7 +355,7 @@ def first_claims(
     kappa = mean_kappa(groups.d)
 
     def over_time(similarity: Any, table: NDArray[np.float64]) -> Estimate:
-        return bootstrap(lambda x: similarity(*x.mean(0)), table)
+        return bootstrap(lambda means: similarity(*means), table, of_means=True)
 
     def acquired() -> Row:
         if initial is None:
@@ -509,7 +509,7 @@ class Law:
         if moves.sum() < 2:
             return strata.exactly(float("nan"))
         changes = (self.scaled_rank - self.base_rank).transpose(1, 0, 2)  # (prompt, factor, head)
-        return bootstrap(lambda drawn: spearman(predicted[moves], drawn.mean(0)[moves]), changes)
+        return bootstrap(lambda means: spearman(predicted[moves], means[moves]), changes, of_means=True)
 
     def by_factor(self) -> dict[str, float]:
         """The same for each factor alone, where the sign of the change cannot help; exploratory."""
@@ -647,21 +647,21 @@ def law_fit(groups: Groups, domain: str = "prose") -> dict[str, Estimate]:
     between = (groups.rank[domain].mean(0) > low) & (groups.rank[domain].mean(0) < high)
     table = np.stack([groups.rank[domain], groups.log_decay[domain]], 1)  # (prompt, 2, head)
 
-    def predicted(drawn: NDArray[np.float64]) -> NDArray[np.float64]:
-        return predicted_rank(torch.from_numpy(drawn[:, 1].mean(0)), d=d).numpy()
+    def predicted(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        return predicted_rank(torch.from_numpy(means[1]), d=d).numpy()
 
-    def fit(drawn: NDArray[np.float64], chosen: NDArray[np.bool_]) -> float:
+    def fit(means: NDArray[np.float64], chosen: NDArray[np.bool_]) -> float:
         if chosen.sum() < 2:
             return float("nan")
-        return strata.explained(predicted(drawn)[chosen], drawn[:, 0].mean(0)[chosen])
+        return strata.explained(predicted(means)[chosen], means[0][chosen])
 
     everyone = np.ones_like(between)
     return {
-        "R^2": bootstrap(lambda drawn: fit(drawn, everyone), table),
+        "R^2": bootstrap(lambda means: fit(means, everyone), table, of_means=True),
         "labels": bootstrap(
-            lambda drawn: float((is_high(predicted(drawn), d) == is_high(drawn[:, 0].mean(0), d)).mean()), table
+            lambda means: float((is_high(predicted(means), d) == is_high(means[0], d)).mean()), table, of_means=True
         ),
-        "R^2 between": bootstrap(lambda drawn: fit(drawn, between), table),
+        "R^2 between": bootstrap(lambda means: fit(means, between), table, of_means=True),
     }
 
 
@@ -679,7 +679,7 @@ def decay_fit(groups: Groups, domain: str = "prose") -> Estimate:
         True
     """
     pair = np.stack([np.exp(groups.log_decay[domain]), groups.rank[domain]], 1)
-    return bootstrap(lambda drawn: strata.r_squared(*drawn.mean(0)), pair)
+    return bootstrap(lambda means: strata.r_squared(*means), pair, of_means=True)
 
 
 def shares(groups: Groups, domain: str = "prose") -> dict[str, float]:

@@ -86,7 +86,7 @@ class Cost:
         """Nats per token that the removal adds on each text, and their mean over both, with 95 % intervals over windows."""
         added = self.without - self.intact
         parts = dict(zip(LOSS_TEXTS, np.split(added, len(LOSS_TEXTS)), strict=True))
-        of_text = {name: bootstrap(lambda x: float(x.mean()), part) for name, part in parts.items()}
+        of_text = {name: bootstrap(float, part, of_means=True) for name, part in parts.items()}
         return of_text | {"mean": over_texts(added)}
 
 

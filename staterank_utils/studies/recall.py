@@ -71,8 +71,7 @@ class Recall:
         """Share of the intact gain that a cap takes, with its interval over windows (C6)."""
         pair = np.stack([self._at(f"cap {cap}", gap), self._at(INTACT, gap)], 1)
         return bootstrap(
-            lambda *parts: float(1 - np.divide(*np.mean([part.mean(0) for part in parts], 0))),
-            *np.split(pair, len(LOSS_TEXTS)),
+            lambda *means: float(1 - np.divide(*np.mean(means, 0))), *np.split(pair, len(LOSS_TEXTS)), of_means=True
         )
 
     def _at(self, label: str, gap: int) -> NDArray[np.float64]:

@@ -380,8 +380,7 @@ class Removal:
         gaps = np.stack([self.gaps(scheme, share) for share in counted], 1)
         actual = [self.actual(scheme, share) for share in counted]
         return bootstrap(
-            lambda *parts: area_under(np.mean([part.mean(0) for part in parts], 0), actual),
-            *np.split(gaps, len(LOSS_TEXTS)),
+            lambda *means: area_under(np.mean(means, 0), actual), *np.split(gaps, len(LOSS_TEXTS)), of_means=True
         )
 
     def gaps(self, scheme: str, share: float) -> NDArray[np.float64]:

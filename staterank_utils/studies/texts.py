@@ -128,7 +128,7 @@ def over_texts(values: NDArray[np.float64]) -> Estimate:
         >>> over_texts(np.array([1.0, 1.0, 3.0, 3.0]))
         Estimate(point=2.0, low=2.0, high=2.0)
     """
-    return bootstrap(lambda *parts: float(np.mean([part.mean() for part in parts])), *np.split(values, len(LOSS_TEXTS)))
+    return bootstrap(lambda *means: float(sum(means) / len(means)), *np.split(values, len(LOSS_TEXTS)), of_means=True)
 
 
 def unigram_nats(windows: Int[Tensor, "window token"], ids: Int[Tensor, " all"], vocabulary: int) -> float:
