@@ -34,6 +34,13 @@ model.eval()
 beams = model.generate(ids[:1, :5], attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=3, do_sample=False, num_beams=2, use_cache=True)
 print(json.dumps([loss.item(), beams.shape[1]]))
 """
+NOTES = "The state of a head is a matrix that forgets. " * 80
+IN_TURN = """
+import json, sys
+from staterank import app
+for words in json.loads(sys.argv[1]):
+    app(words, standalone_mode=False)
+"""
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("wheel")]
 
 
@@ -85,31 +92,62 @@ def test_the_wheel_says_what_it_lacks(bin: Path, tmp_path: Path) -> None:
     assert "FileNotFoundError: the embedded model 'hybrid' is part of the repository" in done.stderr
 
 
-@pytest.fixture(params=["qwen3_next", *FAMILIES])
-def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    folder = tmp_path / request.param
-    if request.param == "qwen3_next":
+def save(family: str, folder: Path) -> Path:
+    if family == "qwen3_next":
         return save_tiny(folder, ["linear_attention", "full_attention", "linear_attention"])
     torch.manual_seed(0)
-    made = FAMILIES[request.param]()
+    made = FAMILIES[family]()
     made.resize_token_embeddings(8192)
     return save_with_tokenizer(made, folder)
 
 
-def test_a_model_is_traced_pruned_loaded_tuned_and_generates(model: Path, bin: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("The state of a head is a matrix that forgets. " * 80)
-    staterank = str(bin / "staterank")
-    trace = ["trace", str(model), "--text", "notes.txt", "--tokens", "48", "--prompts", "2", "--out", "heads.csv"]
-    for words in (trace, ["prune", str(model), "--share", "0.25", "--out", "smaller"]):
-        done = run([staterank, *words], tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert len((tmp_path / "heads.csv").read_text().splitlines()) > 4
-    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "smaller" / "README.md").read_text(), re.DOTALL)
-    done = run([str(bin / "python"), "-c", f"import json, torch\n{code}{TUNE}"], tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    loss, length = json.loads(done.stdout.splitlines()[-1])
+def commands(folder: Path, smaller: str) -> list[list[str]]:
+    trace = ["trace", str(folder), "--text", "notes.txt", "--tokens", "48", "--prompts", "2", "--out", f"{smaller}.csv"]
+    return [trace, ["prune", str(folder), "--share", "0.25", "--out", smaller]]
+
+
+def code_of_the_card(smaller: Path) -> str:
+    [code] = re.findall(r"```python\n(.*?)```", (smaller / "README.md").read_text(), re.DOTALL)
+    return str(code)
+
+
+def check_outcome(line: str) -> None:
+    loss, length = json.loads(line)
     assert loss > 0
     assert length == 8
+
+
+def test_a_model_is_traced_pruned_loaded_tuned_and_generates(bin: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text(NOTES)
+    for words in commands(save("qwen3_next", tmp_path / "qwen3_next"), "smaller"):
+        done = run([str(bin / "staterank"), *words], tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len((tmp_path / "smaller.csv").read_text().splitlines()) > 4
+    code = code_of_the_card(tmp_path / "smaller")
+    done = run([str(bin / "python"), "-c", f"import json, torch\n{code}{TUNE}"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    check_outcome(done.stdout.splitlines()[-1])
+
+
+def test_so_is_a_model_of_any_other_family(bin: Path, tmp_path: Path) -> None:
+    """In one process, which imports everything once."""
+    (tmp_path / "notes.txt").write_text(NOTES)
+    words = [of for family in FAMILIES for of in commands(save(family, tmp_path / family), f"smaller-{family}")]
+    done = run([str(bin / "python"), "-W", "ignore", "-c", IN_TURN, json.dumps(words)], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    codes = [code_of_the_card(tmp_path / f"smaller-{family}") for family in FAMILIES]
+    together = "".join(f"{code}{TUNE}" for code in codes)
+    done = run([str(bin / "python"), "-c", f"import json, torch\n{together}"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == len(FAMILIES)
+    for line in lines:
+        check_outcome(line)
+
+
+@pytest.fixture(params=["qwen3_next", *FAMILIES])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return save(request.param, tmp_path / request.param)
 
 
 def test_a_report_is_made_without_the_repository(model: Path, bin: Path, tmp_path: Path) -> None:
