@@ -50,6 +50,7 @@ NEEDED = {  # module -> what brings it
 }  # fmt: skip
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 LEAST = 10.0  # seconds that a chapter takes on any model, most of them imports
+PATIENCE = 10.0  # seconds that a chapter's process has to end
 ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
 DEFAULT = "what is the default"  # of a size, a dtype or a device that was not given
 TOLD = 400  # letters of an error that a page shows
@@ -351,6 +352,7 @@ def _apart(source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path)
     there.close()
     try:
         told: str | None = here.recv()
+        process.join(PATIENCE)  # it takes down what it made
     except EOFError:
         process.join()
         told = f"the process that ran it ended with status {process.exitcode}"

@@ -86,6 +86,7 @@ def test_make_writes_a_report(tiny: Path, tmp_path: Path) -> None:
     assert "in bfloat16" in done.stderr
     assert "up to 500.0 MB of disk. On two cores the chapters take very roughly 1 minute" in done.stderr
     assert "The report is in" in done.stdout
+    assert "leaked" not in done.stderr  # every process of a chapter took down what it made
     stored = json.loads((tmp_path / "report" / "work" / "results" / f"{CHAPTER}.json").read_text())
     assert stored["provenance"]["parameters"]["dtype"] == "bfloat16"
     assert (tmp_path / "report" / "notebooks" / f"{CHAPTER}.html").exists()
