@@ -304,13 +304,12 @@ def _memory(model: str, outline: PreTrainedModel, dtype: str | None) -> str:
 def _time(outline: PreTrainedModel, known: Mapping[Path, Mapping[str, int]], profile: str, device: str | None) -> str:
     """How long the chapters will take on a CPU: what they took on the book's models, by the number of weights and by the sizes."""
     on_cpu = not torch.cuda.is_available() if device in (None, "auto") else torch.device(device).type == "cpu"
-    if profile != "quick" or not on_cpu:
-        return f"How long it takes is known for the quick profile on a CPU alone, and this is {profile} on {'a CPU' if on_cpu else 'a GPU'}."
+    stored = {source: BOOK / "results" / "quick" / f"{source.stem}.json" for source in known}
+    if profile != "quick" or not on_cpu or not all(file.exists() for file in stored.values()):
+        return "How long it takes is known for the book's chapters in the quick profile on a CPU alone."
     seconds = 0.0
     for source, sizes in known.items():
-        made = json.loads((BOOK / "results" / "quick" / f"{source.stem}.json").read_text(encoding="utf-8"))[
-            "provenance"
-        ]
+        made = json.loads(stored[source].read_text(encoding="utf-8"))["provenance"]
         factor = outline.num_parameters() / sum(made["n_weights"].values())
         factor *= math.prod(value / made["parameters"][name] for name, value in sizes.items() if name.startswith("n_"))
         seconds += max(LEAST, made["seconds"] * factor)
