@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
@@ -26,7 +25,6 @@ from staterank_utils.claims import (
     has_few_seeds,
 )
 from staterank_utils.markdown import brief_table, markdown_table
-from staterank_utils.memory import predicted_rank
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import STORED, whole_or_not, write_table
 from staterank_utils.selection import PAPER_SHARE
@@ -305,9 +303,9 @@ def _without_decay() -> str:
 def _by_channel() -> str:
     """What becomes of rank where every key channel has a decay of its own, in sentences."""
     (of,) = designs()["hybrid-kda"]
-    d, low = of.groups["end"].d, strata.GAP[0]
-    end, initial = (of.groups[variant].rank["prose"].mean(0) / d for variant in ("end", "initial"))
-    predicted = predicted_rank(torch.from_numpy(of.groups["end"].log_decay["prose"].mean(0)), d=d).numpy() / d
+    low = strata.GAP[0]
+    end, initial = (of.groups[variant].relative("prose").mean(0) for variant in ("end", "initial"))
+    predicted = of.groups["end"].predicted("prose") / of.groups["end"].d
     [beyond] = [row for row in over_models() if (row["claim"], row["model"]) == ("C4b", "hybrid-kda")]
     return (
         f"In the hybrid of Kimi Delta Attention, {np.sum(end < low)} of {end.size} heads have a rank under {low} d, and the lowest has {end.min():.2f} d; "

@@ -208,8 +208,8 @@ def neighbours_table() -> str:
     """What was measured of the systems that stand beside the paper, as Markdown."""
     kinds = kinds_of_states()
     caches = {name: found[0] for name in EMBEDDED if (found := caching.load_caching(name)) is not None}
-    (channels,) = (of.groups["end"] for of in designs()["hybrid-kda"])
-    low = np.mean(channels.rank["prose"].mean(0) < GAP[0] * channels.d)
+    (channels,) = designs()["hybrid-kda"]
+    low = np.mean(channels.groups["end"].relative("prose").mean(0) < GAP[0])
     rows = (
         (
             "Sparse State Expansion {cite}`pan2025sse`", "several states per head, of which a token writes some",

@@ -89,8 +89,7 @@ def load_model(
     check_device(device)
     if device == "auto" and importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError("device='auto' needs accelerate: pip install accelerate")
-    on_cpu = not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
-    chosen = dtype or (torch.float32 if on_cpu else "auto")
+    chosen = dtype or (torch.float32 if runs_on_cpu(device) else "auto")
     # What cannot be measured is refused before its weights are read.
     config = model_outline(name_or_path, revision=revision, trust_remote_code=trust_remote_code).config
     if Path(source).is_dir():
@@ -182,6 +181,19 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
         # Where its files are missing, transformers makes an empty one.
         raise ValueError(f"{name_or_path} has no tokenizer: save one with its save_pretrained, or copy tokenizer.json")
     return tokenizer
+
+
+def runs_on_cpu(device: str | None) -> bool:
+    """Whether a model runs on a CPU if it is loaded onto a device.
+
+    Args:
+        device: as `load_model` takes it; None is what that chooses.
+
+    Example:
+        >>> runs_on_cpu("cpu"), runs_on_cpu("cuda:0"), runs_on_cpu(None) == (not torch.cuda.is_available())
+        (True, False, True)
+    """
+    return not torch.cuda.is_available() if device in (None, "auto") else torch.device(device).type == "cpu"
 
 
 def check_device(device: str) -> None:

@@ -21,7 +21,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -35,6 +34,7 @@ from staterank_utils.models import (
     check_device,
     load_tokenizer,
     model_outline,
+    runs_on_cpu,
     verify_weights,
 )
 from staterank_utils.results import PROFILES, check_writable, weights_hash, whole_or_not, write_json
@@ -303,14 +303,13 @@ def _memory(model: str, outline: PreTrainedModel, dtype: str | None) -> str:
 
 def _time(outline: PreTrainedModel, known: Mapping[Path, Mapping[str, int]], profile: str, device: str | None) -> str:
     """How long the chapters will take on a CPU: what they took on the book's models, by the number of weights and by the sizes."""
-    on_cpu = not torch.cuda.is_available() if device in (None, "auto") else torch.device(device).type == "cpu"
     stored = {source: BOOK / "results" / "quick" / f"{source.stem}.json" for source in known}
-    if profile != "quick" or not on_cpu or not all(file.exists() for file in stored.values()):
+    if profile != "quick" or not runs_on_cpu(device) or not all(file.exists() for file in stored.values()):
         return "How long it takes is known for the book's chapters in the quick profile on a CPU alone."
-    seconds = 0.0
+    seconds, n_weights = 0.0, outline.num_parameters()
     for source, sizes in known.items():
         made = json.loads(stored[source].read_text(encoding="utf-8"))["provenance"]
-        factor = outline.num_parameters() / sum(made["n_weights"].values())
+        factor = n_weights / sum(made["n_weights"].values())
         factor *= math.prod(value / made["parameters"][name] for name, value in sizes.items() if name.startswith("n_"))
         seconds += max(LEAST, made["seconds"] * factor)
     return f"On two cores the chapters take very roughly {duration_in_words(seconds)}, by what they took on the book's models and the number of weights."

@@ -132,7 +132,7 @@ def _drawn(
     groups: Sequence[NDArray[np.float64]], n_resamples: int, rng: np.random.Generator, *, of_means: bool
 ) -> Iterator[tuple[NDArray[np.float64], ...]]:
     """The groups with their prompts drawn anew, or the means of these, once per resample; many are drawn together."""
-    together = max(1, DRAWN_TOGETHER // sum(group.size for group in groups))
+    together = max(1, DRAWN_TOGETHER // max(1, sum(group.size for group in groups)))
     for start in range(0, n_resamples, together):
         picked = [
             [rng.integers(len(group), size=len(group)) for group in groups]

@@ -135,6 +135,8 @@ def test_so_is_a_model_of_any_other_family(bin: Path, tmp_path: Path) -> None:
     words = [of for family in FAMILIES for of in commands(save(family, tmp_path / family), f"smaller-{family}")]
     done = run([str(bin / "python"), "-W", "ignore", "-c", IN_TURN, json.dumps(words)], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+    for family in FAMILIES:
+        assert len((tmp_path / f"smaller-{family}.csv").read_text().splitlines()) > 4
     codes = [code_of_the_card(tmp_path / f"smaller-{family}") for family in FAMILIES]
     together = "".join(f"{code}{TUNE}" for code in codes)
     done = run([str(bin / "python"), "-c", f"import json, torch\n{together}"], tmp_path)
