@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -36,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What a shell starts in the background ignores Ctrl-C, and so would every program that a test stops with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if limit_autotuning():  # else every shape of every kernel is tuned, for minutes
         full_precision()
 
