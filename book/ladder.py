@@ -318,6 +318,36 @@ def _by_channel() -> str:
     )
 
 
+def _only_added() -> str:
+    """What becomes of rank where states decay and nothing is erased, in sentences."""
+    low, high = strata.GAP
+
+    def low_and_high(ranks: NDArray[Any]) -> str:
+        return f"{np.sum(ranks < low)} and {np.sum(ranks > high)}"
+
+    of, base = (designs()[name][0] for name in ("hybrid-nodelta", "hybrid-text"))
+    end, initial = (
+        [each.groups[variant].relative("prose").mean(0) for each in (of, base)] for variant in ("end", "initial")
+    )
+    by_law = of.groups["end"].predicted("prose") / of.groups["end"].d
+    losses = [each.training[ladder.HELD_OUT] for each in (of, base)]
+    costs = {
+        (scheme, order): of.removal.added(scheme, order, DOSE).mean() for scheme in (MODEL, PROTECTED) for order in (LOW, HIGH)
+    }  # fmt: skip
+    [arm] = [arm for arm in of.removal.arms if (arm.scheme, arm.order, arm.share) == (MODEL, HIGH, DOSE)]
+    layers = [of.removal.heads[head][0] for head in arm.heads]
+    return (
+        f"Of its {by_law.size} heads, {low_and_high(end[0])} have a rank under {low} d and over {high} d; in `{base.name}`, with the delta rule, "
+        f"{low_and_high(end[1])}. Before training they were {low_and_high(initial[0])}, and {low_and_high(initial[1])}. The two-group share is "
+        f"{shares(of.groups['end'])['two groups']:.2f}, where C10 expects at least {SECOND['C10'].numbers['decay']}. By their decay alone (the law) "
+        f"{low_and_high(by_law)} heads would be there. So few heads learnt to forget fast, and many that forget slowly have a lower rank than the law says. "
+        f"It orders the heads well (Spearman {strata.spearman(by_law, end[0]):.2f}) and misses how high their ranks are (R² {strata.explained(by_law, end[0]):.2f}). "
+        f"Held-out text costs {losses[0]:.3f} bits per byte, and {losses[1]:.3f} with the delta rule.\n\n"
+        f"Over the model, the quarter of highest rank is the costly one ({costs[MODEL, HIGH]:.2f} nats; the lowest cost {costs[MODEL, LOW]:.2f}): {layers.count(0)} of "
+        f"its {len(layers)} heads are in layer 0. With that layer protected both cost about the same ({costs[PROTECTED, HIGH]:.2f} and {costs[PROTECTED, LOW]:.2f})."
+    )
+
+
 def _inherited() -> str:
     """What became of gates that all began alike, in a sentence."""
     by_name = designs()
@@ -395,6 +425,7 @@ def ladder_tables() -> dict[str, str]:
         "ladder_random_groups": _random_groups(),
         "ladder_still": _without_decay(),
         "ladder_channels": _by_channel(),
+        "ladder_added": _only_added(),
         "ladder_inherited": _inherited(),
         "ladder_numbers": _numbers(data),
         "ladder_causal": _causal(data),
@@ -415,23 +446,30 @@ def _of_tasks() -> str:
     outside, two = (
         {data: np.mean([each[key] for each in of]) for data, of in of_data.items()} for key in ("outside", "two groups")
     )
-    (longer,) = by_name["hybrid-long"]
-    after = shares(longer.groups["end"])
+    others = [
+        f"{after['outside']:.2f} and {after['two groups']:.2f} in `{of.name}`"
+        for design in ("hybrid-tasks25", "hybrid-long", "pure-long")
+        for of in by_name[design]
+        for after in [shares(of.groups["end"])]
+    ]
     return (
         f"C1e judges the share outside: {outside['text']:.2f} in hybrids trained on text, {outside['tasks63']:.2f} in those trained with tasks (means over "
-        f"seeds). Their two-group shares are {two['text']:.2f} and {two['tasks63']:.2f}. After {longer.training['steps']:,} steps in place of "
-        f"{by_name['hybrid-text'][0].training['steps']:,} (`{longer.name}`, one seed) the two are {after['outside']:.2f} and {after['two groups']:.2f}."
+        f"seeds). Their two-group shares are {two['text']:.2f} and {two['tasks63']:.2f}. Of fewer tasks, or more steps, there is one seed each: "
+        f"{', '.join(others)}."
     )
 
 
 def _mastering() -> str:
     """On which models the claims about tasks could be tested, in sentences."""
-    open_yet = [
-        f"`{name}`" for name, of in _measured().items() if of.by_task is None and len(mastered(of.recall.scores)) > 1
-    ]
+    able = {
+        name: of.by_task is not None
+        for name, of in _measured().items()
+        if of.by_task is not None or len(mastered(of.recall.scores)) > 1
+    }
+    tested, untested = ([f"`{name}`" for name, done in able.items() if done is wanted] for wanted in (True, False))
     return (
-        "C4, C4a and C5 are about tasks: a model that masters fewer than two cannot be tested. These of the ladder master at least two and were not "
-        f"tested yet: {', '.join(open_yet) or 'none'}. The pair of 9 million parameters was, in the last two rows."
+        "C4, C4a and C5 are about tasks: a model that masters fewer than two cannot be tested. The pair of 9 million parameters was tested, in the last two rows, and of the "
+        f"ladder {', '.join(tested) or 'none'}. These master at least two and were not tested, since their weights were not kept: {', '.join(untested) or 'none'}."
     )
 
 

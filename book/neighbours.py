@@ -16,7 +16,7 @@ from staterank_utils.models import EMBEDDED
 from staterank_utils.selection import PAPER_SHARE
 from staterank_utils.strata import GAP
 from staterank_utils.studies import caching, ladder
-from staterank_utils.studies.groups import half_lives_from
+from staterank_utils.studies.groups import half_lives_from, shares
 from staterank_utils.studies.ladder import Measured
 from staterank_utils.studies.removal import HIGH, LAYERS, LOW, PROTECTED, RANDOM, chosen
 from training.recipes import PARTITIONS as EXPANSION
@@ -210,6 +210,7 @@ def neighbours_table() -> str:
     caches = {name: found[0] for name in EMBEDDED if (found := caching.load_caching(name)) is not None}
     (channels,) = designs()["hybrid-kda"]
     low = np.mean(channels.groups["end"].relative("prose").mean(0) < GAP[0])
+    (added,) = designs()["hybrid-nodelta"]
     rows = (
         (
             "Sparse State Expansion {cite}`pan2025sse`", "several states per head, of which a token writes some",
@@ -219,6 +220,10 @@ def neighbours_table() -> str:
         (
             "Kimi Delta Attention {cite}`kimi2025linear`", "a decay per key channel",
             f"{{ref}}`one small model <decay-per-channel>`: {low:.0%} of its heads have a rank under {GAP[0]} d",
+        ),
+        (
+            "Mamba-2 {cite}`dao2024mamba2`", "a decay per head, and nothing is erased",
+            f"{{ref}}`one small model <without-delta>`: its two-group share is {shares(added.groups['end'])['two groups']:.2f}",
         ),
         (
             "LoLA {cite}`mcdermott2025lola`", "a cache of pairs beside the state, without training",
