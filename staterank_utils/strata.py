@@ -13,7 +13,6 @@ from typing import Any
 import diptest
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 # NumPy's own ArrayLike is a protocol: a type checker at run time, as tests have one, takes longer over it than the statistics.
@@ -243,7 +242,7 @@ def sarle_coefficient(values: Numbers) -> float:
         values: at least 4 numbers.
 
     Returns:
-        The coefficient; NaN where all values are equal.
+        The coefficient; NaN where all values are equal, to rounding.
 
     Raises:
         ValueError: fewer than 4 values, or a NaN or infinity.
@@ -256,9 +255,12 @@ def sarle_coefficient(values: Numbers) -> float:
     n = len(x)
     if n < 4:
         raise ValueError(f"Sarle's coefficient needs at least 4 values, got {n}")
-    if np.ptp(x) == 0:
+    # scipy's skew and kurtosis in numpy: on a few hundred heads their checks take ten times as long as the sums, and bootstraps draw 1,000 times
+    second, third, fourth = (np.mean((x - x.mean()) ** power) for power in (2, 3, 4))
+    if second <= (np.finfo(np.float64).resolution * x.mean()) ** 2:
         return float("nan")
-    skewness, kurtosis = stats.skew(x, bias=False), stats.kurtosis(x, bias=False)
+    skewness = np.sqrt(n * (n - 1)) / (n - 2) * third / second**1.5
+    kurtosis = ((n**2 - 1) * fourth / second**2 - 3 * (n - 1) ** 2) / ((n - 2) * (n - 3))
     return float((skewness**2 + 1) / (kurtosis + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3))))
 
 
@@ -382,10 +384,16 @@ def spearman(a: Numbers, b: Numbers) -> float:
         >>> spearman([1, 2, 3], [10, 20, 40])
         1.0
     """
-    x, y = (stats.rankdata(values) for values in _pair(a, b))
+    x, y = (_ranks(values) for values in _pair(a, b))
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt((x @ x) * (y @ y))
     return float(np.clip(x @ y / norm, -1, 1)) if norm > 0 else float("nan")
+
+
+def _ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks from 1, ties at their mean: those of scipy.stats.rankdata, ten times as fast on a few hundred heads."""
+    ordered = np.sort(x)
+    return (np.searchsorted(ordered, x, side="left") + np.searchsorted(ordered, x, side="right") + 1) / 2
 
 
 def cosine(a: Numbers, b: Numbers) -> float:

@@ -27,6 +27,15 @@ def test_constant_vectors_have_no_order_and_no_line() -> None:
     assert np.isnan(strata.r_squared([1, 1, 1], [1, 2, 3]))
     assert np.isnan(cosine([0, 0], [1, 2]))
     assert np.isnan(sarle_coefficient([2, 2, 2, 2, 2]))
+    assert np.isnan(sarle_coefficient([64, 64, 64, 64 + 2e-14]))
+
+
+@pytest.mark.parametrize("n", [4, 5, 144])
+def test_sarle_agrees_with_scipy(n: int) -> None:
+    values = RNG.gamma(2.0, size=n)
+    skewness, kurtosis = stats.skew(values, bias=False), stats.kurtosis(values, bias=False)
+    expected = (skewness**2 + 1) / (kurtosis + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3)))
+    assert sarle_coefficient(values) == pytest.approx(expected, rel=1e-10)
 
 
 def test_sarle_separates_one_group_from_two() -> None:
