@@ -1,5 +1,6 @@
 """Greedy continuation of prompts, side by side: through the cache, and faster where the answer is expected."""
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from staterank_utils.architectures import linear_layers, model_adapter
+from staterank_utils.architectures import cache_name, linear_layers, model_adapter
 from staterank_utils.dispatch import suited_kernels
 from staterank_utils.kernels import ordered_weights
 from staterank_utils.models import evaluating, make_cache, output_logits, read_tokens, takes_mask, unwrapped
@@ -238,11 +239,10 @@ def _steps_in_place(
     now = torch.tensor([n_read], device=ids.device)
     made = torch.empty(n_rows, room, dtype=ids.dtype, device=ids.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cached = {str(cache_name(inspect.signature(model.base_model.forward).parameters)): cache, "use_cache": True}
 
     def read(ids: Tensor, masks: Any, positions: Tensor) -> Tensor:
-        output = model.base_model(
-            input_ids=ids, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        output = model.base_model(input_ids=ids, attention_mask=masks, position_ids=positions, **cached)
         best = output_logits(model, output.last_hidden_state[:, -1:]).argmax(-1)
         made.index_copy_(1, now - n_read, best)
         return best

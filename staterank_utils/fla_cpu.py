@@ -10,6 +10,7 @@ naive operator as well, and fla's Mamba-2 is corrected where it is wrong or refu
 
 import functools
 import importlib
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from staterank_utils.rebinding import Rebinding
@@ -135,6 +138,17 @@ def is_fla(model: nn.Module) -> bool:
         False
     """
     return any(each.__module__.startswith("fla.") for each in type(model).__mro__)
+
+
+def loses_its_cache(model: nn.Module) -> bool:
+    """Whether `generate` makes other tokens with a cache than without: transformers 5.24 gives it to models under a name that fla 0.6 does not know.
+
+    Example:
+        >>> loses_its_cache(nn.Linear(1, 1))
+        False
+    """
+    renamed = Version(transformers.__version__) >= Version("5.24")
+    return renamed and is_fla(model) and "cache" not in inspect.signature(model.forward).parameters
 
 
 def wrote(settings: dict[str, Any]) -> bool:

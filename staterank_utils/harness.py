@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from staterank_utils.architectures import cache_name
 from staterank_utils.decoding import check_padding
 from staterank_utils.models import make_cache
 
@@ -45,8 +46,8 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, *, batch_size: int = 8
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if batch_size > 1:
         check_padding(model)
-    # The Mamba family's own `generate` makes its cache, under another name.
-    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
+    # The Mamba family's own `generate` makes its cache; before transformers 5.24 it has another name there.
+    name = cache_name(inspect.signature(model.forward).parameters)
 
     class WithCache(HFLM):  # type: ignore[misc, unused-ignore]
         """Gives `generate` a cache that counts tokens also where no layer has softmax attention."""
@@ -57,7 +58,7 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, *, batch_size: int = 8
             return logits
 
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-            cache = {"past_key_values": make_cache(self.model)} if takes_cache else {}
+            cache = {name: make_cache(self.model)} if name and name != "cache_params" else {}
             made: Tensor = super()._model_generate(context, max_length, stop, **cache, **options)
             return made
 

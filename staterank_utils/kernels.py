@@ -409,19 +409,20 @@ def _rms_norm_gated(
 def _gated_delta_net(
     self: nn.Module,
     hidden_states: Float[Tensor, "batch token d_model"],
-    cache_params: Any = None,
+    cache: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Float[Tensor, "batch token d_model"]:
     """The layer as in transformers, module by module and kernel by kernel, with fewer copies in between."""
+    cache = kwargs.pop("cache_params", cache)  # its name before transformers 5.24
     if attention_mask is not None:
         hidden_states = hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)
     n_batch, n_tokens, _ = hidden_states.shape
     conv_state = recurrent_state = None
     recording = False
-    if cache_params is not None:
+    if cache is not None:
         # By attribute, since transformers 5.17 has no methods for it.
-        held = cache_params.layers[self.layer_idx]
+        held = cache.layers[self.layer_idx]
         recording = held.record_past
         if held.has_previous_state[0]:
             conv_state, recurrent_state = held.conv_states[0], held.recurrent_states[0]
@@ -442,10 +443,10 @@ def _gated_delta_net(
     if conv_state is not None and n_tokens == 1 and not recording:
         mixed = causal_conv1d_update(mixed, conv_state, weight, bias, self.activation)
     else:
-        if cache_params is not None:
-            mixed = cache_params.update_conv_state(mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        if cache is not None:
+            mixed = cache.update_conv_state(mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         mixed = causal_conv1d_fn(mixed, weight, bias, activation=self.activation, **kwargs)
-        if cache_params is not None:
+        if cache is not None:
             mixed = mixed[:, :, -n_tokens:]
     query, key, value = mixed.transpose(1, 2).split_with_sizes(sizes, -1)
 
@@ -461,13 +462,13 @@ def _gated_delta_net(
         g=F.softplus(a.flatten(2) + self.dt_bias) * -self.A_log.exp(),
         beta=b.flatten(2).sigmoid(),
         initial_state=recurrent_state,
-        output_final_state=cache_params is not None,
+        output_final_state=cache is not None,
         use_qk_l2norm_in_kernel=True,
         cu_seqlens=kwargs.pop("cu_seq_lens_q", None),
         **kwargs,
     )
-    if cache_params is not None:
-        cache_params.update_recurrent_state(last_state, self.layer_idx)
+    if cache is not None:
+        cache.update_recurrent_state(last_state, self.layer_idx)
     heads = (n_batch, n_tokens, n_keys, group, d_v)
     out = self.norm(out.view(heads), z.unflatten(-1, (group, d_v)))
     return self.out_proj(out.view(n_batch, n_tokens, self.value_dim))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from staterank_utils import fla_cpu
-from staterank_utils.architectures import linear_layers, model_adapter
+from staterank_utils.architectures import cache_name, linear_layers, model_adapter
 from staterank_utils.budget import in_words, out_of_memory, weight_bytes
 from staterank_utils.dispatch import choose_kernels, suited_kernels
 from staterank_utils.pruned import MODEL_TYPE, RECORD, auto_class, config_class_of
@@ -115,6 +116,12 @@ def load_model(
         model = model if weights == "trained" else _spread(model)
         _refuse_offloaded(model, name_or_path)
     model.requires_grad_(False).eval()
+    if fla_cpu.loses_its_cache(model):
+        log.warning(
+            "%s: fla loses its cache in `generate` with transformers %s, and then makes other tokens: pass use_cache=False, or install transformers<5.24",
+            name_or_path,
+            transformers.__version__,
+        )
     chosen_kernels = choose_kernels(model)
     log.info(
         "%s (%s weights): %s on %s, %s, kernels: %s",
@@ -560,8 +567,9 @@ def read_tokens(
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     positions = positions.expand(len(input_ids), -1)
     options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": cache is not None}
-    options["past_key_values" if "past_key_values" in known else "cache_params"] = cache
     options = {name: value for name, value in options.items() if name in known and value is not None}
+    if cache is not None and (name := cache_name(known)):
+        options[name] = cache
     options |= model_adapter(model).arguments(input_ids, positions, cache)
     with suited_kernels(model), evaluating(model):
         made = base(input_ids=input_ids, **options)

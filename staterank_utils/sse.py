@@ -110,22 +110,23 @@ class SSEGatedDeltaNet(nn.Module):
     def forward(
         self,
         hidden_states: Float[Tensor, "batch token d_model"],
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Float[Tensor, "batch token d_model"]:
         """As a linear-attention layer of Qwen3-Next is called."""
+        cache = kwargs.pop("cache_params", cache)  # its name before transformers 5.24
         x = hidden_states
         if attention_mask is not None:
             x = x * attention_mask[:, :, None].to(x.dtype)
         n_tokens, conv_state, state, recording = x.shape[1], None, None, False
-        if cache_params is not None:
-            held = cache_params.layers[self.layer_idx]
+        if cache is not None:
+            held = cache.layers[self.layer_idx]
             recording = held.record_past
             if held.has_previous_state[0]:
                 conv_state, state = held.conv_states[0], held.recurrent_states[0]
         mixed, z = self.in_proj_qkvz(x).split([self.conv_dim, self.value_dim], -1)
-        query, key, value = self._convolved(mixed.mT, conv_state, cache_params, recording).split(
+        query, key, value = self._convolved(mixed.mT, conv_state, cache, recording).split(
             [self.key_dim, self.key_dim, self.value_dim], -1
         )
         more_q, more_k = self.lora_up(self.lora_down(x)).chunk(2, -1)
@@ -141,10 +142,10 @@ class SSEGatedDeltaNet(nn.Module):
         rule = torch_recurrent_gated_delta_rule if state is not None and n_tokens == 1 else torch_chunk_gated_delta_rule
         out, last = rule(
             query, key, value, g=log_decay, beta=strength.to(x.dtype), initial_state=state,
-            output_final_state=cache_params is not None, use_qk_l2norm_in_kernel=False,
+            output_final_state=cache is not None, use_qk_l2norm_in_kernel=False,
         )  # fmt: skip
-        if cache_params is not None:
-            cache_params.update_recurrent_state(last, self.layer_idx)
+        if cache is not None:
+            cache.update_recurrent_state(last, self.layer_idx)
         out = self.states(out.flatten(2)).unflatten(-1, (1 + self.n_partitions, self.values, -1)).sum(2)
         gated: Tensor = self.norm(out, z.unflatten(-1, (self.values, -1)))
         put_out: Tensor = self.out_proj(gated.flatten(2))
@@ -186,12 +187,12 @@ class SSEGatedDeltaNet(nn.Module):
         scaled = unit(heads) * F.pad(weights, (1, 0), value=1.0)[..., None, None]
         return scaled.flatten(2, 3).to(own.dtype)
 
-    def _convolved(self, mixed: Tensor, conv_state: Tensor | None, cache_params: Any, recording: bool) -> Tensor:
+    def _convolved(self, mixed: Tensor, conv_state: Tensor | None, cache: Any, recording: bool) -> Tensor:
         n_tokens, weight = mixed.shape[-1], self.conv1d.weight.squeeze(1)
         if conv_state is not None and n_tokens == 1 and not recording:
             return causal_conv1d_update(mixed, conv_state, weight, None, self.activation).mT  # type: ignore[no-any-return]
-        if cache_params is not None:
-            mixed = cache_params.update_conv_state(mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        if cache is not None:
+            mixed = cache.update_conv_state(mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         made: Tensor = causal_conv1d_fn(mixed, weight, None, activation=self.activation)
         return made[:, :, -n_tokens:].mT
 

@@ -21,6 +21,7 @@ from staterank_utils.architectures import cache_bytes, linear_layers
 from staterank_utils.channels import keep_channels, order_channels
 from staterank_utils.decoding import pad_left
 from staterank_utils.dispatch import choose_kernels
+from staterank_utils.fla_cpu import loses_its_cache
 from staterank_utils.memory import cap_half_life, check_memory_bound, scale_decay
 from staterank_utils.models import load_model, make_cache, output_logits, read_tokens
 from staterank_utils.pruning import prune_heads, removed_heads
@@ -517,6 +518,8 @@ def test_pruned_saved_and_loaded_bit_for_bit(of_dtype, three, removal, tmp_path:
 @few_removals
 @pytest.mark.skipif(DEVICE == "cuda", reason="two nearly equal logits change places where products are in TF32")
 def test_generation(model, three, removal) -> None:
+    if loses_its_cache(model):
+        pytest.skip("fla 0.6 does not know how transformers 5.24 names a cache")
     prompt, options = three[:, :20], {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     made = prune_heads(model, removal).generate(prompt, **options)
     expected = prompt

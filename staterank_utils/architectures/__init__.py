@@ -5,7 +5,7 @@ how large a head's state is, and how decay and write strength follow from the la
 is asked, the modules beside it hold the adapters of one family each, and `lookup` finds the layers of a model.
 """
 
-from staterank_utils.architectures.caches import LinearOnlyCache, cache_bytes, recurrent_state
+from staterank_utils.architectures.caches import LinearOnlyCache, cache_bytes, cache_name, recurrent_state
 from staterank_utils.architectures.core import Blocks, noted_change
 from staterank_utils.architectures.layer import LinearLayer, ModelAdapter, kept_as
 from staterank_utils.architectures.lookup import (
@@ -31,6 +31,7 @@ __all__ = [
     "LinearOnlyCache",
     "ModelAdapter",
     "cache_bytes",
+    "cache_name",
     "check_heads",
     "find_layers",
     "kept_as",

@@ -1,10 +1,27 @@
 """Caches: one for models without softmax attention, where the states are in those of transformers, and what a cache takes."""
 
+from collections.abc import Collection
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
+
+CACHE_NAMES = (
+    "cache",
+    "past_key_values",
+    "cache_params",
+)  # of the argument of a forward, from transformers 5.24 on and before it
+
+
+def cache_name(names: Collection[str]) -> str | None:
+    """What a forward calls its cache, by the names of its arguments; None where it takes none.
+
+    Example:
+        >>> cache_name(["input_ids", "past_key_values"])
+        'past_key_values'
+    """
+    return next((name for name in CACHE_NAMES if name in names), None)
 
 
 class LinearOnlyCache(DynamicCache):

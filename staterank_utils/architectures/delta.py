@@ -70,7 +70,7 @@ class DeltaLayer(LinearLayer):
         return None
 
     def idle(
-        self, hidden_states: Float[Tensor, "batch token d_model"], cache_params: Any = None, *rest: Any, **more: Any
+        self, hidden_states: Float[Tensor, "batch token d_model"], cache: Any = None, *rest: Any, **more: Any
     ) -> Float[Tensor, "batch token d_model"]:
         """It adds nothing.
 
@@ -78,7 +78,7 @@ class DeltaLayer(LinearLayer):
             >>> DeltaLayer(0, nn.Module()).idle(torch.ones(1, 2, 3)).tolist()
             [[[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]
         """
-        tell_nothing(self.module, hidden_states, cache_params)
+        tell_nothing(self.module, hidden_states, more.get("cache_params", cache))
         return torch.zeros_like(hidden_states)
 
 

@@ -148,7 +148,7 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
     model_type = getattr(model.config, "model_type", "?")
     if model_type in WRONG_IN_SEGMENTS:
         raise ValueError(
-            f"{model_type} cannot be traced: {WRONG_IN_SEGMENTS[model_type]} (transformers 5.17 to 5.23), so its states would be wrong"
+            f"{model_type} cannot be traced: {WRONG_IN_SEGMENTS[model_type]} (transformers 5.17 to 5.24), so its states would be wrong"
         )
     known = {name.rpartition(".")[2]: name for name in ADAPTERS}
     strangers = {

@@ -9,6 +9,7 @@ Source: Beck et al., "xLSTM: Extended Long Short-Term Memory", arXiv:2405.04517,
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from staterank_utils.architectures.caches import cache_name
 from staterank_utils.architectures.core import Change, Gates, noted_change
 from staterank_utils.architectures.layer import LinearLayer, ModelAdapter, kept_as
 from staterank_utils.rebinding import replaced
@@ -109,7 +111,7 @@ class XLSTMModel(ModelAdapter):
         # A longer prompt is read in pieces, through a cache in bfloat16 if none is given.
         cache = self.make_cache() if cache is None else cache
         cache.fit(len(input_ids))
-        return {"cache_params": cache}
+        return {str(cache_name(inspect.signature(type(self.model).forward).parameters)): cache}
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = super().logits(hidden.to(self.model.lm_head.weight.dtype))

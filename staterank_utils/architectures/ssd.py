@@ -289,10 +289,10 @@ class Mamba2Layer(AcrossHeads):
             layer.groups_time_state_size = n_keys * d_k
 
     def idle(
-        self, hidden_states: Float[Tensor, "batch token d_model"], cache_params: Any = None, *rest: Any, **more: Any
+        self, hidden_states: Float[Tensor, "batch token d_model"], cache: Any = None, *rest: Any, **more: Any
     ) -> Tensor:
         """Nothing but the bias of its output projection, if it has one."""
-        tell_nothing(self.module, hidden_states, cache_params)
+        tell_nothing(self.module, hidden_states, more.get("cache_params", cache))
         out: Tensor = self.module.out_proj(hidden_states.new_zeros(*hidden_states.shape[:2], 0))
         return out
 
