@@ -43,6 +43,7 @@ def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
         ['staterank/layer_0/effective_rank', 'staterank/layer_0/half_life', 'staterank/layer_0/nuclear_norm', 'staterank/layer_0/share_outside']
     """
     bare = unwrapped(model)
+    check_ids(bare, input_ids)
     of_layers = by_layer(head_metrics(model, input_ids), state_size(bare))
     return {
         f"{PREFIX}/layer_{layer.index}/{name}": value
@@ -108,7 +109,7 @@ class StateRankCallback(TrainerCallback):
         started = time.perf_counter()
         try:
             metrics = layer_metrics(kwargs["model"], self.input_ids)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            log.warning("states were not measured at step %d: %s", state.global_step, error)
+        except Exception as error:  # whatever it is, a training is worth more than its log
+            log.warning("states were not measured at step %d: %s: %s", state.global_step, type(error).__name__, error)
             return
         self.trainer.log({**metrics, f"{PREFIX}/seconds": time.perf_counter() - started})

@@ -88,6 +88,18 @@ def test_states_that_are_not_finite_do_not_stop_a_training(tmp_path: Path, ids: 
     assert "states were not measured at step 4: " in caplog.text
 
 
+def test_whatever_a_measurement_raises_does_not_stop_a_training(
+    tmp_path: Path, ids: torch.Tensor, caplog, monkeypatch
+) -> None:
+    def fails(*_: Any) -> dict[str, float]:
+        raise AttributeError("a layer that is not there")
+
+    monkeypatch.setattr("staterank_utils.callback.layer_metrics", fails)
+    trainer = trained(tmp_path, steps=8, every=4, callback=lambda trainer: StateRankCallback(trainer, ids))
+    assert trainer.state.global_step == 8
+    assert "states were not measured at step 4: AttributeError: a layer that is not there" in caplog.text
+
+
 def test_it_may_be_added_while_a_training_runs(tmp_path: Path, ids: torch.Tensor) -> None:
     class Later(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
