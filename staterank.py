@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -75,16 +76,17 @@ Precision = Annotated[Dtype | None, typer.Option(help="by default float32 on a C
 
 # What an error of the package says -> what a command says that has these options.
 SIZES = {"lower batch_size": "lower --prompts or --tokens", "n_prompts": "--prompts", "n_tokens": "--tokens"}
+DTYPES = {f"dtype=torch.{dtype}": f"--dtype {dtype}" for dtype in Dtype}
 EVERYWHERE = {"revision=...": "--revision", "device='auto'": "--device auto"}
 WORDS = {
-    "trace": {**EVERYWHERE, **SIZES, "dtype=torch.bfloat16": "--dtype bfloat16"},
+    "trace": {**EVERYWHERE, **SIZES, **DTYPES},
     "prune": {
         **EVERYWHERE,
         "lower batch_size, or ": "",
         "take shorter prompts or a model": "take a model",
-        "dtype=torch.bfloat16": "--dtype bfloat16",
+        **DTYPES,
     },
-    "report": {**EVERYWHERE, **SIZES, "dtype=torch.bfloat16": "--dtype bfloat16"},
+    "report": {**EVERYWHERE, **SIZES, **DTYPES},
 }
 
 
@@ -134,10 +136,20 @@ def in_options(message: str, command: str) -> str:
     return message
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(metadata.version("staterank-utils"))
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="say what is chosen: kernels, dtypes, devices")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="print the version, and nothing else"),
     ] = False,
 ) -> None:
     """Set up the log.

@@ -26,9 +26,10 @@ from tqdm import tqdm
 from book import home
 from book.ladder import first_pair, ladder_figures, ladder_tables, needed, over_models, stored_models
 from book.neighbours import expansion_figure, expansion_tables, neighbours_table
+from staterank_notebook import execute
 from staterank_utils import claims, interactive, markdown
 from staterank_utils.models import EMBEDDED
-from staterank_utils.report import execute, finish_page
+from staterank_utils.report import finish_page
 from staterank_utils.results import STORED
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -86,7 +86,8 @@ def config_class_of(settings: dict[str, Any]) -> type[PreTrainedConfig]:
         return own
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"transformers does not know the model type {model_type!r}: import the module that registers it with AutoConfig"
+            f"transformers does not know the model type {model_type!r}: if it is one of fla's, install flash-linear-attention, else "
+            "import the module that registers it with AutoConfig"
         )
     found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
     return found

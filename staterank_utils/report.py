@@ -1,29 +1,29 @@
 """A report on one model: the chapters of the book run on it, as a folder of pages that opens from disk."""
 
 import hashlib
-import importlib.util
 import json
 import logging
 import math
 import multiprocessing
 import re
-import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from staterank_notebook import tell
 from staterank_utils import __version__, claims, markdown
 from staterank_utils.architectures import linear_layers
 from staterank_utils.budget import duration_in_words, in_words, machine_memory, moment_bytes, weight_bytes
@@ -39,63 +39,20 @@ from staterank_utils.models import (
 )
 from staterank_utils.results import PROFILES, check_writable, weights_hash, whole_or_not, write_json
 from staterank_utils.studies.groups import EARLY, check_sizes
+from staterank_utils.tasks import domain_prompts
 from staterank_utils.tracing import check_even
 
 log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
 # Notebooks and looks of the book: in the package where it was installed from a wheel, beside it in the repository.
 BOOK = PACKAGE / "_book" if (PACKAGE / "_book").exists() else PACKAGE.parent
-NEEDED = {  # module -> what brings it
-    "papermill": "papermill", "jupyter_book": "'jupyter-book<2'", "myst_nb": "myst-nb", "altair": "altair", "vl_convert": "vl-convert-python",
-}  # fmt: skip
+DISTRIBUTION = "staterank-utils"
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
-LEAST = 10.0  # seconds that a chapter takes on any model, most of them imports
+LEAST = 20.0  # seconds that a chapter takes on any model, most of them imports
 PATIENCE = 10.0  # seconds that a chapter's process has to end
 ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
 DEFAULT = "what is the default"  # of a size, a dtype or a device that was not given
 TOLD = 400  # letters of an error that a page shows
-
-
-def execute(
-    source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path, progress: bool = False
-) -> dict[str, Any]:
-    """Run a notebook; say how long it took and how much memory.
-
-    Its peak memory is the largest of all kernels that this process has run, so give each notebook a process of its own.
-
-    Args:
-        source: notebook without outputs.
-        target: where the executed one goes; after an error it holds what was run.
-        parameters: of the notebook.
-        cwd: folder that it runs in.
-        progress: with a bar of its cells.
-
-    Returns:
-        "notebook", "seconds", "peak_gib" and the parameters.
-
-    Raises:
-        ValueError: a parameter that the notebook does not have.
-        papermill.PapermillExecutionError: a cell failed.
-
-    Example:
-        >>> execute(BOOK / "notebooks" / "01_stratification.ipynb", Path("out.ipynb"), {"n_promts": 1}, cwd=Path())
-        Traceback (most recent call last):
-            ...
-        ValueError: 01_stratification.ipynb has no parameter n_promts
-    """
-    import papermill
-
-    unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
-    if unknown:
-        raise ValueError(f"{source.name} has no parameter {', '.join(sorted(unknown))}")
-    started = time.monotonic()
-    papermill.execute_notebook(
-        str(source), str(target), parameters=dict(parameters), cwd=str(cwd), log_output=False,
-        progress_bar={"desc": source.stem, "position": 1, "leave": False} if progress else False,
-        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # a page says what went wrong
-    )  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    return {"notebook": source.stem, "seconds": time.monotonic() - started, "peak_gib": peak, **parameters}
 
 
 def finish_page(notebook: Path, numbers: Path) -> None:
@@ -183,7 +140,7 @@ def write_report(
     if unknown := set(sizes) - {name for of in known.values() for name in of}:
         raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
     check_sizes(n_prompts=sizes.get("n_prompts", 2), n_tokens=sizes.get("n_tokens", 2 * EARLY))
-    outline = _checked(model, revision, device)
+    outline = _checked(model, revision, device, sizes)
     plan = " ".join((_memory(model, outline, dtype), _time(outline, known, profile, device)))
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
     if folder.is_dir():
@@ -199,11 +156,11 @@ def write_report(
     work = out / "work"
     (work / "notebooks").mkdir(exist_ok=True)
     missing: dict[str, str] = {}
-    with tqdm(sources, desc="chapters") as bar:
+    with _called(given["model"], work) as name, tqdm(sources, desc="chapters") as bar:
         for source in bar:
             bar.set_postfix_str(source.stem)
             target = work / "notebooks" / source.name
-            named = {**given, "results_folder": str(work / "results"), **known[source]}
+            named = {**given, "model": name, "results_folder": str(work / "results"), **known[source]}
             if not target.exists() and (reason := _run(source, target, named, cwd=work)):
                 missing[source.stem] = reason
     done = _done(work)
@@ -212,6 +169,22 @@ def write_report(
     measured_with = ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "model")
     _build(out, work, given["model"], measured_with, done, missing)
     return missing
+
+
+@contextmanager
+def _called(model: str, work: Path) -> Iterator[str]:
+    """What chapters call a model: a folder by its own name, through a link beside them, so that figures name no place of this machine."""
+    link = work / Path(model).name
+    if link.is_symlink():  # left by a stop
+        link.unlink()
+    if not Path(model).is_absolute() or link.name in EMBEDDED or link.exists():
+        yield model
+        return
+    link.symlink_to(model, target_is_directory=True)
+    try:
+        yield link.name
+    finally:
+        link.unlink()
 
 
 def _chapters(profile: str, only: Sequence[str]) -> list[Path]:
@@ -259,11 +232,21 @@ def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
 
 
 def _check_packages() -> None:
-    if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    if absent := _absent(metadata.requires(DISTRIBUTION) or ()):
         raise ModuleNotFoundError(
-            f"a report needs {', '.join(absent)}: pip install {' '.join(NEEDED[name] for name in absent)}",
-            name=absent[0],
+            f"a report needs {', '.join(needed.name for needed in absent)}: pip install {' '.join(shlex.quote(f'{needed.name}{needed.specifier}') for needed in absent)}",
+            name=absent[0].name,
         )
+
+
+def _absent(requirements: Iterable[str]) -> list[Requirement]:
+    """Of the packages that the extra "report" asks for, those that are not installed, or in another version."""
+    of_report = [Requirement(text) for text in requirements]
+    of_report = [needed for needed in of_report if needed.marker and needed.marker.evaluate({"extra": "report"})]
+    here = {needed.name: [*metadata.distributions(name=needed.name)] for needed in of_report}
+    return [
+        needed for needed in of_report if not any(needed.specifier.contains(found.version, prereleases=True) for found in here[needed.name])
+    ]  # fmt: skip
 
 
 def _files_hash(folder: Path) -> str:
@@ -274,13 +257,16 @@ def _files_hash(folder: Path) -> str:
     return told.hexdigest()
 
 
-def _checked(model: str, revision: str | None, device: str | None) -> PreTrainedModel:
-    """The model without weights, if it can be measured."""
+def _checked(model: str, revision: str | None, device: str | None, sizes: Mapping[str, int]) -> PreTrainedModel:
+    """The model without weights, if it can be measured on prompts of these sizes."""
     if device:
         check_device(device)
     outline = model_outline(model, revision=revision)
     check_even(linear_layers(outline))
-    load_tokenizer(model, revision=revision)
+    tokenizer = load_tokenizer(model, revision=revision)
+    if "n_tokens" in sizes:
+        for domain in ("prose", "code"):  # whose texts end; the others are made
+            domain_prompts(domain, tokenizer, n_prompts=sizes.get("n_prompts", 2), n_tokens=sizes["n_tokens"], seed=0)
     return outline
 
 
@@ -309,7 +295,9 @@ def _time(outline: PreTrainedModel, known: Mapping[Path, Mapping[str, int]], pro
     seconds, n_weights = 0.0, outline.num_parameters()
     for source, sizes in known.items():
         made = json.loads(stored[source].read_text(encoding="utf-8"))["provenance"]
-        factor = n_weights / sum(made["n_weights"].values())
+        # A smaller model than the book's takes as long: most of its time goes by between kernels.
+        of_book = made["n_weights"].values()
+        factor = max(n_weights, min(of_book)) / sum(of_book)
         factor *= math.prod(value / made["parameters"][name] for name, value in sizes.items() if name.startswith("n_"))
         seconds += max(LEAST, made["seconds"] * factor)
     return f"On two cores the chapters take very roughly {duration_in_words(seconds)}, by what they took on the book's models and the number of weights."
@@ -343,7 +331,7 @@ def _apart(source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path)
     """Execute a notebook in a process of its own, which ends with this one; why it failed, or None."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_tell, args=(there, source, target, parameters, cwd), daemon=True)
+    process = context.Process(target=tell, args=(there, source, target, parameters, cwd), daemon=True)
     resource_tracker.ensure_running()  # which the start does otherwise, and then lets the signal in again
     with _deaf():
         process.start()
@@ -368,16 +356,6 @@ def _deaf() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _tell(there: Connection, source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path) -> None:
-    """Execute a notebook with a bar of its cells, and send why it failed, or None."""
-    tempfile.tempdir = str(source.parent)  # for the kernel's connection file, which a stop would leave behind
-    try:
-        execute(source, target, parameters, cwd=cwd, progress=True)
-        there.send(None)
-    except Exception as error:
-        there.send(f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}")
 
 
 def _build(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import staterank
+import staterank_utils
 from staterank_utils import load_model, models, tracing
 from staterank_utils.spectra import effective_rank
 from staterank_utils.studies.handover import RULES
@@ -30,6 +31,11 @@ RUN = CliRunner()
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"), ["linear_attention", "full_attention", "linear_attention"])
+
+
+def test_the_version_is_told_without_a_command() -> None:
+    done = RUN.invoke(staterank.app, ["--version"])
+    assert (done.exit_code, done.stdout) == (0, f"{staterank_utils.__version__}\n")
 
 
 def test_trace_prints_layers_and_writes_every_head(tiny: Path, tokenizer, tmp_path: Path, monkeypatch) -> None:

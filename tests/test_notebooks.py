@@ -13,7 +13,7 @@ import yaml
 
 from book import address
 from book.pairs import image
-from staterank_utils.report import execute
+from staterank_notebook import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from architectures import delta, fla_models
 
-from staterank_utils.report import execute
+from staterank_notebook import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 # With eight channels per head ranks are nearly all alike, and chapter 2 says that nothing can be compared: it runs on Mamba-2.

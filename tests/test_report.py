@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make, save_tiny
+from packaging.requirements import Requirement
 
 from staterank_utils import load_model, prune_heads, report
 from staterank_utils.budget import duration_in_words
@@ -163,6 +164,8 @@ def test_what_chapters_would_refuse_is_refused_before_any_runs(tiny: Path, tmp_p
         write_report(str(tiny), tmp_path / "out", parameters={"n_tokens": 100})
     with pytest.raises(ValueError, match="n_prompts must be at least 2, got 1"):
         write_report(str(tiny), tmp_path / "out", parameters={"n_prompts": 1})
+    with pytest.raises(ValueError, match="tokens, too few for 2 prompts of 100000"):
+        write_report(str(tiny), tmp_path / "out", parameters={"n_tokens": 100_000})
     cut = shutil.copytree(tiny, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
@@ -236,14 +239,39 @@ def test_ctrl_c_is_heard_again_afterwards_and_reports_may_be_made_in_a_thread() 
         assert threads.submit(within).result()
 
 
+def test_chapters_call_a_folder_by_its_name_where_that_is_free(tmp_path: Path) -> None:
+    for name in ("mine", "hybrid", "work", "work/results", "results"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "work" / "mine").symlink_to(tmp_path / "gone")  # left by a stop
+    for name, called in (("mine", "mine"), ("hybrid", f"{tmp_path}/hybrid"), ("results", f"{tmp_path}/results")):
+        with report._called(f"{tmp_path}/{name}", tmp_path / "work") as found:
+            assert found == called
+            assert (tmp_path / "work" / found).samefile(tmp_path / name)
+    assert [place.name for place in (tmp_path / "work").iterdir()] == ["results"]
+    with report._called("OWNER/NAME", tmp_path / "work") as found:
+        assert found == "OWNER/NAME"
+
+
+def test_all_that_the_extra_asks_for_is_looked_for() -> None:
+    asked = [
+        "torch",
+        "papermill>=2; extra == 'report'",
+        "papermill>=99; extra == 'report'",
+        "no-such; extra == 'report'",
+        "nor-this; extra == 'large'",
+    ]
+    assert [str(needed.specifier) or needed.name for needed in report._absent(asked)] == [">=99", "no-such"]
+    assert not report._absent(report.metadata.requires(report.DISTRIBUTION))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "reason"),
     [
         ({"ROOM": 10**18}, OSError, "has room for .* and a report needs"),
         (
-            {"NEEDED": {"no_such_package": "such-a-package"}},
+            {"_absent": lambda _: [Requirement("papermill>=99")]},
             ModuleNotFoundError,
-            r"a report needs no_such_package: pip install such-a-package",
+            r"a report needs papermill: pip install 'papermill>=99'",
         ),
     ],
 )
