@@ -59,6 +59,7 @@ from staterank_utils import (
     plotting,
     singular_values,
     spectra,
+    strata,
 )
 from staterank_utils.studies import groups as measures
 from staterank_utils.studies.repeated import repeat_groups
@@ -178,7 +179,7 @@ run.keep("fig-bound")
 #
 # ## Is it the decay, or something that goes with it?
 #
-# Change the decay and nothing else. All heads of one layer at a time had their log-decay multiplied by a factor, with the same inputs and
+# Change the decay and nothing else. The full profile multiplies the log-decay of all heads of one layer at a time by a factor, with the same inputs and
 # weights ({func}`staterank_utils.memory.scale_decay`). If decay is the cause, ranks must move along the line.
 
 # %% mystnb={"figure": {"caption": "r/d of each head after its log-decay was multiplied, against its half-life then. Dots: half-lives made longer (by 2, 4, 8). Squares: made shorter. Line: the law.", "name": "fig-scaled"}, "image": {"alt": "Scatter of relative rank against half-life after the intervention, along the curve of the law."}} tags=["hide-input"]
@@ -257,11 +258,14 @@ said = {
     for key in ("R^2", "labels", "R^2 between")
 }
 explained = (
-    ", ".join(f"{of['R^2'].point:.0%} ({name})" for name, of in fits.items())
+    ", ".join(f"{strata.exactly(of['R^2'].point):.0%} ({name})" for name, of in fits.items())
     or "nothing: these models do not forget"
 )
 between = (
-    ", ".join(f"{of['R^2 between'].point:.0%} ({name})" for name, of in fits.items()) or "nothing"
+    ", ".join(
+        f"{strata.exactly(of['R^2 between'].point):.0%} ({name})" for name, of in fits.items()
+    )
+    or "nothing"
 )
 
 # %% tags=["hide-input"]

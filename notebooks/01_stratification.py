@@ -247,7 +247,7 @@ for name, groups in shown.items():
     for key in ("entropy_rank", "stable_rank"):
         tables = (getattr(at_end[name], key)(), at_end[name].effective_rank())
         rho = strata.spearman(*(x.double().mean(1).flatten() for x in tables))
-        others.setdefault(key, []).append(f"{rho:.2f} ({name})")
+        others.setdefault(key, []).append(f"{strata.exactly(rho):.2f} ({name})")
 
 # %% tags=["hide-input"]
 beyond = (

@@ -166,10 +166,7 @@ for name, ax in plotting.model_panels(run.models).items():
     }
     for (label, (table, similar)), style in zip(series.items(), STYLES, strict=True):
         pairs = (np.stack([early, table[-1]], 1) for early in table[:-1])  # (prompt, 2, head)
-        estimates = [
-            strata.bootstrap(lambda means, f=similar: f(*means), pair, of_means=True)
-            for pair in pairs
-        ]
+        estimates = [measures.similarity(pair, similar) for pair in pairs]
         plotting.plot_with_band(ax, positions[:-1], estimates, label=label, **style)
     ax.axvline(measures.EARLY, color="0.6", linewidth=1)
     plotting.in_tokens(ax)

@@ -52,9 +52,8 @@ from dataclasses import replace
 
 import numpy as np
 from IPython.display import Markdown
-from staterank_utils import domain_prompts, markdown, plotting, selection
+from staterank_utils import domain_prompts, lola, markdown, plotting, selection
 from staterank_utils.evaluation import score_interval
-from staterank_utils.lola import can_cache
 from staterank_utils.studies import caching, shrinking
 from staterank_utils.studies import removal as removals
 from staterank_utils.studies.by_task import measure_by_task, tasks_of
@@ -240,8 +239,9 @@ Markdown(markdown.markdown_table(HEAD, [(*key, *row.values()) for key, row in ro
 
 # %% mystnb={"figure": {"caption": "Added nats where the states of the highest ranks are removed and caches of pairs replace them. Bands: 95 % intervals over windows. Horizontal: key channels, at the same share. Open circles: this run.", "name": "fig-caches"}, "image": {"alt": "Curves of added nats against the size of the cache, one panel per model and share. In the embedded models they fall from no cache to a half, most at the first eighth."}} tags=["hide-input"]
 caches = {}
+uncached = {name: reason for name, (of, _) in loaded.items() if (reason := lola.why_not(of))}
 for name, (network, words) in loaded.items():
-    if can_cache(network):
+    if name not in uncached:
         of_model = (name, network, words, texts[name], calibrated[name])
         caches[name] = caching.repeat_caching(*of_model, quick=run.quick, seed=run.seed)
 pairs = {name: of.shown for name, of in caches.items()}
@@ -276,12 +276,12 @@ if pairs:
 # that recalls all. Measured on code: {glue:text}`self_recall`.
 
 # %% tags=["hide-input"]
-none = "No model here has a delta rule that can have a cache."
+none = f"No cache was tried: {'; '.join(f'{why} ({name})' for name, why in uncached.items())}."
 said |= {
-    "caches": caching.left_in_words(pairs, 0.25) or none,
+    "caches": caching.left_in_words(pairs, 0.25) or "not measured.",
     "more_caches": caching.left_in_words(pairs, SHARE) or "not measured.",
     "beside": caching.beside_in_words(pairs, 0.25),
-    "self_recall": caching.recall_in_words(pairs) or none,
+    "self_recall": caching.recall_in_words(pairs) or "not measured",
     "cache_sources": " ".join(found.source(name) for name, found in caches.items()),
 }
 Markdown(markdown.markdown_table(*caching.caching_table(pairs, 0.25)) if pairs else none)
@@ -356,7 +356,7 @@ for name, found in shown.items():
     protected.append(f"{found.near_in_words(removals.PROTECTED, ORDERS, SHARE)} ({name})")
     both, spare = (JOINT, RANDOM), found.spare_share()
     at = f"{found.points_in_words(removals.MODEL, both, spare)} at {spare:.1%}" if spare else ""
-    cheap.append(f"{at or 'nowhere'} ({name})")
+    cheap.append(f"{at or 'there is no such share'} ({name})")
     kept.append(f"{found.points_in_words(removals.PROTECTED, both, SHARE)} ({name})")
     large.append(f"{found.ruin_in_words(removals.MODEL, JOINT, SHARE)} ({name})")
     inverted.append(f"{found.near(removals.MODEL, removals.INVERTED, SHARE):.2f} ({name})")
@@ -365,7 +365,7 @@ scores = (
     for name, found in by_task.items()
 )
 said |= {
-    "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats per token added by the score and by random heads, where rank alone is spare: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Else {'; '.join(large)}.",
+    "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats per token added by the score and by random heads, where rank alone is spare: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Over the model, {'; '.join(large)}.",
     "inverted": "; ".join(inverted),
     "quarter": "; ".join(quarter),
     "sources": " ".join(found.source(name) for name, found in pruned.items()),

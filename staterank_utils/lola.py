@@ -273,18 +273,18 @@ def _by_head(query: Tensor, key: Tensor, value: Tensor, *, normalize: bool) -> t
     return q, k, value.float()
 
 
-def can_cache(model: PreTrainedModel) -> bool:
-    """Whether heads of a model can have a cache of pairs: whether every linear layer runs a delta rule with strengths up to 1.
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why heads of a model cannot have a cache of pairs, or None: every linear layer must run a delta rule with strengths up to 1.
 
     Args:
         model: any that `linear_layers` accepts.
 
     Example:
         >>> from staterank_utils import load_model
-        >>> can_cache(load_model("hybrid"))
+        >>> why_not(load_model("hybrid")) is None
         True
     """
-    return all(layer.caching_refusal is None for layer in linear_layers(model))
+    return next((layer.caching_refusal for layer in linear_layers(model) if layer.caching_refusal), None)
 
 
 def _check_rule(layer: LinearLayer) -> None:

@@ -185,10 +185,11 @@ def _of_lines(ax: Axes) -> Iterator[dict[str, Any]]:
 def _of_bands(ax: Axes) -> Iterator[dict[str, Any]]:
     for band in ax.collections:
         if isinstance(band, FillBetweenPolyCollection):
-            corners = np.asarray(band.get_paths()[0].vertices)
-            for x in np.unique(corners[:, 0]).tolist():
-                edge = corners[corners[:, 0] == x, 1]
-                yield {"series": "band", "x": x, "low": float(edge.min()), "high": float(edge.max())}
+            for path in band.get_paths():  # none where its numbers are undefined, and several with gaps in between
+                corners = np.asarray(path.vertices)
+                for x in np.unique(corners[:, 0]).tolist():
+                    edge = corners[corners[:, 0] == x, 1]
+                    yield {"series": "band", "x": x, "low": float(edge.min()), "high": float(edge.max())}
 
 
 def _of_bars(ax: Axes) -> Iterator[dict[str, Any]]:
@@ -781,7 +782,7 @@ def plot_all_added(
         curves: model -> scheme -> curves and, from another run, the same again or None.
         ruins: model -> added nats at which it is no better than a unigram model.
         width, row_height: of the figure and of a row, in inches.
-        top: where the panels end, as a multiple of the largest ruin; curves are cut there.
+        top: where the panels end, as a multiple of the largest ruin; curves are cut there, unless no ruin is over 0.
 
     Example:
         >>> plt.switch_backend("Agg")
@@ -789,7 +790,10 @@ def plot_all_added(
         >>> plot_all_added({"hybrid": {"over the model": (flat, None)}}, ruins={"hybrid": 2.0}, width=5.0)
         >>> plt.gca().get_title(), round(float(plt.gca().get_ylim()[1]), 1)
         ('hybrid: over the model', 2.2)
-        >>> plt.close()
+        >>> plot_all_added({"worse than unigrams": {"over the model": (flat, None)}}, ruins={"worse than unigrams": -2.0}, width=5.0)
+        >>> [round(float(y), 1) for y in plt.gca().get_ylim()]  # not cut, and the right way up
+        [-2.1, 0.7]
+        >>> plt.close("all")
     """
     n_schemes = len(next(iter(curves.values())))
     figure, axes = panel_grid(len(curves), n_schemes, width=width, row_height=row_height)
@@ -798,7 +802,8 @@ def plot_all_added(
             plot_added(ax, shown, ruin=ruins[name], again=again)
             ax.set_title(f"{name}: {scheme}", fontsize="small")
         row[0].set_ylabel("added nats per token")
-    axes[0, 0].set_ylim(0, top * max(ruins.values()))
+    if (limit := top * max(ruins.values())) > 0:  # else every model is worse than a unigram model as it is
+        axes[0, 0].set_ylim(0, limit)
     legend_above(figure)
 
 

@@ -19,7 +19,7 @@ from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.strata import cohen_kappa
 from staterank_utils.studies import groups, repeated
 from staterank_utils.studies.by_task import ByTask, measure_by_task
-from staterank_utils.studies.groups import Groups, Law, Turning, law_fit, measure_law, shares
+from staterank_utils.studies.groups import Groups, Law, Turning, law_claims, law_fit, measure_law, shares
 from staterank_utils.studies.recall import Recall, induction_gains
 from staterank_utils.studies.removal import (
     BINS,
@@ -245,6 +245,16 @@ def test_half_lives_beside_the_gap_are_counted_also_without_decay() -> None:
     assert around["sides"] == pytest.approx((1 / 5, 2 / 5))
 
 
+def test_heads_of_one_rank_have_no_variance_to_explain_and_a_small_state_no_short_half_life() -> None:
+    heads = tuple((0, head) for head in range(4))
+    full, decay = np.full((2, 4), 4.0), np.full((2, 4), -1e-3)
+    found = Groups(heads, 4, 256, {"prose": full}, {"prose": decay}, full, full, decay)
+    [row] = law_claims("tiny", found, Law(0, 8, 0.0, (), full, decay, np.empty((0, 2, 4)), 4), keys=["C0a"])
+    assert row["verdict"] == claims.NOT_TESTABLE
+    assert "all heads have the same rank" in row["note"]
+    assert found.around_gap()["window"] == pytest.approx((0.0, half_life_at(0.8 * 4)))  # 0.2 d is under 1
+
+
 def test_labels_are_compared_over_all_kinds_of_input() -> None:
     shown = of_two_heads([-1.0, -1.0])
     live = replace(shown, rank={**shown.rank, "code": np.array([[8.0, 1.0]])})
@@ -308,6 +318,8 @@ def test_the_numbers_behind_a_figure_are_kept_beside_the_result(tmp_path: Path) 
     assert (tmp_path / "fig-a.csv").read_text().splitlines() == ["panel,series,x,y", "1,a,1.0,3.0", "1,a,2.0,4.0"]
     with pytest.raises(ValueError, match="shows no numbers"):
         run.keep("fig-b")
+    plt.fill_between([1.0, 2.0], [np.nan, np.nan], [np.nan, np.nan])
+    run.keep("fig-c")  # of what is undefined there is nothing to keep
     plt.close()
     assert [file.name for file in tmp_path.iterdir()] == ["fig-a.csv"]
 

@@ -1,5 +1,6 @@
 """Ranks of every head on every kind of input, and how far decay alone predicts them."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,10 @@ class Groups:
             "spread", the quantiles 0.05 and 0.95 of heads; "window", the half-lives at which the law gives ranks of 0.2 d and 0.8 d;
             "sides", the shares of heads below the window and above it.
         """
-        lives, window = self.half_life(), tuple(half_life_at(share * self.d) for share in strata.GAP)
+        lives, ends = self.half_life(), [share * self.d for share in strata.GAP]
+        window = tuple(
+            half_life_at(rank) if rank > 1 else 0.0 for rank in ends
+        )  # every rank is over 1, at any half-life
         sides = (float((lives < window[0]).mean()), float((lives > window[1]).mean()))
         # A quantile between two heads without decay is infinite, and not the NaN that interpolation gives.
         low, high = (float(np.quantile(lives, at, method="closest_observation")) for at in (0.05, 0.95))
@@ -609,7 +613,7 @@ def law_claims(name: str, groups: Groups, law: Law, *, keys: Sequence[str] = ("C
     violations = {"violations": strata.exactly(float(law.bound_violations))}
     rows: dict[str, Callable[[], Row]] = {
         "C0": lambda: claims.judge("C0", name, violations, note=counted),
-        "C0a": lambda: claims.judge("C0a", name, law_fit(groups)),
+        "C0a": lambda: _explained(name, groups),
         "C0c": lambda: _causal(name, law),
     }
     if not decays:
@@ -618,12 +622,37 @@ def law_claims(name: str, groups: Groups, law: Law, *, keys: Sequence[str] = ("C
     return [judged_if_defined(key, name, rows[key]) for key in keys]
 
 
+def _explained(name: str, groups: Groups) -> Row:
+    fit = law_fit(groups)
+    if math.isnan(fit["R^2"].point):
+        return claims.not_testable("C0a", name, why="all heads have the same rank, so there is no variance to explain")
+    return claims.judge("C0a", name, fit)
+
+
 def _causal(name: str, law: Law) -> Row:
     if not law.factors:
-        return claims.not_measured("C0c", name, why="decay was not scaled; chapter 0 does it")
+        return claims.not_measured("C0c", name, why="decay was not scaled, which takes the full profile")
     if (law.predicted_changes() != 0).sum() < 2:
         return claims.not_testable("C0c", name, why="the law predicts no change of rank")
     return claims.judge("C0c", name, {"rho": law.agreement()}, note=f"; {law.n_still} pairs predicted to stay")
+
+
+def similarity(pair: NDArray[np.float64], similar: Callable[..., float]) -> Estimate:
+    """How similar two vectors over heads are, with its interval over prompts; where some draws leave it undefined, without.
+
+    Args:
+        pair: of both vectors, (prompt, 2, head).
+        similar: of the two means over prompts.
+
+    Example:
+        >>> full = np.array([[[4.0, 4.0], [4.0, 4.0]], [[4.0, 4.0], [4.0, 3.0]]])
+        >>> similarity(full, strata.cosine).low < 1, math.isnan(similarity(full, strata.spearman).low)
+        (True, True)
+    """
+    try:
+        return bootstrap(lambda means: similar(*means), pair, of_means=True)
+    except strata.UndefinedError:
+        return Estimate(similar(*pair.mean(0)), math.nan, math.nan)
 
 
 def law_fit(groups: Groups, domain: str = "prose") -> dict[str, Estimate]:

@@ -73,14 +73,16 @@ class Run:
             rows: its numbers; None: those that the current figure of pyplot shows.
 
         Raises:
-            ValueError: there are none.
+            ValueError: nothing was drawn. Where all that was drawn is undefined, there is nothing to store.
             OSError: the file system's own error.
         """
         if self.file is None:
             return
         shown = plotting.figure_data(plt.gcf()) if rows is None else rows
-        if not shown:
+        if not shown and not plt.gcf().axes:
             raise ValueError(f"{figure} shows no numbers: draw it before its numbers are kept")
+        if not shown:
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_table(self.file.with_name(f"{figure}.csv"), shown)
 

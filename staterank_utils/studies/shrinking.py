@@ -194,7 +194,7 @@ def measure_shrinking(
 
     gone, ids = removed(PAPER_SHARE, joint), prompts[:1].to(model.device)
     with torch.inference_mode(), ablate_heads(model, head_pairs(gone)):
-        masked = model(ids).logits
+        masked = model(ids, use_cache=False).logits
     footprints, costs, difference = {WHOLE: footprint(model)}, {}, 0.0
     for method, make in made.items():
         smaller = make(PAPER_SHARE)
@@ -202,7 +202,7 @@ def measure_shrinking(
         costs[method] = {share: added(smaller if share == PAPER_SHARE else make(share)) for share in shares}
         if method == JOINT:
             with torch.inference_mode():
-                difference = float((smaller(ids).logits - masked).abs().max())
+                difference = float((smaller(ids, use_cache=False).logits - masked).abs().max())
     readings: dict[tuple[str, str, float], NDArray[np.float64]] = {}
     maxima: tuple[Literal["model", "layer"], ...] = ("model", "layer")
     for maximum, layers, alpha in product(maxima, per_layer, alphas):
