@@ -251,7 +251,7 @@ Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
 forgetful = {name: of for name, of in shown.items() if of.log_decay["prose"].max() < 0}
-fits = {name: measures.law_fit(groups) for name, groups in forgetful.items()}
+fits = {name: measures.law_fit(groups, strict=False) for name, groups in forgetful.items()}
 half_lives_remembered = math.log2(1 / spectra.REL_TOL)
 said = {
     key: "; ".join(f"{of[key]} ({name})" for name, of in fits.items())

@@ -166,7 +166,10 @@ for name, ax in plotting.model_panels(run.models).items():
     }
     for (label, (table, similar)), style in zip(series.items(), STYLES, strict=True):
         pairs = (np.stack([early, table[-1]], 1) for early in table[:-1])  # (prompt, 2, head)
-        estimates = [measures.similarity(pair, similar) for pair in pairs]
+        estimates = [
+            strata.bootstrap(lambda of, f=similar: f(*of), pair, of_means=True, strict=False)
+            for pair in pairs
+        ]
         plotting.plot_with_band(ax, positions[:-1], estimates, label=label, **style)
     ax.axvline(measures.EARLY, color="0.6", linewidth=1)
     plotting.in_tokens(ax)

@@ -26,7 +26,7 @@ DRAWN_TOGETHER = 2**21  # numbers that a bootstrap holds at once
 class Estimate:
     """A number with its interval; a format goes for all three of its numbers, and powers of ten are written out.
 
-    An interval without width, as of one window, is not written, and a NaN is "undefined".
+    An interval without width, as of one window, is not written, nor is one that is not known, and a NaN is "undefined".
 
     Attributes:
         point: the statistic on all prompts.
@@ -51,7 +51,7 @@ class Estimate:
         texts = [without_minus(format(number, spec or ".3f")) for number in (self.point, self.low, self.high)]
         numbers = zip(texts, (self.point, self.low, self.high), strict=True)
         point, low, high = (f"{number:,.0f}" if "e+" in text else text for text, number in numbers)
-        return point if self.low == self.high else f"{point} [{low}, {high}]"
+        return point if self.low == self.high or math.isnan(self.low) else f"{point} [{low}, {high}]"
 
     def __str__(self) -> str:
         return format(self)
@@ -85,6 +85,7 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
     of_means: bool = False,
+    strict: bool = True,
 ) -> Estimate:
     """A statistic of prompts, with its percentile bootstrap interval.
 
@@ -96,18 +97,21 @@ def bootstrap(
         level: of the interval.
         seed: of the draws.
         of_means: the statistic takes the mean of every group over its prompts, not the group: the same number, faster.
+        strict: every draw must define the statistic, as a claim needs it; otherwise the number has no interval where one does not.
 
     Returns:
         The statistic on the prompts as they are, and the interval. With one prompt a group, the interval is the point.
 
     Raises:
         ValueError: a group has no prompts or holds a NaN or infinity.
-        UndefinedError: a draw gives NaN where the prompts as they are do not.
+        UndefinedError: a draw gives NaN where the prompts as they are do not, and `strict`.
 
     Example:
         >>> estimate = bootstrap(lambda x: x.mean(), np.array([1.0, 2.0, 3.0]))
         >>> estimate.point, estimate.low >= 1.0, estimate.high <= 3.0
         (2.0, True, True)
+        >>> bootstrap(lambda x: 1.0 if x.any() else float("nan"), np.array([0.0, 1.0]), strict=False)
+        Estimate(point=1.0, low=nan, high=nan)
     """
     groups = tuple(np.asarray(group, dtype=np.float64) for group in groups)
     if not groups or any(len(group) == 0 for group in groups):
@@ -118,6 +122,8 @@ def bootstrap(
     drawn = _drawn(groups, n_resamples, np.random.default_rng(seed), of_means=of_means)
     draws = np.array([statistic(*of_groups) for of_groups in drawn])
     if np.isnan(point):
+        return Estimate(point, float("nan"), float("nan"))
+    if np.isnan(draws).any() and not strict:
         return Estimate(point, float("nan"), float("nan"))
     if np.isnan(draws).any():
         raise UndefinedError(

@@ -637,30 +637,13 @@ def _causal(name: str, law: Law) -> Row:
     return claims.judge("C0c", name, {"rho": law.agreement()}, note=f"; {law.n_still} pairs predicted to stay")
 
 
-def similarity(pair: NDArray[np.float64], similar: Callable[..., float]) -> Estimate:
-    """How similar two vectors over heads are, with its interval over prompts; where some draws leave it undefined, without.
-
-    Args:
-        pair: of both vectors, (prompt, 2, head).
-        similar: of the two means over prompts.
-
-    Example:
-        >>> full = np.array([[[4.0, 4.0], [4.0, 4.0]], [[4.0, 4.0], [4.0, 3.0]]])
-        >>> similarity(full, strata.cosine).low < 1, math.isnan(similarity(full, strata.spearman).low)
-        (True, True)
-    """
-    try:
-        return bootstrap(lambda means: similar(*means), pair, of_means=True)
-    except strata.UndefinedError:
-        return Estimate(similar(*pair.mean(0)), math.nan, math.nan)
-
-
-def law_fit(groups: Groups, domain: str = "prose") -> dict[str, Estimate]:
+def law_fit(groups: Groups, domain: str = "prose", *, strict: bool = True) -> dict[str, Estimate]:
     """The registered measures of C0a, with intervals over prompts.
 
     Args:
         groups: as measured.
         domain: of the prompts.
+        strict: as in `bootstrap`.
 
     Returns:
         "R^2", "labels" (share of low and high labels that the law gives) and "R^2 between" (heads with 0.1 d < r < 0.9 d alone).
@@ -686,11 +669,14 @@ def law_fit(groups: Groups, domain: str = "prose") -> dict[str, Estimate]:
 
     everyone = np.ones_like(between)
     return {
-        "R^2": bootstrap(lambda means: fit(means, everyone), table, of_means=True),
+        "R^2": bootstrap(lambda means: fit(means, everyone), table, of_means=True, strict=strict),
         "labels": bootstrap(
-            lambda means: float((is_high(predicted(means), d) == is_high(means[0], d)).mean()), table, of_means=True
+            lambda means: float((is_high(predicted(means), d) == is_high(means[0], d)).mean()),
+            table,
+            of_means=True,
+            strict=strict,
         ),
-        "R^2 between": bootstrap(lambda means: fit(means, between), table, of_means=True),
+        "R^2 between": bootstrap(lambda means: fit(means, between), table, of_means=True, strict=strict),
     }
 
 
@@ -708,7 +694,7 @@ def decay_fit(groups: Groups, domain: str = "prose") -> Estimate:
         True
     """
     pair = np.stack([np.exp(groups.log_decay[domain]), groups.rank[domain]], 1)
-    return bootstrap(lambda means: strata.r_squared(*means), pair, of_means=True)
+    return bootstrap(lambda means: strata.r_squared(*means), pair, of_means=True, strict=False)
 
 
 def shares(groups: Groups, domain: str = "prose") -> dict[str, float]:
