@@ -16,6 +16,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from staterank_utils.architectures import linear_layers
 from staterank_utils.dispatch import Kernel, backends, choose_kernels, suited_kernels
+from staterank_utils.fla_cpu import loses_its_cache
 from staterank_utils.memory import scale_decay
 from staterank_utils.models import load_model, make_cache, read_tokens
 from staterank_utils.pruning import prune_heads
@@ -236,6 +237,8 @@ GENERATES = [name for name in ARCHITECTURES if not name.startswith(("mamba2", "x
 @pytest.mark.parametrize("name", GENERATES)
 def test_generate_says_the_same_with_our_cache(name: str) -> None:
     model = ARCHITECTURES[name].build()
+    if loses_its_cache(model):
+        pytest.skip("fla 0.6 does not know how transformers 5.24 names a cache")
     choose_kernels(model)
     prompt = torch.randint(3, 56, (2, 12), generator=torch.Generator().manual_seed(1))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
