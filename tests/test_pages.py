@@ -90,6 +90,14 @@ def test_a_page_loads_alone_and_fits(page, address: str, name: str) -> None:
     assert silent == []
 
 
+@pytest.mark.parametrize("name", [page for page in PAGES if page in ("book/intro.html", "book/ladder.html")])
+def test_all_findings_of_the_tiles_are_in_sight_on_a_desktop(page, address: str, name: str) -> None:
+    ready(page, f"{address}/{name}")
+    hidden = page.evaluate("[...document.querySelectorAll('.tiles')].map(each => each.scrollWidth - each.clientWidth)")
+    assert hidden
+    assert max(hidden) <= 1, f"{name} hides {max(hidden)} pixels of its tiles"
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_link_inside_the_site_is_alive(page, address: str, name: str) -> None:
     page.goto(f"{address}/{name}")
