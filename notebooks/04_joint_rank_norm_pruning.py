@@ -365,7 +365,7 @@ scores = (
     for name, found in by_task.items()
 )
 said |= {
-    "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats per token added by the score and by random heads, where rank alone is spare: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Over the model, {'; '.join(large)}.",
+    "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone is spare: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {'; '.join(large)}.",
     "inverted": "; ".join(inverted),
     "quarter": "; ".join(quarter),
     "sources": " ".join(found.source(name) for name, found in pruned.items()),
