@@ -205,16 +205,18 @@ def trace(
         from staterank_utils.selection import by_layer, head_metrics
         from staterank_utils.surgery import all_heads
         from staterank_utils.tasks import DOMAINS, domain_prompts
-        from staterank_utils.tracing import check_even
+        from staterank_utils.tracing import check_dtype, check_even
 
         is_file = text not in DOMAINS and Path(text).exists()
         domain = f"./{text}" if is_file and "/" not in text else text
         if out:
             check_writable(out)
-        check_even(linear_layers(model_outline(model, revision=revision)))
+        layers, weights = linear_layers(model_outline(model, revision=revision)), DTYPES[dtype] if dtype else None
+        check_even(layers)
+        check_dtype(layers, weights)
         tokenizer = load_tokenizer(model, revision=revision)
         ids = domain_prompts(domain, tokenizer, n_prompts=prompts, n_tokens=tokens, seed=0)
-        network = load_model(model, revision=revision, device=device, dtype=DTYPES[dtype] if dtype else None)
+        network = load_model(model, revision=revision, device=device, dtype=weights)
         measured, d = head_metrics(network, ids), state_size(network)
         rows = [
             (

@@ -40,7 +40,7 @@ from staterank_utils.models import (
 from staterank_utils.results import PROFILES, check_writable, weights_hash, whole_or_not, write_json
 from staterank_utils.studies.groups import EARLY, check_sizes
 from staterank_utils.tasks import domain_prompts
-from staterank_utils.tracing import check_even
+from staterank_utils.tracing import check_dtype, check_even
 
 log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
@@ -140,7 +140,7 @@ def write_report(
     if unknown := set(sizes) - {name for of in known.values() for name in of}:
         raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
     check_sizes(n_prompts=sizes.get("n_prompts", 2), n_tokens=sizes.get("n_tokens", 2 * EARLY))
-    outline = _checked(model, revision, device, sizes)
+    outline = _checked(model, revision, device, dtype, sizes)
     plan = " ".join((_memory(model, outline, dtype), _time(outline, known, profile, device)))
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
     if folder.is_dir():
@@ -257,12 +257,15 @@ def _files_hash(folder: Path) -> str:
     return told.hexdigest()
 
 
-def _checked(model: str, revision: str | None, device: str | None, sizes: Mapping[str, int]) -> PreTrainedModel:
+def _checked(
+    model: str, revision: str | None, device: str | None, dtype: str | None, sizes: Mapping[str, int]
+) -> PreTrainedModel:
     """The model without weights, if it can be measured on prompts of these sizes."""
     if device:
         check_device(device)
     outline = model_outline(model, revision=revision)
     check_even(linear_layers(outline))
+    check_dtype(linear_layers(outline), DTYPES[dtype] if dtype else None)
     tokenizer = load_tokenizer(model, revision=revision)
     if "n_tokens" in sizes:
         for domain in ("prose", "code"):  # whose texts end; the others are made

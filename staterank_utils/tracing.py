@@ -316,11 +316,7 @@ class _StateTap:
             raise ValueError(
                 f"layer {self.layer.index} keeps states of shape {tuple(states.shape[2:])}, its adapter expects {expected}"
             )
-        if states.dtype.itemsize < 4:
-            raise ValueError(
-                f"layer {self.layer.index} keeps its states in {states.dtype}, whose rounding would drown small singular values: "
-                "load the model with dtype=torch.float32"
-            )
+        _check_width(self.layer, states.dtype)
         self.reducer.add(self.layer.index, self.kept, states)
 
 
@@ -506,6 +502,34 @@ def check_even(layers: list[LinearLayer]) -> None:
         raise ValueError(
             f"a trace has one axis of heads for all layers, and these have different numbers of them: {counts}. "
             "Trace the model before it is pruned, with the heads ablated"
+        )
+
+
+def check_dtype(layers: list[LinearLayer], dtype: torch.dtype | None) -> None:
+    """Refuse a dtype of the weights in which some layer would keep its states too, if it is too narrow for singular values.
+
+    Args:
+        layers: from `linear_layers`, of a model or of its outline.
+        dtype: that the weights will have; None where that is not known yet.
+
+    Raises:
+        ValueError: it is too narrow.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> check_dtype(linear_layers(load_model("hybrid")), torch.bfloat16) is None  # its states are in float32 all the same
+        True
+    """
+    for layer in layers:
+        if layer.keeps_dtype and dtype is not None:
+            _check_width(layer, dtype)
+
+
+def _check_width(layer: LinearLayer, dtype: torch.dtype) -> None:
+    if dtype.itemsize < 4:
+        raise ValueError(
+            f"layer {layer.index} keeps its states in {dtype}, whose rounding would drown small singular values: "
+            "load the model with dtype=torch.float32"
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, ssd
 from conftest import save_tiny, save_with_tokenizer
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -31,6 +31,19 @@ RUN = CliRunner()
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"), ["linear_attention", "full_attention", "linear_attention"])
+
+
+def test_a_dtype_that_is_too_narrow_for_its_states_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch
+) -> None:
+    model = ssd.MODELS["minimax"]()
+    model.resize_token_embeddings(8192)
+    folder = save_with_tokenizer(model, tmp_path / "minimax")
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    done = RUN.invoke(staterank.app, ["trace", str(folder), "--dtype", "bfloat16"])
+    assert done.exit_code == 1
+    assert "keeps its states in torch.bfloat16" in done.stderr
+    assert "--dtype float32" in done.stderr
 
 
 def test_the_version_is_told_without_a_command() -> None:

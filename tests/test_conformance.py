@@ -209,6 +209,7 @@ def test_states_follow_the_float64_recurrence(architecture, model, ids, keep) ->
 
 def test_states_in_bfloat16(architecture, half, ids, keep) -> None:
     """Against the float64 recurrence over what the projections put out in bfloat16."""
+    assert any(layer.keeps_dtype for layer in linear_layers(half)) is not architecture.wide_states
     if not architecture.wide_states:
         with pytest.raises(ValueError, match="keeps its states in torch.bfloat16"):
             trace_states(half, ids, positions=POSITIONS)

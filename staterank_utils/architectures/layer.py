@@ -122,6 +122,7 @@ class LinearLayer:
             they are, and `gates` tells the changed one; None where a layer has no decay, or none that can be changed.
         without_writes: (output of `write_module`, places of heads) -> that output, with numbers put in the place of others (`index_fill`) so
             that these heads write nothing. It is called once, on NaN, to see which.
+        keeps_dtype: whether its states are in the dtype of the weights, and not in float32.
         idle: (arguments of the module's forward) -> what the layer returns when it has no head left; None where it must keep one.
         mend: (forward of the module's class) -> a forward that does for every path and for a pruned layer, where the class's does not.
 
@@ -148,6 +149,7 @@ class LinearLayer:
     kernels: ClassVar[tuple[str, ...]] = ()
     weights: ClassVar[tuple[Blocks, ...]] = ()
     kept_whole: ClassVar[str] = ""
+    keeps_dtype: ClassVar[bool] = False
     read_gates: Callable[..., Gates]
     change_decay: Callable[[Change], AbstractContextManager[None]] | None = None
     without_writes: Callable[..., Tensor] | None = None

@@ -400,6 +400,7 @@ class MiniMaxLayer(AcrossHeads):
     """Lightning attention: a decay for each head, the same at every token, and no write strength."""
 
     describes = ("transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",)
+    keeps_dtype = True
     model_adapter = MiniMaxModel
     n_heads = n_keys = kept_as("num_attention_heads")
     d_k = d_v = kept_as("head_dim")
