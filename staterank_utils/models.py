@@ -568,9 +568,9 @@ def read_tokens(
     positions = positions.expand(len(input_ids), -1)
     options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": cache is not None}
     options = {name: value for name, value in options.items() if name in known and value is not None}
-    if cache is not None and (name := cache_name(known)):
-        options[name] = cache
-    options |= model_adapter(model).arguments(input_ids, positions, cache)
+    fitted, name = model_adapter(model).fitted(cache, input_ids), cache_name(known)
+    if name and fitted is not None:
+        options[name] = fitted
     with suited_kernels(model), evaluating(model):
         made = base(input_ids=input_ids, **options)
     hidden: Tensor = made[0] if isinstance(made, tuple) else made.last_hidden_state

@@ -62,11 +62,8 @@ def test_every_import_of_the_package_is_declared() -> None:
     declared = {requirement.name.replace("-", "_") for requirement in required()}
     imported_as = {"vl_convert_python": "vl_convert", "ipython": "IPython", "pyyaml": "yaml"}
     declared = {imported_as.get(name, name) for name in declared}
-    declared |= {
-        "staterank_utils",
-        "staterank_notebook",
-        "triton",
-    }  # triton comes with torch where torch is built for a GPU
+    # triton comes with torch where torch is built for a GPU
+    declared |= {"staterank_utils", "staterank_notebook", "triton"}
     for file in (ROOT / "staterank_utils").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = (

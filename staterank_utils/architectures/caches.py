@@ -7,11 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-CACHE_NAMES = (
-    "cache",
-    "past_key_values",
-    "cache_params",
-)  # of the argument of a forward, from transformers 5.24 on and before it
+# Of the argument of a forward, from transformers 5.24 on and before it.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def cache_name(names: Collection[str]) -> str | None:

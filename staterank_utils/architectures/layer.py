@@ -57,9 +57,9 @@ class ModelAdapter:
         counts_tokens = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
         return cache if counts_tokens else LinearOnlyCache(config)
 
-    def arguments(self, input_ids: Tensor, positions: Tensor, cache: Any) -> dict[str, Any]:
-        """What the model's forward needs to be told besides, by name."""
-        return {}
+    def fitted(self, cache: Any, input_ids: Tensor) -> Any:
+        """The cache that the model's forward is given for these tokens, or None."""
+        return cache
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits from hidden states; by default, apply the output embedding."""

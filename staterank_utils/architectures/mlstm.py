@@ -9,7 +9,6 @@ Source: Beck et al., "xLSTM: Extended Long Short-Term Memory", arXiv:2405.04517,
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from staterank_utils.architectures.caches import cache_name
 from staterank_utils.architectures.core import Change, Gates, noted_change
 from staterank_utils.architectures.layer import LinearLayer, ModelAdapter, kept_as
 from staterank_utils.rebinding import replaced
@@ -105,13 +103,13 @@ class XLSTMModel(ModelAdapter):
     def make_cache(self, max_tokens: int | None = None) -> Any:
         return _cache_class()(self.model)
 
-    def arguments(self, input_ids: Tensor, positions: Tensor, cache: Any) -> dict[str, Any]:
+    def fitted(self, cache: Any, input_ids: Tensor) -> Any:
         if cache is None and input_ids.shape[1] <= self.model.config.max_inference_chunksize:
-            return {}
+            return None
         # A longer prompt is read in pieces, through a cache in bfloat16 if none is given.
         cache = self.make_cache() if cache is None else cache
         cache.fit(len(input_ids))
-        return {str(cache_name(inspect.signature(type(self.model).forward).parameters)): cache}
+        return cache
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = super().logits(hidden.to(self.model.lm_head.weight.dtype))
