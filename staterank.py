@@ -76,17 +76,17 @@ Precision = Annotated[Dtype | None, typer.Option(help="by default float32 on a C
 
 # What an error of the package says -> what a command says that has these options.
 SIZES = {"lower batch_size": "lower --prompts or --tokens", "n_prompts": "--prompts", "n_tokens": "--tokens"}
-DTYPES = {f"dtype=torch.{dtype}": f"--dtype {dtype}" for dtype in Dtype}
+PRECISIONS = {f"dtype=torch.{dtype}": f"--dtype {dtype}" for dtype in Dtype}
 EVERYWHERE = {"revision=...": "--revision", "device='auto'": "--device auto"}
 WORDS = {
-    "trace": {**EVERYWHERE, **SIZES, **DTYPES},
+    "trace": {**EVERYWHERE, **SIZES, **PRECISIONS},
     "prune": {
         **EVERYWHERE,
         "lower batch_size, or ": "",
         "take shorter prompts or a model": "take a model",
-        **DTYPES,
+        **PRECISIONS,
     },
-    "report": {**EVERYWHERE, **SIZES, **DTYPES},
+    "report": {**EVERYWHERE, **SIZES, **PRECISIONS},
 }
 
 

@@ -286,7 +286,7 @@ def _without_decay() -> str:
     """What becomes of rank where nothing decays, in sentences."""
     by_name = designs()
     gated, still = by_name["hybrid-text"], by_name["hybrid-deltanet"]
-    ranks = np.concatenate([of.groups["end"].rank["prose"].mean(0) / of.groups["end"].d for of in still])
+    ranks = np.concatenate([of.groups["end"].relative("prose").mean(0) for of in still])
     losses = [np.mean([of.training[ladder.HELD_OUT] for of in seeds]) for seeds in (gated, still)]
     taken = [np.mean([of.recall.taken().point for of in seeds]) for seeds in (gated, still)]
     others = [shares(of.groups["end"])["two groups"] for of in by_name["hybrid-default"]]
@@ -461,12 +461,8 @@ def _of_tasks() -> str:
 
 def _mastering() -> str:
     """On which models the claims about tasks could be tested, in sentences."""
-    able = {
-        name: of.by_task is not None
-        for name, of in _measured().items()
-        if of.by_task is not None or len(mastered(of.recall.scores)) > 1
-    }
-    tested, untested = ([f"`{name}`" for name, done in able.items() if done is wanted] for wanted in (True, False))
+    able = [of for of in _measured().values() if of.by_task or len(mastered(of.recall.scores)) > 1]
+    tested, untested = ([f"`{of.name}`" for of in able if bool(of.by_task) is done] for done in (True, False))
     return (
         "C4, C4a and C5 are about tasks: a model that masters fewer than two cannot be tested. The pair of 9 million parameters was tested, in the last two rows, and of the "
         f"ladder {', '.join(tested) or 'none'}. These master at least two and were not tested, since their weights were not kept: {', '.join(untested) or 'none'}."

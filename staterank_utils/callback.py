@@ -43,7 +43,6 @@ def layer_metrics(model: PreTrainedModel, input_ids: Int[Tensor, "prompt token"]
         ['staterank/layer_0/effective_rank', 'staterank/layer_0/half_life', 'staterank/layer_0/nuclear_norm', 'staterank/layer_0/share_outside']
     """
     bare = unwrapped(model)
-    check_ids(bare, input_ids)
     of_layers = by_layer(head_metrics(model, input_ids), state_size(bare))
     return {
         f"{PREFIX}/layer_{layer.index}/{name}": value

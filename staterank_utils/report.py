@@ -241,11 +241,14 @@ def _check_packages() -> None:
 
 def _absent(requirements: Iterable[str]) -> list[Requirement]:
     """Of the packages that the extra "report" asks for, those that are not installed, or in another version."""
-    of_report = [Requirement(text) for text in requirements]
-    of_report = [needed for needed in of_report if needed.marker and needed.marker.evaluate({"extra": "report"})]
-    here = {needed.name: [*metadata.distributions(name=needed.name)] for needed in of_report}
+    asked = (
+        needed
+        for needed in map(Requirement, requirements)
+        if needed.marker and needed.marker.evaluate({"extra": "report"})
+    )
     return [
-        needed for needed in of_report if not any(needed.specifier.contains(found.version, prereleases=True) for found in here[needed.name])
+        needed for needed in asked
+        if not any(needed.specifier.contains(found.version, prereleases=True) for found in metadata.distributions(name=needed.name))
     ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from staterank_utils.architectures import state_size
+from staterank_utils.models import check_ids, unwrapped
 from staterank_utils.pruning import removed_heads
 from staterank_utils.spectra import rank_and_norm
 from staterank_utils.strata import share_outside
@@ -48,6 +49,7 @@ def head_metrics(
         >>> list(metrics), metrics["effective_rank"].shape
         (['effective_rank', 'nuclear_norm', 'log_decay', 'write_strength'], torch.Size([9, 16]))
     """
+    check_ids(unwrapped(model), input_ids)  # whose length is read before the trace checks them
     trace = trace_states(model, input_ids, positions=[input_ids.shape[1]], reduce=rank_and_norm)
     rank, norm = trace.values[:, :, 0].double().unbind(-1)
     tables = {

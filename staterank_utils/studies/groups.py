@@ -172,9 +172,8 @@ class Groups:
             "sides", the shares of heads below the window and above it.
         """
         lives, ends = self.half_life(), [share * self.d for share in strata.GAP]
-        window = tuple(
-            half_life_at(rank) if rank > 1 else 0.0 for rank in ends
-        )  # every rank is over 1, at any half-life
+        # Every rank by the law is over 1, at any half-life.
+        window = tuple(half_life_at(rank) if rank > 1 else 0.0 for rank in ends)
         sides = (float((lives < window[0]).mean()), float((lives > window[1]).mean()))
         # A quantile between two heads without decay is infinite, and not the NaN that interpolation gives.
         low, high = (float(np.quantile(lives, at, method="closest_observation")) for at in (0.05, 0.95))

@@ -78,13 +78,12 @@ class Run:
         """
         if self.file is None:
             return
-        shown = plotting.figure_data(plt.gcf()) if rows is None else rows
-        if not shown and not plt.gcf().axes:
+        drawn = rows if rows is not None else [ax for ax in plt.gcf().axes if ax.has_data()]
+        if not drawn:
             raise ValueError(f"{figure} shows no numbers: draw it before its numbers are kept")
-        if not shown:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_table(self.file.with_name(f"{figure}.csv"), shown)
+        if shown := plotting.figure_data(plt.gcf()) if rows is None else rows:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_table(self.file.with_name(f"{figure}.csv"), shown)
 
     @staticmethod
     def say(said: Mapping[str, str]) -> None:
