@@ -1,7 +1,7 @@
 """The page of the ladder: tables and figures made from the stored results of every model that was trained and measured."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -448,13 +448,13 @@ def _of_tasks() -> str:
     )
     others = [
         f"{after['outside']:.2f} and {after['two groups']:.2f} in `{of.name}`"
-        for design in ("hybrid-tasks25", "hybrid-long", "pure-long")
+        for design in ("hybrid-tasks25", "hybrid-tasks63light", "hybrid-long", "pure-long")
         for of in by_name[design]
         for after in [shares(of.groups["end"])]
     ]
     return (
         f"C1e judges the share outside: {outside['text']:.2f} in hybrids trained on text, {outside['tasks63']:.2f} in those trained with tasks (means over "
-        f"seeds). Their two-group shares are {two['text']:.2f} and {two['tasks63']:.2f}. Of fewer tasks, or more steps, there is one seed each: "
+        f"seeds). Their two-group shares are {two['text']:.2f} and {two['tasks63']:.2f}. Of fewer tasks, lighter answers or more steps there is one seed each: "
         f"{', '.join(others)}."
     )
 
@@ -462,10 +462,26 @@ def _of_tasks() -> str:
 def _mastering() -> str:
     """On which models the claims about tasks could be tested, in sentences."""
     able = [of for of in _measured().values() if of.by_task or len(mastered(of.recall.scores)) > 1]
-    tested, untested = ([f"`{of.name}`" for of in able if bool(of.by_task) is done] for done in (True, False))
+    tested, untested = ([of.name for of in able if bool(of.by_task) is done] for done in (True, False))
     return (
         "C4, C4a and C5 are about tasks: a model that masters fewer than two cannot be tested. The pair of 9 million parameters was tested, in the last two rows, and of the "
-        f"ladder {', '.join(tested) or 'none'}. These master at least two and were not tested, since their weights were not kept: {', '.join(untested) or 'none'}."
+        f"ladder {_named(tested)}, of one seed each. These master at least two and were not tested, since their weights were not kept: {_named(untested)}."
+        f"\n\nScores with the highest ranks removed minus scores with the lowest removed, as C4 takes them: {'; '.join(map(_asymmetry, tested))}. So the direction differs "
+        "between models and between tasks."
+    )
+
+
+def _named(models: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in models) or "none"
+
+
+def _asymmetry(name: str) -> str:
+    """What C4 looks at in one model, per task."""
+    (row,) = (row for row in stored_models()[name][1]["rows"] if row["claim"] == "C4")
+    differences = [each for each in row["criteria"] if not each["label"].startswith("random")]
+    return (
+        ", ".join(f"{each['label']} {Estimate(each['point'], each['low'], each['high']):.2f}" for each in differences)
+        + f" (`{name}`)"
     )
 
 
