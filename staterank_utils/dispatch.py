@@ -25,7 +25,7 @@ from staterank_utils.fla_cpu import FlaKernel
 from staterank_utils.rebinding import Rebinding, forward_slot, functions_called, replaced
 
 SEGMENT = 2048  # tokens of a prompt that run through the model at a time
-TOKENS_ON_GPU = 8192  # of all prompts together, where fla's kernels serve
+TOKENS_ON_GPU = 16384  # of all prompts together, where fla's kernels serve
 WHOLE_CHUNKS = 64  # tokens, of fla's kernels
 PLAIN_KERNELS = "STATERANK_PLAIN_KERNELS"  # the environment variable
 # What transformers takes of fla for these, by the names in its modeling modules.
@@ -227,7 +227,8 @@ def segment_size(layers: Sequence[LinearLayer], *, n_prompts: int) -> int:
     """How many tokens of each prompt a model is given at a time.
 
     Of what a layer takes, only softmax attention's grows with the prompt. On a GPU larger segments are faster, since experts are read anew
-    for each; but only fla's kernels leave room for them: transformers' own take 100 kB per token and head, and more.
+    for each, and softmax attention takes slower kernels for every one but the first. Only fla's kernels leave room for them: transformers' own take
+    100 kB per token and head, and more.
 
     Args:
         layers: from `linear_layers`.

@@ -83,7 +83,7 @@ def trace_states(
     """Read prompts once, up to the last position, and keep S(t) of every linear-attention head at each position.
 
     A prompt is read once, in segments of 2,048 tokens through the model's cache; where kernels that take little memory serve, of up to
-    8,192 of all prompts together (`dispatch.segment_size`). Inside a segment only the kernels of the linear-attention layers stop at the positions, or tell the states on the way where they can. That is
+    16,384 of all prompts together (`dispatch.segment_size`). Inside a segment only the kernels of the linear-attention layers stop at the positions, or tell the states on the way where they can. That is
     the same computation as one full pass, up to the order of float32 sums. Where an architecture has no such kernel, the segments
     themselves end at the positions. On a GPU the states of a delta rule between two segments are made beside the kernel,
     from what it is given (`recurrence`): in float32, where the kernel rounds some products to the dtype of its inputs.

@@ -43,6 +43,21 @@ for by_channel, n_keys in ((False, 4), (False, 2), (True, 4)):
     rest = [x[:, 4:] for x in (key, value, g, beta)]
     [end] = recurrence.states_after(*rest, positions=[5], initial_state=middle[:, 0], normalize=True)
     torch.testing.assert_close(end[:, 0].double(), expected[:, -1], rtol=0, atol=1e-5)
+
+# By chunks, some of them cut short by a position, with one tile and more.
+for n_keys, d_k, d_v in ((2, 5, 20), (1, 40, 70)):
+    key, value = (torch.randn(1, 100, n, d, generator=generator) for n, d in ((n_keys, d_k), (2, d_v)))
+    key[:, 40:60] = key[:, 40:41]  # one key again and again
+    g, beta = -torch.rand(1, 100, 2, generator=generator) / 10, torch.rand(1, 100, 2, generator=generator)
+    g[:, 33, 0], g[:, 70, 1] = -torch.inf, -500.0
+    k = key.double().repeat_interleave(2 // n_keys, 2)
+    k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    _, expected = gated_delta_rule(k, k, value.double(), g.double(), beta.double())
+    for positions, n_bytes in (([7, 70, 100], 2**28), ([64, 100], 1), ([32], 2**28)):
+        recurrence.CHUNK_BYTES = n_bytes
+        many = 4 * 2 * d_k * d_v * len(positions)
+        [made] = recurrence.states_after(key, value, g, beta, positions=positions, normalize=True, n_bytes=many)
+        torch.testing.assert_close(made.double(), expected[:, [t - 1 for t in positions]], rtol=0, atol=2e-5)
 print("agree")
 """
 
