@@ -454,10 +454,18 @@ def in_float64(q, k, v, log_decay, beta):
     return torch.stack(outputs, 1)
 
 
-@pytest.mark.gpu
-def test_the_gradients_of_the_recurrence_are_those_in_float64() -> None:
+@pytest.fixture
+def mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fla's backward pass mended as in a training, for one test."""
+    chunk = pytest.importorskip("fla.ops.gated_delta_rule.chunk")
+    monkeypatch.setattr(chunk, "chunk_bwd_dqkwg", chunk.chunk_bwd_dqkwg)
     limit_autotuning()
     mend_backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("mended")
+def test_the_gradients_of_the_recurrence_are_those_in_float64() -> None:
     torch.manual_seed(0)
     shape = (2, 256)
     q, k = (
@@ -478,12 +486,11 @@ def test_the_gradients_of_the_recurrence_are_those_in_float64() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("mended")
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch 2.11 asks for it in dynamo
 def test_a_recorded_step_gives_the_gradients_of_one_that_is_not(tokenizer) -> None:
-    limit_autotuning()
-    mend_backward()
     model = initial_model(replace(TINY, head_size=64).configuration(tokenizer)).to("cuda")
     fast = FastForward(model, gated_delta, compiled=False)
     recorded = Gradients(fast)
