@@ -267,7 +267,8 @@ if pairs:
 # %% [markdown]
 # Lower is better. At 25 %: {glue:text}`caches` At 38.9 %: {glue:text}`more_caches` The table has the controls at 25 %, as many random heads among them.
 # *Their mean outputs* stand for heads that remember nothing. Columns: added nats at all positions and at those over 512; the gain, the loss on a text
-# minus the loss on its repetition, over other lengths than in {doc}`05_memory_and_recall`; and nats added to the right answers of recall.
+# minus the loss on its repetition, over other lengths than in {doc}`05_memory_and_recall`; and nats added to the right answers of recall and needle. Where a
+# model does not master a task, as here, a loss that falls shows other guesses, not recall.
 #
 # {glue:text}`beside` The delta rule overwrites the value of a key that comes again. The overwritten pair then has a large error, so LoLA's rule keeps what
 # the delta rule has learned to forget.

@@ -2,7 +2,7 @@
 
     python -m training.caching
 
-On a GPU where there is one. Of two tasks the answers are scored by their loss, since these models master neither.
+It takes seven minutes on an H200, and an hour on two cores. Of tasks the loss on the right answers is taken, since these models master none.
 """
 
 from staterank_utils import domain_prompts, load_model, load_tokenizer
@@ -12,7 +12,7 @@ from staterank_utils.studies.caching import measure_caching, store_caching
 from staterank_utils.studies.texts import draw_texts
 
 SIZES = {"n_windows": 8, "n_copies": 4, "n_calibration": 2}
-ANSWERS = {"tasks": ("recall", "needle"), "n_answers": 32}
+N_ANSWERS = 32
 PROMPTS = {"n_prompts": 16, "n_tokens": 2048, "seed": 1000}  # of chapter 4, on which heads are scored
 
 
@@ -21,8 +21,8 @@ def main() -> None:
     for name in EMBEDDED:
         model, tokenizer = load_model(name), load_tokenizer(name)
         prompts = domain_prompts("code", tokenizer, **PROMPTS)
-        found[name] = measure_caching(model, tokenizer, draw_texts(tokenizer, **SIZES), prompts, **ANSWERS)
-    made = provenance(parameters={**SIZES, **PROMPTS, **ANSWERS}, checkpoints=embedded_folders(EMBEDDED))
+        found[name] = measure_caching(model, tokenizer, draw_texts(tokenizer, **SIZES), prompts, n_answers=N_ANSWERS)
+    made = provenance(parameters={**SIZES, **PROMPTS, "n_answers": N_ANSWERS}, checkpoints=embedded_folders(EMBEDDED))
     store_caching(found, made=made)
 
 

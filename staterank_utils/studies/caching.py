@@ -149,7 +149,7 @@ def measure_caching(
     splits: Sequence[str] = tuple(SPLITS),
     others: bool = True,
     gaps: Sequence[int] = (64, 512),
-    tasks: Sequence[str] = ("recall",),
+    tasks: Sequence[str] = ("recall", "needle"),
     n_answers: int = 32,
     removed: Mapping[float, Sequence[Head]] | None = None,
 ) -> Caching:
