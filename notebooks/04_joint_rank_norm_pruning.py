@@ -292,8 +292,8 @@ Markdown(markdown.markdown_table(*caching.caching_table(pairs, 0.25)) if pairs e
 # :class: dropdown
 # All of this is exploratory: no rule was registered. Heads are ordered on code, and one seed of each model was measured. LoLA reads pairs by a
 # softmax with the normaliser of linear attention, which a delta rule does not have. {func}`staterank_utils.lola.read_cached` adds a ridge
-# regression on the cached pairs instead, so that one pair is read as one write. Cached pairs do not decay. The original form was not tried: fla's linear
-# attention with that normaliser keeps its sum of keys nowhere, so that it cannot be continued and is refused. Pairs are counted in the precision of the state,
+# regression on the cached pairs instead, so that one pair is read as one write. Cached pairs do not decay. The original form serves fla's linear
+# attention with that normaliser ({func}`staterank_utils.lola.read_normalised`), and was tried on no trained model. Pairs are counted in the precision of the state,
 # per value head; a write strength per pair is not counted. {glue:text}`cache_sources`
 # ```
 

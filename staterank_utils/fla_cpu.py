@@ -418,12 +418,26 @@ def _retention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor,
 
 
 def _linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, normalize: bool = True, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    out, state = _simple_gla(q, k, v, q.new_zeros(q.shape[:3], dtype=torch.float32), scale, **options)
-    if normalize:
-        raise ValueError("linear attention divided by its sum of keys keeps that sum nowhere: it cannot be continued")
-    return out, state
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    normalize: bool = True,
+    initial_state: Tensor | tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
+    decay = q.new_zeros(q.shape[:3], dtype=torch.float32)
+    if not normalize:
+        assert not isinstance(initial_state, tuple)
+        return _simple_gla(q, k, v, decay, scale, initial_state=initial_state, **options)
+    # The sum of keys is what a value that is always 1 leaves in one column more.
+    with_ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    if initial_state is not None:
+        state, keys = initial_state
+        initial_state = torch.cat([state, keys.transpose(1, 2).transpose(2, 3).to(state.dtype)], -1)
+    out, last = _simple_gla(q, k, with_ones, decay, scale, initial_state=initial_state, **options)
+    out = out[..., :-1] / (out[..., -1:] + 1e-10)
+    return out, None if last is None else (last[..., :-1].contiguous(), last[..., -1][:, None].contiguous())
 
 
 def _rwkv7(

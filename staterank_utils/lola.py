@@ -1,8 +1,8 @@
-"""A sparse cache beside the state, or in its place: LoLA for layers with a delta rule.
+"""A sparse cache beside the state, or in its place: LoLA, for linear attention with a normaliser and for layers with a delta rule.
 
 A head keeps the pairs (key, value) of the last tokens and, of the older ones, those that its state recalls worst. All other pairs are
-written to the state. No training. Source: LoLA (arXiv:2505.23666), for linear attention whose outputs are normalised. A delta rule has no
-normaliser, so three things differ here. The error of a pair is the squared length of S^T k - v. To what is read from the state, a ridge regression on the cached
+written to the state. No training. Source: LoLA (arXiv:2505.23666), for linear attention whose outputs are normalised (`read_normalised`). A delta rule
+has no normaliser, so three things differ there (`read_cached`). The error of a pair is the squared length of S^T k - v. To what is read from the state, a ridge regression on the cached
 pairs is added, weighted by their write strengths: a single pair is read as one write of the delta rule. And cached pairs neither decay nor are
 overwritten. So a pair whose key is written again with another value has a large error and stays, where the delta rule would have forgotten it.
 """
@@ -24,6 +24,8 @@ from staterank_utils.models import read_tokens
 from staterank_utils.surgery import Head, all_heads, heads_by_layer, noted
 
 AT_ONCE = 64  # tokens whose reads are computed together
+TINY = 1e-10  # of fla's normaliser, so that nothing is divided by 0
+Raw = tuple[Tensor, Tensor] | None  # queries and keys before a feature map
 RIDGE = 1e-4  # added to the Gram matrix of cached keys, which may be the same twice
 
 
@@ -109,8 +111,7 @@ def read_cached(
         >>> plain.flatten()[2].item() < 0.01, round(cached.flatten()[2].item(), 2)
         (True, 5.0)
     """
-    if window < 0 or sparse < 0:
-        raise ValueError(f"a number of cached pairs is at least 0, got window {window} and sparse {sparse}")
+    _check_slots(window, sparse)
     if (strongest := float(write_strength.max())) > 1:
         raise ValueError(f"write strengths must be at most 1, got {strongest:.3g}: a firmer write than that is no fit")
     n_tokens, d_k = key.shape[1], key.shape[-1]
@@ -195,6 +196,116 @@ def _read(
     return read
 
 
+@dataclass(frozen=True)
+class Summed:
+    """What heads with a normaliser remember.
+
+    Attributes:
+        state, keys: sums over the pairs that left the cache, of features of keys times values, and of features of keys.
+        pairs: of each slot, side by side: key, features of the key, value, and whether it holds a pair; the window, oldest first, then the sparse cache.
+
+    Example:
+        >>> [each.shape for each in vars(Summed.empty(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 8), slots=3)).values()]
+        [torch.Size([1, 2, 4, 8]), torch.Size([1, 2, 4]), torch.Size([1, 2, 3, 17])]
+    """
+
+    state: Float[Tensor, "batch head d_k d_v"]
+    keys: Float[Tensor, "batch head d_k"]
+    pairs: Float[Tensor, "batch head slot parts"]
+
+    @classmethod
+    def empty(
+        cls,
+        features: Float[Tensor, "batch token head d_k"],
+        value: Float[Tensor, "batch token head d_v"],
+        *,
+        slots: int,
+    ) -> "Summed":
+        """Nothing yet.
+
+        Args:
+            features, value: of any tokens.
+            slots: how many pairs may be kept.
+        """
+        n_batch, _, n_heads, d_k = features.shape
+        d_v, lead = value.shape[-1], (n_batch, n_heads)
+        state, keys = features.new_zeros(*lead, d_k, d_v), features.new_zeros(*lead, d_k)
+        return cls(state, keys, features.new_zeros(*lead, slots, 2 * d_k + d_v + 1))
+
+
+def read_normalised(
+    query: Float[Tensor, "batch token head d_k"],
+    key: Float[Tensor, "batch token head d_k"],
+    value: Float[Tensor, "batch token head d_v"],
+    query_features: Float[Tensor, "batch token head d_k"],
+    key_features: Float[Tensor, "batch token head d_k"],
+    *,
+    window: int,
+    sparse: int,
+    stateful: bool = True,
+    held: Summed | None = None,
+) -> tuple[Float[Tensor, "batch token head d_v"], Summed]:
+    """Linear attention with a normaliser and a cache of pairs, token by token: LoLA as its paper has it.
+
+    Source: LoLA, arXiv:2505.23666, Alg. 1; `reference.normalised_lola` is the same in float64, slowly. With phi the features, H the sum of phi(k) v^T over
+    the pairs that are not cached, and s that of phi(k): of the pair that leaves the window and those of the sparse cache the one with the smallest
+    |H^T phi(k) / (s . phi(k)) - v|^2 is added to H and s, and o(t) = [sum exp(q . k / sqrt(d_k)) v + H^T phi(q)] / [sum exp(q . k / sqrt(d_k)) + s . phi(q)],
+    summed over the cached pairs.
+
+    Args:
+        query, key: before the feature map, one for every value head; float32 or float64.
+        value: of every token.
+        query_features, key_features: behind it.
+        window, sparse: as in `read_cached`; both 0: linear attention.
+        stateful: as there; the error of a pair is then the squared length of its value.
+        held: from the tokens before; by default there are none.
+
+    Returns:
+        Outputs, and what is held after the last token.
+
+    Raises:
+        ValueError: a number of slots under 0, or `held` of another number of slots.
+
+    Example:
+        >>> key, value = torch.eye(4)[:3].reshape(1, 3, 1, 4), torch.tensor([5.0, 6.0, 7.0]).reshape(1, 3, 1, 1)
+        >>> mean, last = (read_normalised(key, key, value, key * 0 + 1, key * 0 + 1, window=n, sparse=0, stateful=n == 0)[0] for n in (0, 1))
+        >>> mean.flatten().tolist(), last.flatten().tolist()
+        ([5.0, 5.5, 6.0], [5.0, 6.0, 7.0])
+    """
+    _check_slots(window, sparse)
+    d_k, d_v = key.shape[-1], value.shape[-1]
+    held = held or Summed.empty(key_features, value, slots=window + sparse)
+    if (found := held.pairs.shape[2]) != window + sparse:
+        raise ValueError(f"held has {found} pairs, expected {window} + {sparse}")
+    state, sums, pairs = held.state, held.keys, held.pairs
+    new = torch.cat([key, key_features, value, torch.ones_like(value[..., :1])], -1).transpose(1, 2)
+    parts, outputs = (d_k, d_k, d_v, 1), []
+    for t in range(key.shape[1]):
+        recent = torch.cat([pairs[:, :, :window], new[:, :, t : t + 1]], 2)
+        candidates = torch.cat([pairs[:, :, window:], recent[:, :, :1]], 2)  # the last of them leaves the window
+        _, features, values, is_there = candidates.split(parts, -1)
+        recalled = features @ state / (features @ sums.unsqueeze(-1) + TINY) if stateful else 0.0
+        error = (recalled - values).square().sum(-1).masked_fill(is_there[..., 0] == 0, -1.0)
+        best = error.argmin(-1)[..., None, None].expand(-1, -1, 1, candidates.shape[-1])
+        _, features, values, _ = candidates.gather(2, best).split(parts, -1)  # zeros, of an empty slot
+        if stateful:
+            state, sums = state + features.mT @ values, sums + features[:, :, 0]
+        kept = candidates.scatter(2, best, candidates[:, :, -1:])[:, :, :sparse]
+        pairs = torch.cat([recent[:, :, 1:], kept], 2)
+        keys, _, values, is_there = pairs.split(parts, -1)
+        scores = (keys @ query[:, t].unsqueeze(-1) / d_k**0.5).masked_fill(is_there == 0, float("-inf"))
+        largest = scores.amax(2, keepdim=True).clamp_min(0.0) if pairs.shape[2] else scores.new_zeros(1)
+        weights, features = (scores - largest).exp(), query_features[:, t].unsqueeze(-2) * (-largest).exp()
+        above = weights.mT @ values + features @ state
+        outputs.append(above / (weights.sum(2, keepdim=True) + features @ sums.unsqueeze(-1) + TINY))
+    return torch.cat(outputs, 2).transpose(1, 2), Summed(state, sums, pairs)
+
+
+def _check_slots(window: int, sparse: int) -> None:
+    if window < 0 or sparse < 0:
+        raise ValueError(f"a number of cached pairs is at least 0, got window {window} and sparse {sparse}")
+
+
 def pairs_in_state(layer: LinearLayer, share: float = 1.0) -> int:
     """How many pairs take the bytes of a share of a state: d_k d_v / (d_k + d_v), rounded.
 
@@ -223,12 +334,13 @@ def pairs_in_state(layer: LinearLayer, share: float = 1.0) -> int:
 def recall_errors(
     model: PreTrainedModel, prompts: Int[Tensor, "prompt token"], *, n_pairs: int
 ) -> Float[Tensor, " head"]:
-    """How badly the state of every head recalls the pairs of the last tokens: squared lengths of S^T k - v, summed, over those of v.
+    """How badly the state of every head recalls the pairs of the last tokens: squared lengths of S^T k - v, or of S^T phi(k) / (s . phi(k)) - v with a
+    normaliser, summed, over those of v.
 
     An empty state has the error 1, one that recalls every pair 0. The sums run over the last tokens of all prompts.
 
     Args:
-        model: from `load_model`, with a delta rule.
+        model: from `load_model`, for which `why_not` is None.
         prompts: of equal length.
         n_pairs: of the last tokens of each.
 
@@ -236,7 +348,7 @@ def recall_errors(
         In the order of `all_heads`.
 
     Raises:
-        ValueError: prompts that are shorter, or a layer without a delta rule.
+        ValueError: prompts that are shorter, or a layer whose heads cannot have a cache.
 
     Example:
         >>> from staterank_utils import load_model
@@ -247,19 +359,23 @@ def recall_errors(
         raise ValueError(f"n_pairs must lie in 1..{prompts.shape[1]}, the length of the prompts, got {n_pairs}")
     wrong: dict[int, Tensor] = {}
 
-    def look(index: int, kernel: Callable[..., Any], *args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def look(
+        index: int, kernel: Callable[..., Any], *args: Tensor, raw: Raw = None, **options: Any
+    ) -> tuple[Tensor, Any]:
         out, last = kernel(*args, **options | {"output_final_state": True})
-        _, key, value = _by_head(*args[:3], normalize=bool(options.get("use_qk_l2norm_in_kernel")))
-        k, v = (x[:, -n_pairs:].transpose(1, 2) for x in (key, value))
-        errors = (k @ last.float() - v).square().sum((0, 2, 3))
-        wrong[index] = errors / v.square().sum((0, 2, 3))
+        _, key, value, *features = _tokens(args, raw, options)
+        k, v = (x[:, -n_pairs:].transpose(1, 2).float() for x in (features[1] if raw else key, value))
+        recalled = k @ (last[0] if raw else last).float()
+        if raw:
+            recalled = recalled / (k @ last[1].float().transpose(1, 2).mT + TINY)
+        wrong[index] = (recalled - v).square().sum((0, 2, 3)) / v.square().sum((0, 2, 3))
         return out, last
 
     with ExitStack() as stack:
         layers = linear_layers(model)
         for layer in layers:
             _check_rule(layer)
-            stack.enter_context(layer.scans_through(partial(look, layer.index)))
+            stack.enter_context(layer.pairs_through(partial(look, layer.index)))
         read_tokens(model, prompts.to(model.device))
     return torch.cat([wrong[layer.index].cpu() for layer in layers if layer.n_heads])
 
@@ -274,7 +390,7 @@ def _by_head(query: Tensor, key: Tensor, value: Tensor, *, normalize: bool) -> t
 
 
 def why_not(model: PreTrainedModel) -> str | None:
-    """Why heads of a model cannot have a cache of pairs, or None: every linear layer must run a delta rule with strengths up to 1.
+    """Why heads of a model cannot have a cache of pairs, or None: every linear layer must run a delta rule with strengths up to 1, or have a normaliser.
 
     Args:
         model: any that `linear_layers` accepts.
@@ -302,15 +418,15 @@ def cache_pairs(
     `trace_states` and the cache of the model then hold the states of the plain recurrence. It goes token by token, so it is slow; CUDA graphs are
     not supported.
 
-    Source: `read_cached`.
+    Source: `read_cached`, and `read_normalised` for layers whose outputs are divided by a sum of keys.
 
     Args:
-        model: from `load_model`, with a delta rule.
+        model: from `load_model`, for which `why_not` is None.
         heads: (layer, head) pairs.
         window, sparse, stateful: as in `read_cached`.
 
     Raises:
-        ValueError: as in `read_cached`; a layer without a delta rule; a head that the model does not have, or that is named twice; or tokens
+        ValueError: as in `read_cached`; a layer whose heads cannot have a cache; a head that the model does not have, or that is named twice; or tokens
             that go on from others than those that were read last.
 
     Example:
@@ -327,8 +443,9 @@ def cache_pairs(
         for layer in linear_layers(model):
             if layer.index in chosen:
                 _check_rule(layer)
-                reader = _Reader(layer.places(chosen[layer.index]), window, sparse, stateful)
-                stack.enter_context(layer.scans_through(reader))
+                rule = read_normalised if layer.normalised else read_cached
+                read = partial(rule, window=window, sparse=sparse, stateful=stateful)
+                stack.enter_context(layer.pairs_through(_Reader(layer.places(chosen[layer.index]), read)))
         what = f"{window} recent and {sparse} other pairs cached{'' if stateful else ' in place of states'}: {chosen}"
         stack.enter_context(noted(model, what))
         yield
@@ -337,30 +454,47 @@ def cache_pairs(
 class _Reader:
     """Makes the calls of a layer's kernel, and puts in the outputs and states of some heads."""
 
-    def __init__(self, places: list[int], window: int, sparse: int, stateful: bool):
-        self.places = places
-        self.held: Held | None = None
+    def __init__(self, places: list[int], read: Callable[..., tuple[Tensor, Any]]):
+        self.places, self.read = places, read
+        self.held: Held | Summed | None = None
         self.last: Tensor | None = None
-        self.read = partial(read_cached, window=window, sparse=sparse, stateful=stateful)
 
     def __call__(
-        self, kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *rest: Any, g: Tensor, beta: Tensor, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if key.is_cuda and torch.cuda.is_current_stream_capturing():
+        self, kernel: Callable[..., Any], *args: Tensor, raw: Raw = None, **options: Any
+    ) -> tuple[Tensor, Any]:
+        value = options["v"] if raw else args[2]
+        if value.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "cached pairs do not support CUDA graphs, which generation uses on a GPU: score given answers, or generate on a CPU"
             )
-        start: Tensor | None = options.get("initial_state")
+        if options.get("cu_seqlens") is not None:
+            raise ValueError(
+                "cached pairs do not support packed prompts, nor padded ones of fla's models: read them one by one"
+            )
+        start = _state(options.get("initial_state"))
         if start is not None and (self.last is None or not torch.equal(start, self.last)):
             raise ValueError(
                 "these tokens go on from others than those that were read last: inside this block, read one set of prompts at a time"
             )
-        out, last = kernel(query, key, value, *rest, g=g, beta=beta, **options)
-        by_head = _by_head(query, key, value, normalize=bool(options.get("use_qk_l2norm_in_kernel")))
-        tokens = (x[:, :, self.places].float() for x in (*by_head, g, beta))
+        out, last = kernel(*args, **options)
+        tokens = (x[:, :, self.places].float() for x in _tokens(args, raw, options))
         mine, self.held = self.read(*tokens, held=None if start is None else self.held)
         out = out.clone()
         out[:, :, self.places] = mine.to(out.dtype)
         # The states of the plain recurrence, by which the tokens that go on from here are known.
-        self.last = None if last is None else last.clone()
+        state = _state(last)
+        self.last = None if state is None else state.clone()
         return out, last
+
+
+def _state(kept: Tensor | tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """Of what a kernel takes and gives, the states without the sum of keys."""
+    return kept[0] if isinstance(kept, tuple) else kept
+
+
+def _tokens(args: tuple[Tensor, ...], raw: Raw, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What `read_cached` or `read_normalised` takes, from a call of a kernel."""
+    if raw:
+        return (*raw, options["v"], options["q"], options["k"])
+    by_head = _by_head(*args[:3], normalize=bool(options.get("use_qk_l2norm_in_kernel")))
+    return (*by_head, options["g"], options["beta"])

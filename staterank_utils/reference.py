@@ -94,3 +94,54 @@ def lola(
             out = out + weights @ (value[cached] - k @ state)
         outputs.append(out / key.shape[1] ** 0.5)
     return torch.stack(outputs)
+
+
+def normalised_lola(
+    query: Float[Tensor, "token d_k"],
+    key: Float[Tensor, "token d_k"],
+    value: Float[Tensor, "token d_v"],
+    query_features: Float[Tensor, "token d_k"],
+    key_features: Float[Tensor, "token d_k"],
+    *,
+    window: int,
+    sparse: int,
+    stateful: bool = True,
+) -> Float[Tensor, "token d_v"]:
+    """Linear attention of one head with a normaliser and a cache of pairs, in lists: as `lola.read_normalised`, which says what it does.
+
+    Args:
+        query, key, value, query_features, key_features: float64, of one head; features are positive.
+        window, sparse, stateful: as there.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> normalised_lola(one, one, 3 * one, one, one, window=0, sparse=0).item()
+        3.0
+    """
+    written: list[int] = []
+    recent: list[int] = []
+    kept: list[int] = []
+    outputs = []
+
+    def error(pair: int) -> float:
+        if not (stateful and written):
+            return float(value[pair].square().sum())
+        weights = key_features[written] @ key_features[pair]
+        return float((weights @ value[written] / weights.sum() - value[pair]).square().sum())
+
+    for t in range(len(key)):
+        recent.append(t)
+        if len(recent) > window:
+            kept.append(recent.pop(0))
+            if len(kept) > sparse:
+                best = min(kept, key=error)
+                kept.remove(best)
+                written += [best] if stateful else []
+        cached = recent + kept
+        weights = torch.cat(
+            [(key[cached] @ query[t] / key.shape[1] ** 0.5).exp(), key_features[written] @ query_features[t]]
+        )
+        outputs.append(
+            weights @ value[cached + written] / weights.sum() if len(weights) else torch.zeros_like(value[t])
+        )
+    return torch.stack(outputs)

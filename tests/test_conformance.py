@@ -323,7 +323,7 @@ def test_a_trace_under_ablation_is_of_the_same_states(model, three) -> None:
 
 # ---------------------------------------------------------------- memory
 
-NO_DECAY = ("fla DeltaNet", "fla DeltaNet, gated", "fla LinearAttention")
+NO_DECAY = ("fla DeltaNet", "fla DeltaNet, gated", "fla LinearAttention", "fla LinearAttention, normalised")
 
 
 def test_no_rank_exceeds_the_memory_bound(name, model, three) -> None:

@@ -116,7 +116,6 @@ def test_the_log_says_how_slow_it_is(tmp_path: Path, caplog: pytest.LogCaptureFi
         ("GLA", {"attn_mode": "fused_chunk"}, "attn_mode='chunk'"),
         ("RetNet", {"attn_mode": "parallel"}, "keeps no state"),
         ("DeltaNet", {"use_beta": False}, "no write strength"),
-        ("LinearAttention", {"norm_feature_map": True}, "sum of keys"),
         ("Mamba2", {"dt_limit": (0.01, 1.0)}, "lower bound"),
     ],
 )

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from architectures import delta
+import torch.nn.functional as F
+from architectures import delta, fla_models
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from staterank_utils.architectures import linear_layers
 from staterank_utils.decoding import pad_left, read_padded
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import token_nats
-from staterank_utils.lola import cache_pairs, pairs_in_state, read_cached, recall_errors, why_not
+from staterank_utils.lola import cache_pairs, pairs_in_state, read_cached, read_normalised, recall_errors, why_not
 from staterank_utils.models import EMBEDDED, make_cache, read_tokens
 from staterank_utils.studies import caching
 
@@ -43,6 +44,40 @@ def test_pairs_are_read_as_the_version_in_lists_reads_them(
             of_head = (x[row, :, head] for x in tokens)
             expected = reference.lola(*of_head, window=window, sparse=sparse, stateful=stateful)
             assert (out[row, :, head] - expected).abs().max() < 1e-9
+
+
+def _with_features(n_tokens: int) -> tuple[Tensor, ...]:
+    query, key, value, *_ = _tokens(n_tokens)
+    return query, key, value, query.exp(), key.exp()
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+@pytest.mark.parametrize(("window", "sparse"), [(0, 0), (3, 0), (0, 4), (2, 3), (50, 2)])
+def test_normalised_pairs_are_read_as_the_version_in_lists_reads_them(window: int, sparse: int, stateful: bool) -> None:
+    tokens, options = _with_features(40), {"window": window, "sparse": sparse, "stateful": stateful}
+    out, _ = read_normalised(*tokens, **options)
+    for row in range(2):
+        for head in range(3):
+            expected = reference.normalised_lola(*(x[row, :, head] for x in tokens), **options)
+            assert (out[row, :, head] - expected).abs().max() < 1e-8
+
+
+def test_without_a_cache_it_is_linear_attention() -> None:
+    tokens = _with_features(30)
+    *_, value, query, key = tokens
+    weights = torch.einsum("bthd, bshd -> bhts", query, key).tril()
+    expected = torch.einsum("bhts, bshv -> bthv", weights / weights.sum(-1, keepdim=True), value)
+    assert (read_normalised(*tokens, window=0, sparse=0)[0] - expected).abs().max() < 1e-9
+
+
+def test_normalised_segments_give_what_one_pass_gives() -> None:
+    tokens, held, parts = _with_features(40), None, []
+    for segment in zip(*(x.split((13, 1, 1, 25), 1) for x in tokens), strict=True):
+        out, held = read_normalised(*segment, window=2, sparse=3, held=held)
+        parts.append(out)
+    assert torch.equal(torch.cat(parts, 1), read_normalised(*tokens, window=2, sparse=3)[0])
+    with pytest.raises(ValueError, match=r"held has 5 pairs, expected 2 \+ 2"):
+        read_normalised(*tokens, window=2, sparse=2, held=held)
 
 
 def test_without_a_cache_it_is_the_gated_delta_rule() -> None:
@@ -107,6 +142,65 @@ def test_a_model_reads_segments_and_tokens_as_a_whole_prompt() -> None:
         with pytest.raises(ValueError, match="one set of prompts at a time"):
             read_tokens(model, ids[:, :3], positions=torch.arange(40, 43)[None], cache=cache)
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-3
+
+
+@pytest.fixture
+def with_normaliser():
+    pytest.importorskip("fla")
+    model = fla_models.tiny("LinearAttention, normalised")
+    choose_kernels(model)
+    return model
+
+
+def test_linear_attention_with_empty_caches_is_the_model(with_normaliser) -> None:
+    model, heads = with_normaliser, [(0, 0), (0, 3), (1, 2)]
+    assert why_not(model) is None
+    assert "not divided" in str(why_not(fla_models.tiny("LinearAttention")))
+    ids = torch.randint(0, 64, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole = model(ids).logits
+        with cache_pairs(model, heads, window=0, sparse=0):
+            same = model(ids).logits
+        with cache_pairs(model, heads, window=2, sparse=3):
+            other = model(ids).logits
+        with cache_pairs(model, heads, window=2, sparse=3, stateful=False):
+            alone = model(ids).logits
+        assert torch.equal(model(ids).logits, whole)
+    assert (same - whole).abs().max() < 1e-5
+    assert all((a - b).abs().max() > 1e-3 for a, b in ((other, whole), (alone, whole), (alone, other)))
+
+
+def test_linear_attention_reads_segments_and_tokens_as_a_whole_prompt(with_normaliser) -> None:
+    model, start, parts = with_normaliser, 0, []
+    ids = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode(), cache_pairs(model, [(0, 1), (1, 3)], window=3, sparse=5):
+        whole, cache = read_tokens(model, ids), make_cache(model)
+        for size in (20, 1, 1, 18):
+            parts.append(read_tokens(model, ids[:, start : start + size], cache=cache))
+            start += size
+        with pytest.raises(ValueError, match="padded ones"):
+            read_padded(model, *pad_left(model, [[3, 4, 5], [6]]))
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5
+
+
+def test_recall_errors_of_linear_attention_are_those_of_its_last_pairs(with_normaliser) -> None:
+    ids = torch.randint(0, 64, (2, 30), generator=torch.Generator().manual_seed(2))
+    calls = []
+
+    def look(kernel, *, raw, **options):
+        calls.append((raw, options))
+        return kernel(**options)
+
+    with linear_layers(with_normaliser)[0].pairs_through(look), torch.no_grad():
+        with_normaliser(ids)
+    [((query, key), options)] = calls
+    assert torch.allclose(F.elu(query) + 1, options["q"])
+    assert torch.allclose(F.elu(key) + 1, options["k"])
+    k, v = (options[name].double().transpose(1, 2) for name in ("k", "v"))
+    weights = k[:, :, -5:] @ k.mT
+    wrong = (weights @ v / weights.sum(-1, keepdim=True) - v[:, :, -5:]).square().sum((0, 2, 3))
+    found = recall_errors(with_normaliser, ids, n_pairs=5)[:4]
+    torch.testing.assert_close(found.double(), wrong / v[:, :, -5:].square().sum((0, 2, 3)), rtol=1e-4, atol=0)
 
 
 def test_padding_is_not_kept() -> None:

@@ -19,7 +19,7 @@ from staterank_utils.architectures.core import Blocks, Change, Gates, Parts, cha
 from staterank_utils.architectures.delta import ONE, K, V, log_decay, silenced
 from staterank_utils.architectures.layer import LinearLayer, ModelAdapter, kept_as
 from staterank_utils.fla_cpu import SIMPLE_GLA, mamba2_forward, retention_decay
-from staterank_utils.rebinding import replaced
+from staterank_utils.rebinding import calls_through, forward_within, replaced
 
 
 class FlaModel(ModelAdapter):
@@ -308,16 +308,49 @@ class RetNetLayer(GroupedLayer):
 
 
 class LinearAttentionLayer(GroupedLayer):
-    """Linear attention, whose states do not decay."""
+    """Linear attention, whose states do not decay; with a normaliser, the sum of keys stands beside them in the cache."""
 
     describes = ("fla.layers.linear_attn.LinearAttention",)
     gate_modules = ("q_proj",)
 
+    def state(self, cache: Any) -> Float[Tensor, "batch head d_k d_v"]:
+        kept = cache[self.index]["recurrent_state"]
+        state: Tensor = kept[0] if isinstance(kept, tuple) else kept
+        return state
+
     @property
-    def refusal(self) -> str | None:
-        if not self.module.do_feature_map_norm:
-            return None
-        return "its sum of keys is not kept, so it cannot be continued"
+    def normalised(self) -> bool:
+        return bool(self.module.do_feature_map_norm)
+
+    @property
+    def caching_refusal(self) -> str | None:
+        return None if self.normalised else "what it reads is not divided by a sum over keys"
+
+    def pairs_through(self, call: Callable[..., Any]) -> AbstractContextManager[None]:
+        return forward_within(self.module, functools.partial(self._with_raw, call))
+
+    @contextmanager
+    def _with_raw(self, call: Callable[..., Any]) -> Iterator[None]:
+        seen: dict[str, Tensor] = {}
+
+        def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = output
+
+        def through(kernel: Callable[..., Any], **options: Any) -> Any:
+            query, key = _by_head(seen["q_proj"], self.n_heads), _by_head(seen["k_proj"], self.n_keys)
+            return call(kernel, raw=(query, key.repeat_interleave(self.module.num_kv_groups, 2)), **options)
+
+        handles = [
+            self.module.get_submodule(name).register_forward_hook(functools.partial(look, name))
+            for name in ("q_proj", "k_proj")
+        ]
+        kernels = ("chunk_linear_attn", "fused_chunk_linear_attn", "fused_recurrent_linear_attn")
+        try:
+            with calls_through(self.module, dict.fromkeys(kernels, through)):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def read_gates(self, q: Float[Tensor, "batch token row"]) -> Gates:
         return self.fixed_gates(torch.zeros(self.n_heads), q)

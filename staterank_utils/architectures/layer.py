@@ -288,6 +288,19 @@ class LinearLayer:
             raise ValueError(f"{type(self.module).__name__} does not call {', '.join(absent)} itself: {why}")
         return forward_within(self.module, lambda: calls_through(self.module, dict.fromkeys(self.scans, call)))
 
+    @property
+    def normalised(self) -> bool:
+        """Whether what it reads of its states is divided by a sum over keys."""
+        return False
+
+    def pairs_through(self, call: Callable[..., Any]) -> AbstractContextManager[None]:
+        """As `scans_through`, for what keeps pairs: where keys and queries go through a feature map, `call` gets them from before it too, as `raw`.
+
+        Args:
+            call: makes the call of the kernel, and returns what that returns.
+        """
+        return self.scans_through(call)
+
     def decay_changed(self, change: Change) -> AbstractContextManager[None]:
         """A block in which `change` is applied to its log-decay, and to what `gates` tells of it.
 

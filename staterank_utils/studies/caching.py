@@ -29,6 +29,7 @@ from staterank_utils.selection import (
     select_heads,
 )
 from staterank_utils.strata import Estimate, bootstrap, spearman, without_minus
+from staterank_utils.studies.groups import half_lives_from
 from staterank_utils.studies.recall import induction_gains
 from staterank_utils.studies.removal import BINS, by_position
 from staterank_utils.studies.repeated import CLOSE, Repeated
@@ -159,7 +160,7 @@ def measure_caching(
     alpha 1), over the model.
 
     Args:
-        model, tokenizer: with a delta rule.
+        model, tokenizer: for which `lola.why_not` is None.
         texts: on which losses and recall are taken.
         prompts: of calibration, by which heads are ordered.
         shares: of the heads.
@@ -234,7 +235,7 @@ def measure_caching(
         for method, made in smaller.items():
             found[method] = outcome(made(share))
     intact = outcome(model)
-    half_life = np.log(2) / np.abs([decay[head] for head in heads])
+    half_life = half_lives_from(np.array([decay[head] for head in heads]))
     error = recall_errors(model, prompts, n_pairs=d).numpy().astype(np.float64)
     return Caching(
         heads, d, pairs_in_state(layer), np.array([rank[head] for head in heads]), half_life, error, gone, tuple(gaps), intact, outcomes
@@ -352,10 +353,15 @@ def recall_in_words(found: Mapping[str, Caching]) -> str:
             for errors, where in ((full, "over 0.8"), (low, "under 0.2"))
             if len(errors)
         ]
-        said.append(
-            f"{' and '.join(groups)}; Spearman {spearman(of.error, of.rank):.2f} with rank, {spearman(of.error, of.half_life):.2f} with half-life ({name})"
-        )
+        of_rank, of_half_life = (_correlated(of.error, each) for each in (of.rank, -1 / of.half_life))
+        correlated = f"Spearman {of_rank} with rank, {of_half_life} with half-life ({name})"
+        said.append("; ".join(filter(None, (" and ".join(groups), correlated))))
     return ". ".join(said)
+
+
+def _correlated(error: NDArray[np.float64], other: NDArray[np.float64]) -> str:
+    rho = spearman(error, other)
+    return "undefined" if np.isnan(rho) else f"{rho:.2f}"
 
 
 def left_in_words(found: Mapping[str, Caching], share: float) -> str:

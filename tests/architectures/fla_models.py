@@ -33,6 +33,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GLA, short convolutions": ("gla", FOUR | {"num_kv_heads": 2, "use_short_conv": True, "fuse_norm": False}),
     "RetNet": ("retnet", FOUR | {"num_kv_heads": 2, "norm_eps": 1e-4}),
     "LinearAttention": ("linear_attn", FOUR | {"num_kv_heads": 2}),
+    "LinearAttention, normalised": (
+        "linear_attn",
+        FOUR | {"num_kv_heads": 2, "norm_feature_map": True, "feature_map": "elu"},
+    ),
     "Mamba2": ("mamba2", MAMBA2),
     "Mamba2, two groups": ("mamba2", MAMBA2 | {"n_groups": 2}),
     "RWKV7": ("rwkv7", RWKV7),
