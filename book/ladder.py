@@ -448,7 +448,7 @@ def _of_tasks() -> str:
     )
     others = [
         f"{after['outside']:.2f} and {after['two groups']:.2f} in `{of.name}`"
-        for design in ("hybrid-tasks25", "hybrid-tasks63light", "hybrid-long", "pure-long")
+        for design in ("hybrid-tasks10", "hybrid-tasks25", "hybrid-tasks63light", "hybrid-long", "pure-long")
         for of in by_name[design]
         for after in [shares(of.groups["end"])]
     ]
@@ -466,8 +466,7 @@ def _mastering() -> str:
     return (
         "C4, C4a and C5 are about tasks: a model that masters fewer than two cannot be tested. The pair of 9 million parameters was tested, in the last two rows, and of the "
         f"ladder {_named(tested)}, of one seed each. These master at least two and were not tested, since their weights were not kept: {_named(untested)}."
-        f"\n\nScores with the highest ranks removed minus scores with the lowest removed, as C4 takes them: {'; '.join(map(_asymmetry, tested))}. So the direction differs "
-        "between models and between tasks."
+        f"\n\n{_scores(tested)}\n\nScores that C4 compares. Where the range over random draws holds both numbers, the draw matters more than the order."
     )
 
 
@@ -475,14 +474,34 @@ def _named(models: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in models) or "none"
 
 
-def _asymmetry(name: str) -> str:
-    """What C4 looks at in one model, per task."""
-    (row,) = (row for row in stored_models()[name][1]["rows"] if row["claim"] == "C4")
-    differences = [each for each in row["criteria"] if not each["label"].startswith("random")]
-    return (
-        ", ".join(f"{each['label']} {Estimate(each['point'], each['low'], each['high']):.2f}" for each in differences)
-        + f" (`{name}`)"
+def _scores(models: Iterable[str]) -> str:
+    """Scores on tasks without heads of the lowest rank, of the highest, and at random, of models that were tested."""
+    head = (
+        "model",
+        "task",
+        "heads removed",
+        "all heads",
+        "without lowest ranks",
+        "without highest",
+        "without random heads",
     )
+    rows = []
+    for name in models:
+        of = _measured()[name].by_task
+        assert of, f"{name} has no scores on tasks"
+        for task, n in of.heads.items():
+            scores = (of.intact[task], of.low[task], of.high[task])
+            draws = of.draws[task].mean(1)
+            rows.append(
+                (
+                    f"`{name}`",
+                    task,
+                    f"{n}",
+                    *(f"{x.mean():.2f}" for x in scores),
+                    f"{draws.min():.2f} to {draws.max():.2f} ({len(draws)} draws)",
+                )
+            )
+    return markdown_table(head, rows)
 
 
 def _by_model(data: Mapping[str, Mapping[str, Any]], registered: Iterable[str]) -> str:

@@ -188,11 +188,7 @@ WAVES = {
     3: ("pure-tasks63-0", "pure-tasks63-1", "hybrid-tasks10-0", "pure-tasks10-0"),
     4: ("hybrid-long-0", "pure-long-0", "hybrid-tasks25-0", "hybrid-tasks63light-0"),
     5: ("hybrid-narrow-0", "hybrid-narrow-1", "hybrid-default-0", "hybrid-softmaxfirst-0"),
-    6: (
-        "hybrid-deltanet-0",
-        "hybrid-sse-0",
-        "hybrid-fewheads-0",
-    ),  # the other update rules arrive with their model classes
+    6: ("hybrid-deltanet-0", "hybrid-sse-0", "hybrid-fewheads-0"),
     7: (
         "hybrid-default-1",
         "hybrid-default-2",
