@@ -124,7 +124,7 @@ def _by_chunk(
         n = len(chunks)
         reading, ending = state.new_empty(2, rows, n, CHUNK, d_k)
         written, left, last = state.new_empty(rows, n, CHUNK, d_v), state.new_empty(rows, n), torch.empty_like(state)
-        _kernels().chunk_parts[(n, rows)](
+        _kernels().chunk_parts[(rows, n)](
             *tokens, chunks, reading, written, ending, left, n_tokens, n, n_keys, n_heads, d_k, d_v,
             CHUNK=CHUNK, TILE=32, NORMALIZE=normalize, num_warps=PART_WARPS,
         )  # fmt: skip

@@ -90,7 +90,7 @@ def _chunk_parts(
     Source: the WY form of a chunk, as in `kernels.torch_chunk_gated_delta_rule`. Inputs as in `_states`; chunks (chunk, 3): first token, the one behind
     the last, and a slot. reading and ending (batch, head, chunk, CHUNK, d_k), written (batch, head, chunk, CHUNK, d_v), left (batch, head, chunk).
     """
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch = row // n_heads
     head = row % n_heads
     key_head = head // (n_heads // n_keys)
@@ -100,7 +100,8 @@ def _chunk_parts(
     at = (batch * n_tokens + token) * n_heads + head
     b = tl.load(strengths + at, mask=is_there, other=0.0).to(tl.float32)
     # float64, or a weak decay is lost behind a strong one in the sum; the bound keeps -inf, a decay to nothing, a number.
-    g = tl.maximum(tl.load(decays + at, mask=is_there, other=0.0).to(tl.float64), -1e4)
+    g = tl.load(decays + at, mask=is_there, other=0.0).to(tl.float64)
+    g = tl.maximum(g, -1e4, propagate_nan=tl.PropagateNan.ALL)
     c = tl.cumsum(g, 0)
     total = tl.sum(g, 0)
     of_tile = tl.arange(0, TILE)

@@ -86,6 +86,13 @@ def test_states_on_a_gpu_agree_with_the_float64_recurrence(by_channel: bool) -> 
     _, expected = gated_delta_rule(k, k, value.double(), g.double(), beta.double())
     made = recurrence.states_after(*(x.cuda() for x in (key, value, g, beta)), positions=range(1, 201), normalize=True)
     torch.testing.assert_close(torch.cat(list(made), 1).cpu().double(), expected, rtol=0, atol=1e-5)
+    # Few positions: by chunks, where a head has one decay.
+    [few] = recurrence.states_after(*(x.cuda() for x in (key, value, g, beta)), positions=[100, 200], normalize=True)
+    torch.testing.assert_close(few.cpu().double(), expected[:, [99, 199]], rtol=0, atol=1e-5)
+    g[0, 150, 0] = torch.nan
+    [spoilt] = recurrence.states_after(*(x.cuda() for x in (key, value, g, beta)), positions=[100, 200], normalize=True)
+    assert spoilt[:, 0].isfinite().all()
+    assert spoilt[0, 1, 0].isnan().any()
 
 
 @pytest.mark.gpu
