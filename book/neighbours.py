@@ -227,8 +227,8 @@ def neighbours_table() -> str:
         ),
         (
             "LoLA {cite}`mcdermott2025lola`", "a cache of pairs beside the state, without training",
-            f"on the embedded pair, where {PAPER_SHARE:.1%} of the states, those of highest rank, are removed ({{doc}}`../notebooks/04_joint_rank_norm_pruning`): "
-            f"{caching.left_in_words(caches, PAPER_SHARE)}",
+            f"on the embedded pair ({{doc}}`../notebooks/04_joint_rank_norm_pruning`). {caching.beside_in_words(caches, 0.25)} With a window of the last "
+            f"pairs in the place of {PAPER_SHARE:.1%} of the states, those of highest rank: {caching.left_in_words(caches, PAPER_SHARE)}",
         ),
     )  # fmt: skip
     return markdown_table(("system", "what it is", "what was measured"), rows)

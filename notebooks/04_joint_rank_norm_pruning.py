@@ -237,7 +237,7 @@ Markdown(markdown.markdown_table(HEAD, [(*key, *row.values()) for key, row in ro
 # tested in two ways. The states of the highest ranks are removed, and a cache in a part of their bytes takes their place; without a state, the error of a pair is the size
 # of its value. Or the states stay, and get a cache besides.
 
-# %% mystnb={"figure": {"caption": "Added nats where the states of the highest ranks are removed and caches of pairs replace them. Bands: 95 % intervals over windows. Horizontal: key channels, at the same share. Open circles: this run.", "name": "fig-caches"}, "image": {"alt": "Curves of added nats against the size of the cache, one panel per model and share. In the embedded models they fall from no cache to a half, most at the first eighth."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Added nats where caches of pairs replace the states of the highest ranks. Bands: 95 % intervals over windows. Horizontal: key channels, which free as much as no cache does. Open circles: this run.", "name": "fig-caches"}, "image": {"alt": "Curves of added nats against the size of the cache, one panel per model and share. In the embedded models they fall from no cache to a half, most at the first eighth."}} tags=["hide-input"]
 caches = {}
 uncached = {name: reason for name, (of, _) in loaded.items() if (reason := lola.why_not(of))}
 for name, (network, words) in loaded.items():
@@ -265,16 +265,17 @@ if pairs:
     run.keep("fig-caches")
 
 # %% [markdown]
-# Lower is better. At 25 %: {glue:text}`caches` At 38.9 %: {glue:text}`more_caches` The table has the controls at 25 %, as many random heads among them.
-# *Their mean outputs* stand for heads that remember nothing. Columns: added nats at all positions and at those over 512; the gain, the loss on a text
-# minus the loss on its repetition, over other lengths than in {doc}`05_memory_and_recall`; and nats added to the right answers of recall and needle. Where a
-# model does not master a task, as here, a loss that falls shows other guesses, not recall.
+# Lower is better. At 25 %: {glue:text}`caches` At 38.9 %: {glue:text}`more_caches` The tables have the controls, as many random heads (one draw) among
+# them. *Their mean outputs* stand for heads that remember nothing. *Bytes freed* is a part of all states; key channels free as many as states that are
+# removed and get no cache. Then nats added at all positions and at those over 512; the gain, the loss on a text minus the loss on its repetition, over
+# other lengths than in {doc}`05_memory_and_recall`; and nats added to the right answers of recall and needle. Where a model does not master a task, a
+# loss that falls shows other guesses, not recall.
 #
-# {glue:text}`beside` The delta rule overwrites the value of a key that comes again. The overwritten pair then has a large error, so LoLA's rule keeps what
-# the delta rule has learned to forget.
+# {glue:text}`beside` A reading, which nothing here tests: the delta rule overwrites the value of a key that comes again. The overwritten pair then has a
+# large error, so LoLA's rule keeps what the delta rule has learned to forget.
 #
-# Do full states recall worse? The error of a head over the pairs of the last $d$ tokens, relative to their values, is 1 for an empty state and 0 for one
-# that recalls all. Measured on code: {glue:text}`self_recall`.
+# Do full states recall worse? {glue:text}`self_recall`. The error of a head over the pairs of the last $d$ tokens of code, relative to their values, is 1
+# for an empty state and 0 for one that recalls all.
 
 # %% tags=["hide-input"]
 none = f"No cache was tried: {'; '.join(f'{why} ({name})' for name, why in uncached.items())}."
@@ -285,7 +286,11 @@ said |= {
     "self_recall": caching.recall_in_words(pairs) or "not measured",
     "cache_sources": " ".join(found.source(name) for name, found in caches.items()),
 }
-Markdown(markdown.markdown_table(*caching.caching_table(pairs, 0.25)) if pairs else none)
+tables = (
+    f"{share:.1%} of the states:\n\n{markdown.markdown_table(*caching.caching_table(pairs, share))}"
+    for share in (shares if pairs else ())
+)
+Markdown("\n\n".join(tables) or none)
 
 # %% [markdown]
 # ```{admonition} How the caches were measured, and what differs from LoLA

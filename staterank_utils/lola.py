@@ -294,8 +294,12 @@ def read_normalised(
         pairs = torch.cat([recent[:, :, 1:], kept], 2)
         keys, _, values, is_there = pairs.split(parts, -1)
         scores = (keys @ query[:, t].unsqueeze(-1) / d_k**0.5).masked_fill(is_there == 0, float("-inf"))
-        largest = scores.amax(2, keepdim=True).clamp_min(0.0) if pairs.shape[2] else scores.new_zeros(1)
-        weights, features = (scores - largest).exp(), query_features[:, t].unsqueeze(-2) * (-largest).exp()
+        # Every term is divided by the largest: what is written counts as exp(0).
+        written = (sums != 0).any(-1)[..., None, None]
+        shift = torch.cat([scores, torch.where(written, 0.0, float("-inf"))], 2).amax(2, keepdim=True)
+        shift = shift.masked_fill(shift.isinf(), 0.0)  # where there is nothing to read
+        weights = (scores - shift).exp()
+        features = torch.where(written, query_features[:, t].unsqueeze(-2) * (-shift).exp(), 0.0)
         above = weights.mT @ values + features @ state
         outputs.append(above / (weights.sum(2, keepdim=True) + features @ sums.unsqueeze(-1) + TINY))
     return torch.cat(outputs, 2).transpose(1, 2), Summed(state, sums, pairs)

@@ -62,6 +62,14 @@ def test_normalised_pairs_are_read_as_the_version_in_lists_reads_them(window: in
             assert (out[row, :, head] - expected).abs().max() < 1e-8
 
 
+def test_keys_that_stand_against_their_query_are_read_all_the_same() -> None:
+    key = 10 * torch.ones(1, 3, 1, 4)
+    value, features = torch.tensor([3.0, 4.0, 5.0]).reshape(1, 3, 1, 1), torch.ones(1, 3, 1, 4)
+    out, _ = read_normalised(-key, key, value, features, features, window=1, sparse=1)
+    # The third token reads two pairs at exp(-200) and one that is written, at 4.
+    assert out.flatten().tolist() == pytest.approx([3.0, 3.5, 3.0])
+
+
 def test_without_a_cache_it_is_linear_attention() -> None:
     tokens = _with_features(30)
     *_, value, query, key = tokens
@@ -156,6 +164,10 @@ def test_linear_attention_with_empty_caches_is_the_model(with_normaliser) -> Non
     model, heads = with_normaliser, [(0, 0), (0, 3), (1, 2)]
     assert why_not(model) is None
     assert "not divided" in str(why_not(fla_models.tiny("LinearAttention")))
+    config = model.config
+    config.feature_map = "hedgehog"
+    with pytest.raises(ValueError, match="of another width"):
+        linear_layers(type(model)(config))
     ids = torch.randint(0, 64, (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         whole = model(ids).logits

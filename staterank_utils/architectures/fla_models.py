@@ -319,6 +319,13 @@ class LinearAttentionLayer(GroupedLayer):
         return state
 
     @property
+    def refusal(self) -> str | None:
+        name = type(self.module.feature_map_k).__name__
+        if name not in ("HedgehogFeatureMap", "DPFPFeatureMap"):
+            return None
+        return f"its feature map ({name}) makes states of another width than its keys have: only maps that keep the width are served"
+
+    @property
     def normalised(self) -> bool:
         return bool(self.module.do_feature_map_norm)
 

@@ -109,6 +109,18 @@ class Caching:
         column = WHERE.index(where)
         return over_texts(self.outcomes[share][method].nats[:, column] - self.intact.nats[:, column])
 
+    def freed(self, share: float, method: str) -> float:
+        """Part of the bytes of all states that a method frees; under 0 where it takes more.
+
+        Args:
+            share: of the heads.
+            method: one of its `outcomes`.
+        """
+        if method.startswith(BESIDE):
+            return -share / 2
+        parts = {cached(split, part): part for split in SPLITS for part in FRACTIONS}
+        return share * (1 - parts.get(method.removeprefix(f"{RANDOM}: "), 0.0))
+
     def curve(self, share: float, split: str) -> dict[float, Estimate]:
         """Added nats by the part of a state's bytes that a cache takes; 0 is no cache.
 
@@ -345,9 +357,11 @@ def recall_in_words(found: Mapping[str, Caching]) -> str:
         >>> recall_in_words({})
         ''
     """
-    said = []
+    said, worse = [], set()
     for name, of in found.items():
         full, low = of.error[of.rank > 0.8 * of.d], of.error[of.rank < 0.2 * of.d]
+        if len(full) and len(low):
+            worse.add(bool(full.mean() > low.mean()))
         groups = [
             f"{errors.mean():.2f} over the {len(errors)} heads with a rank {where} d"
             for errors, where in ((full, "over 0.8"), (low, "under 0.2"))
@@ -356,7 +370,8 @@ def recall_in_words(found: Mapping[str, Caching]) -> str:
         of_rank, of_half_life = (_correlated(of.error, each) for each in (of.rank, -1 / of.half_life))
         correlated = f"Spearman {of_rank} with rank, {of_half_life} with half-life ({name})"
         said.append("; ".join(filter(None, (" and ".join(groups), correlated))))
-    return ". ".join(said)
+    answer = {(True,): "Yes: ", (False,): "No: ", (False, True): "In some models: "}.get(tuple(sorted(worse)), "")
+    return answer + ". ".join(said)
 
 
 def _correlated(error: NDArray[np.float64], other: NDArray[np.float64]) -> str:
@@ -417,7 +432,8 @@ def beside_in_words(found: Mapping[str, Caching], share: float) -> str:
 
 
 def caching_table(found: Mapping[str, Caching], share: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows of a table, a row per method: per model added nats at all positions and at the last ones, gain, and added nats of answers.
+    """Head and rows of a table, a row per method: part of the bytes of all states that it frees; per model added nats at all positions and at the last
+    ones, gain, and added nats of answers.
 
     Args:
         found: name -> what was measured.
@@ -425,15 +441,22 @@ def caching_table(found: Mapping[str, Caching], share: float) -> tuple[tuple[str
 
     Example:
         >>> caching_table({}, 0.25)
-        (('method',), [])
+        (('method', 'bytes freed'), [])
     """
-    head, methods = ["method"], dict.fromkeys(method for of in found.values() for method in of.outcomes[share])
+    head = ["method", "bytes freed"]
+    methods = {method: of.freed(share, method) for of in found.values() for method in of.outcomes[share]}
     for name, of in found.items():
         answers = [f"answers of {task}" for task in of.intact.tasks]
         head += [f"{name}: {what}" for what in ("all", WHERE[-1], *(["gain"] if of.gaps else []), *answers)]
     rows = []
-    for method in methods:
-        row = [method]
+    if found:
+        row = ["nothing removed", "0"]
+        for of in found.values():
+            gain = [f"{over_texts(of.intact.gain.mean(0)):.2f}"] if of.gaps else []
+            row += ["0", "0", *gain, *("0" for _ in of.intact.tasks)]
+        rows.append(tuple(row))
+    for method, freed in methods.items():
+        row = [method, f"{freed:.1%}"]
         for of in found.values():
             numbers = [of.added(share, method, where) for where in ("all", WHERE[-1])]
             numbers += [of.gain(share, method)] if of.gaps else []
