@@ -249,8 +249,8 @@ def read_normalised(
 
     Source: LoLA, arXiv:2505.23666, Alg. 1; `reference.normalised_lola` is the same in float64, slowly. With phi the features, H the sum of phi(k) v^T over
     the pairs that are not cached, and s that of phi(k): of the pair that leaves the window and those of the sparse cache the one with the smallest
-    |H^T phi(k) / (s . phi(k)) - v|^2 is added to H and s, and o(t) = [sum exp(q . k / sqrt(d_k)) v + H^T phi(q)] / [sum exp(q . k / sqrt(d_k)) + s . phi(q)],
-    summed over the cached pairs.
+    squared length of H^T phi(k) / (s . phi(k)) - v is added to H and s, and o(t) = [sum exp(q . k / sqrt(d_k)) v + H^T phi(q)] / [sum exp(q . k / sqrt(d_k))
+    + s . phi(q)], summed over the cached pairs.
 
     Args:
         query, key: before the feature map, one for every value head; float32 or float64.
