@@ -355,14 +355,15 @@ Markdown(markdown.verdict_table(verdicts))
 ORDERS = (JOINT, HIGH, RANDOM)
 quarter, protected, inverted, cheap, kept, large = [], [], [], [], [], []
 for name, found in shown.items():
-    for share in (0.25, SHARE):
+    for share in dict.fromkeys(found.nearest(removals.MODEL, JOINT, x) for x in (0.25, SHARE)):
         quarter.append(
             f"{found.near_in_words(removals.MODEL, ORDERS, share)} ({name}, {share:.1%})"
         )
     protected.append(f"{found.near_in_words(removals.PROTECTED, ORDERS, SHARE)} ({name})")
     both, spare = (JOINT, RANDOM), found.spare_share()
     at = f"{found.points_in_words(removals.MODEL, both, spare)} at {spare:.1%}" if spare else ""
-    cheap.append(f"{at or 'there is no such share'} ({name})")
+    ordered = bool(found.shares(removals.MODEL, removals.LOW))  # by which a share counts
+    cheap.append(f"{at or ('there is no such share' if ordered else 'not measured')} ({name})")
     kept.append(f"{found.points_in_words(removals.PROTECTED, both, SHARE)} ({name})")
     large.append(f"{found.ruin_in_words(removals.MODEL, JOINT, SHARE)} ({name})")
     inverted.append(f"{found.near(removals.MODEL, removals.INVERTED, SHARE):.2f} ({name})")
