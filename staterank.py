@@ -92,7 +92,7 @@ WORDS = {
 
 @contextmanager
 def said(command: str) -> Iterator[None]:
-    """A block whose errors are told in a line, with exit status 1; what is none of ours keeps its traceback.
+    """A block whose errors are told in a line, with exit status 1, and a stop with 130; what is none of ours keeps its traceback.
 
     Args:
         command: a key of `WORDS`.
@@ -106,6 +106,9 @@ def said(command: str) -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"staterank: stopped{'; the same command goes on' if command == 'report' else ''}", file=sys.stderr)
+        raise typer.Exit(130) from None
     except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # that of torch
             raise

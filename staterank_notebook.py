@@ -3,11 +3,14 @@
 import resource
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 
 def execute(
@@ -70,6 +73,9 @@ def tell(there: Connection, source: Path, target: Path, parameters: Mapping[str,
         'FileNotFoundError'
     """
     tempfile.tempdir = str(source.parent)  # for the kernel's connection file, which a stop would leave behind
+    tqdm.set_lock(
+        threading.RLock()
+    )  # by itself it takes a lock between processes, of which a stop would leave a part behind
     try:
         execute(source, target, parameters, cwd=cwd, progress=True)
         there.send(None)

@@ -9,6 +9,7 @@ transformers nor fla is changed: the methods of a model's modules are rebound (`
 import functools
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from staterank_utils import fla_cpu, kernels
@@ -24,6 +26,7 @@ from staterank_utils.architectures import LinearLayer, find_layers, linear_layer
 from staterank_utils.fla_cpu import FlaKernel
 from staterank_utils.rebinding import Rebinding, forward_slot, functions_called, replaced
 
+log = logging.getLogger(__name__)
 SEGMENT = 2048  # tokens of a prompt that run through the model at a time
 TOKENS_ON_GPU = 16384  # of all prompts together, where fla's kernels serve
 WHOLE_CHUNKS = 64  # tokens, of fla's kernels
@@ -135,6 +138,12 @@ def choose_kernels(model: nn.Module, *, plain: bool | None = None) -> str:
     layers = linear_layers(model)
     if any(isinstance(vars(layer.module).get(forward_slot(layer.module)), FunctionType) for layer in layers):
         raise ValueError("kernels are not chosen inside a block that changes what the model computes: leave it first")
+    if model not in _chosen and fla_cpu.loses_its_cache(model):
+        log.warning(
+            "%s: fla loses its cache in `generate` with transformers %s, and then makes other tokens: pass use_cache=False, or install transformers<5.24",
+            type(model).__name__,
+            transformers.__version__,
+        )
     chosen = _attributes(model, plain=plain)
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if _is_ours(value)]:

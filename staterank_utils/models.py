@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -116,12 +115,6 @@ def load_model(
         model = model if weights == "trained" else _spread(model)
         _refuse_offloaded(model, name_or_path)
     model.requires_grad_(False).eval()
-    if fla_cpu.loses_its_cache(model):
-        log.warning(
-            "%s: fla loses its cache in `generate` with transformers %s, and then makes other tokens: pass use_cache=False, or install transformers<5.24",
-            name_or_path,
-            transformers.__version__,
-        )
     chosen_kernels = choose_kernels(model)
     log.info(
         "%s (%s weights): %s on %s, %s, kernels: %s",

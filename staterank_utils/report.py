@@ -51,7 +51,7 @@ JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 LEAST = 20.0  # seconds that a chapter takes on any model, most of them imports
 PATIENCE = 10.0  # seconds that a chapter's process has to end
 ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
-DEFAULT = "what is the default"  # of a size, a dtype or a device that was not given
+DEFAULT = "at its default"  # of a size, a dtype or a device that was not given
 TOLD = 400  # letters of an error that a page shows
 
 
@@ -216,10 +216,10 @@ def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
             if "model" in others and "files" in others:
                 others.remove("files")
             differs = ", ".join(
-                "files of the model that have changed since" if name == "files" else f"{name} {before.get(name, DEFAULT)!s} and not {made_of.get(name, DEFAULT)!s}"
+                "files of the model that have changed since" if name == "files" else f"{name} {before.get(name, DEFAULT)!s}, not {made_of.get(name, DEFAULT)!s}"
                 for name in others
             )  # fmt: skip
-            raise FileExistsError(f"{out} holds a report of {differs}: choose another folder, or remove this one")
+            raise FileExistsError(f"{out} holds a report with {differs}: choose another folder, or remove this one")
         return
     if not marker.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and is no report: choose a folder that is new or empty")

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -104,8 +105,10 @@ def check_writable(path: Path) -> Path:
         PermissionError: ... cannot be written: ...results.py is no folder that you may write into
     """
     above = path if path.is_dir() else next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: {above} is no folder that you may write into")
+    try:  # for some folders, such as those of /proc, the system says yes and means no
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError:
+        raise PermissionError(f"{path} cannot be written: {above} is no folder that you may write into") from None
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"{path} cannot be written: it is read-only")
     return above

@@ -244,3 +244,15 @@ def test_generate_says_the_same_with_our_cache(name: str) -> None:
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(prompt, **options)
     assert torch.equal(model.generate(prompt, past_key_values=make_cache(model), use_cache=True, **options), expected)
+
+
+def test_who_is_given_a_model_that_loses_its_cache_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("staterank_utils.fla_cpu.loses_its_cache", lambda model: True)
+    model = ARCHITECTURES["qwen3_next"].build()
+    choose_kernels(model)
+    choose_kernels(model)
+    told = [record.getMessage() for record in caplog.records if "loses its cache" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith("Qwen3NextForCausalLM: fla loses its cache in `generate` with transformers 5.")

@@ -21,7 +21,7 @@ from staterank_utils.models import load_model
 from staterank_utils.pruned import plain_model
 from staterank_utils.pruning import prune_heads
 from staterank_utils.selection import measure_heads
-from staterank_utils.studies.handover import RULES, Cost, prune_by_rule, write_pruned
+from staterank_utils.studies.handover import RULES, Cost, model_card, prune_by_rule, write_pruned
 from staterank_utils.studies.texts import draw_texts
 from staterank_utils.surgery import ablate_heads
 
@@ -59,6 +59,12 @@ def test_every_rule_orders_all_heads_and_no_two_are_the_same(rule: str, hybrid, 
     }
     assert len(orders[rule]) == 144
     assert all(orders[rule] != order for name, order in orders.items() if name != rule)
+
+
+def test_the_card_of_a_model_of_fla_says_what_it_needs(made) -> None:
+    _, cost = made
+    assert "pass `use_cache=False` there" in model_card("OWNER/NAME", cost, of_fla=True)
+    assert "flash-linear-attention" not in model_card("OWNER/NAME", cost)
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -134,11 +134,11 @@ def test_chapters_that_are_there_stay_in_a_report_that_asks_for_another(made, ti
 def test_a_folder_holds_one_report(made: Path, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(report, "_run", lambda *args, **options: pytest.fail("it was run"))
     other = shutil.copytree(tiny, tmp_path / "other")
-    with pytest.raises(FileExistsError, match="holds a report of model .* and not .*other: choose another folder"):
+    with pytest.raises(FileExistsError, match="holds a report with model .*, not .*other: choose another folder"):
         write_report(str(other), made, only=[CHAPTER], parameters=SMALL)
-    with pytest.raises(FileExistsError, match="of n_prompts 2 and not 3: choose another"):
+    with pytest.raises(FileExistsError, match="with n_prompts 2, not 3: choose another"):
         write_report(str(tiny), made, only=[CHAPTER], parameters={**SMALL, "n_prompts": 3})
-    with pytest.raises(FileExistsError, match=r"of n_tokens 256 and not what is the default: choose another"):
+    with pytest.raises(FileExistsError, match="with n_tokens 256, not at its default: choose another"):
         write_report(str(tiny), made, only=[CHAPTER], parameters={"n_prompts": 2})
     kept = (tiny / "model.safetensors").read_bytes()
     (tiny / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
@@ -215,6 +215,8 @@ def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: P
         _, said = process.communicate(timeout=60)
         assert process.returncode != 0
         assert "Traceback" not in said
+        assert "leaked" not in said
+        assert ("staterank: stopped; the same command goes on" in said) == (how == signal.SIGINT)
         assert "chapters" in said
         assert not (tmp_path / "out" / "index.html").exists()
         assert not list((tmp_path / "out").glob("work/notebooks/*"))

@@ -144,3 +144,13 @@ def test_results_of_two_commits_are_refused() -> None:
         results.gather([part_of("a"), other])
     with pytest.raises(ValueError, match="got none"):
         results.gather([])
+
+
+def test_a_place_that_only_seems_writable_is_refused() -> None:
+    place = Path("/proc/heads.csv")
+    if not place.parent.exists():
+        pytest.skip("no such folder here")
+    with pytest.raises(
+        PermissionError, match="/proc/heads.csv cannot be written: /proc is no folder that you may write into"
+    ):
+        results.check_writable(place)

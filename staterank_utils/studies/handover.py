@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from staterank_utils import __version__
 from staterank_utils.architectures import linear_layers, state_size
 from staterank_utils.evaluation import token_nats
+from staterank_utils.fla_cpu import is_fla
 from staterank_utils.markdown import markdown_table
 from staterank_utils.pruned import plain_model, removed_heads
 from staterank_utils.pruning import prune_heads
@@ -226,6 +227,7 @@ def model_card(
     plain: bool = False,
     even: bool = True,
     dtype: str = "float32",
+    of_fla: bool = False,
 ) -> str:
     """The card of a pruned model, as Markdown with the front matter of a model hub.
 
@@ -237,6 +239,7 @@ def model_card(
         plain: whether it loads without this package.
         even: whether all layers keep as many heads.
         dtype: of the weights.
+        of_fla: whether its class is one of flash-linear-attention.
 
     Example:
         >>> nothing = Footprint(4, 0, 0, 0, 8, 0)
@@ -263,6 +266,11 @@ def model_card(
         note = (
             f"`import staterank_utils` (`pip install '{requirement()}'`) makes the type of the model known; without it, transformers says that it "
             "does not know it. No code is loaded with the weights."
+        )
+    if of_fla:
+        note += (
+            " The package flash-linear-attention must be installed. With transformers 5.24 its models lose their cache in `generate` and make other tokens: "
+            "pass `use_cache=False` there."
         )
     load = LOAD.format(
         first="" if plain else "import staterank_utils  # makes the model's type known\n",
@@ -332,6 +340,7 @@ def write_pruned(
         plain=plain,
         even=even,
         dtype=str(model.dtype).removeprefix("torch."),
+        of_fla=is_fla(model),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_not(folder) as partial:
