@@ -286,10 +286,14 @@ said |= {
     "self_recall": caching.recall_in_words(pairs) or "not measured",
     "cache_sources": " ".join(found.source(name) for name, found in caches.items()),
 }
-tables = (
-    f"{share:.1%} of the states:\n\n{markdown.markdown_table(*caching.caching_table(pairs, share))}"
-    for share in (shares if pairs else ())
-)
+tables = []
+for name, of in pairs.items():
+    for share in shares:
+        table = markdown.markdown_table(*caching.caching_table(of, share))
+        what, first = f"{name}, {share:.1%} of the states", share == shares[0]
+        tables.append(
+            f"<details{' open' * first}><summary>{what}</summary>\n\n{table}\n\n</details>"
+        )
 Markdown("\n\n".join(tables) or none)
 
 # %% [markdown]

@@ -342,8 +342,13 @@ def test_what_is_stored_of_the_embedded_models_can_be_drawn_and_said() -> None:
             curves = {split: of.curve(share, split) for split in caching.SPLITS}
             assert all(list(curve) == [0.0, 1 / 8, 1 / 4, 1 / 2] for curve in curves.values())
             plotting.plot_caches(Figure().subplots(), curves, other={})
-    head, rows = caching.caching_table(found, 0.25)
-    assert all(len(row) == len(head) for row in rows)
+    for of in found.values():
+        head, (intact, removed, *rows) = caching.caching_table(of, 0.25)
+        assert all(len(row) == len(head) for row in (intact, removed, *rows))
+        freed = {row[0]: row[1] for row in (removed, *rows)}
+        assert freed["no cache"] == freed["key channels"] == freed["random heads: no cache"] == "25.0%"
+        assert freed["the last pairs, 1/8"] == freed["random heads: the last pairs, 1/8"] == "21.9%"
+        assert freed["beside the states: half of each"] == "-12.5%"
     assert caching.left_in_words(found, 0.25).count("Removing these states costs") == 2
     assert caching.beside_in_words(found, 0.25).count("Beside the whole states of") == 2
     assert caching.beside_in_words(found, caching.PAPER_SHARE) == "Caches beside whole states were not measured."

@@ -431,39 +431,32 @@ def beside_in_words(found: Mapping[str, Caching], share: float) -> str:
     return " ".join(said) or "Caches beside whole states were not measured."
 
 
-def caching_table(found: Mapping[str, Caching], share: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows of a table, a row per method: part of the bytes of all states that it frees; per model added nats at all positions and at the last
+def caching_table(of: Caching, share: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of a table of one model, a row per method: part of the bytes of all states that it frees, added nats at all positions and at the last
     ones, gain, and added nats of answers.
 
     Args:
-        found: name -> what was measured.
+        of: what was measured.
         share: of the heads.
 
     Example:
-        >>> caching_table({}, 0.25)
-        (('method', 'bytes freed'), [])
+        >>> nothing = Outcome(np.zeros((6, 4)), np.zeros((1, 4)), {})
+        >>> none = np.empty(0)
+        >>> head, rows = caching_table(Caching((), 64, 32, none, none, none, {}, (64,), nothing, {0.25: {REMOVED: nothing}}), 0.25)
+        >>> head, [row[:2] for row in rows]
+        (('method', 'bytes freed', 'all', 'over 512', 'gain'), [('nothing removed', '0'), ('no cache', '25.0%')])
     """
-    head = ["method", "bytes freed"]
-    methods = {method: of.freed(share, method) for of in found.values() for method in of.outcomes[share]}
-    for name, of in found.items():
-        answers = [f"answers of {task}" for task in of.intact.tasks]
-        head += [f"{name}: {what}" for what in ("all", WHERE[-1], *(["gain"] if of.gaps else []), *answers)]
-    rows = []
-    if found:
-        row = ["nothing removed", "0"]
-        for of in found.values():
-            gain = [f"{over_texts(of.intact.gain.mean(0)):.2f}"] if of.gaps else []
-            row += ["0", "0", *gain, *("0" for _ in of.intact.tasks)]
-        rows.append(tuple(row))
-    for method, freed in methods.items():
-        row = [method, f"{freed:.1%}"]
-        for of in found.values():
-            numbers = [of.added(share, method, where) for where in ("all", WHERE[-1])]
-            numbers += [of.gain(share, method)] if of.gaps else []
-            numbers += [of.answers(share, method, task) for task in of.intact.tasks]
-            row += [f"{number:.2f}" for number in numbers]
-        rows.append(tuple(row))
-    return tuple(head), rows
+    answers, last = list(of.intact.tasks), WHERE[-1]
+    gain = ["gain"] if of.gaps else []
+    head = ("method", "bytes freed", "all", last, *gain, *(f"answers of {task}" for task in answers))
+    intact = [f"{over_texts(of.intact.gain.mean(0)):.2f}"] if of.gaps else []
+    rows = [("nothing removed", "0", "0", "0", *intact, *("0" for _ in answers))]
+    for method in of.outcomes[share]:
+        numbers = [of.added(share, method), of.added(share, method, last)]
+        numbers += [of.gain(share, method)] if of.gaps else []
+        numbers += [of.answers(share, method, task) for task in answers]
+        rows.append((method, f"{of.freed(share, method):.1%}", *(f"{number:.2f}" for number in numbers)))
+    return head, rows
 
 
 def repeat_caching(
