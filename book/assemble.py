@@ -155,12 +155,15 @@ def stored_benchmark(name: str) -> str:
 def conformance_tables() -> str:
     """What the checks of every architecture measured, on each machine and in each dtype."""
     parts = []
-    for file in sorted(STORED.glob("conformance_?pu.json")):
-        data = json.loads(file.read_text(encoding="utf-8"))
+    stored = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(STORED.glob("conformance_?pu.json"))]
+    known = {row["model"] for data in stored for row in data["rows"]}
+    for data in stored:
         made, rows = data["provenance"], data["rows"]
         versions = ", ".join(
             f"{name} {made['packages'][name]}" for name in ("torch", "transformers", "flash-linear-attention")
         )
+        if absent := sorted(known - {row["model"] for row in rows}):
+            parts.append(f"Not run on {made['device']} yet: {', '.join(absent)}.")
         for dtype in ("float32", "bfloat16"):
             properties = list(rows[0][dtype])
             table = [(row["model"], *(_difference(row[dtype].get(name)) for name in properties)) for row in rows]

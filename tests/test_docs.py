@@ -15,6 +15,7 @@ from architectures import ARCHITECTURES
 
 import staterank
 import staterank_utils
+from book.assemble import conformance_tables
 from staterank_utils.architectures import LinearLayer, ModelAdapter
 from staterank_utils.results import STORED
 
@@ -103,6 +104,10 @@ def test_every_public_method_says_what_it_does(module: ModuleType) -> None:
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_the_stored_tables_of_architectures_are_complete(device: str) -> None:
     rows = json.loads((STORED / f"conformance_{device}.json").read_text())["rows"]
-    assert {row["model"] for row in rows} == set(ARCHITECTURES)
+    absent = set(ARCHITECTURES) - {row["model"] for row in rows}
+    assert len(rows) + len(absent) == len(ARCHITECTURES)
+    if absent:  # an architecture may wait for a GPU, and then the page says so
+        assert device == "gpu"
+        assert f" yet: {', '.join(sorted(absent))}." in conformance_tables()
     for dtype, properties in conformance.PROPERTIES.items():
         assert set(rows[0][dtype]) == set(properties)
