@@ -290,10 +290,8 @@ tables = []
 for name, of in pairs.items():
     for share in shares:
         table = markdown.markdown_table(*caching.caching_table(of, share))
-        what, first = f"{name}, {share:.1%} of the states", share == shares[0]
-        tables.append(
-            f"<details{' open' * first}><summary>{what}</summary>\n\n{table}\n\n</details>"
-        )
+        what = f"<summary>{name}, {share:.1%} of the states</summary>"
+        tables.append(f"<details{' open' * (not tables)}>{what}\n\n{table}\n\n</details>")
 Markdown("\n\n".join(tables) or none)
 
 # %% [markdown]
