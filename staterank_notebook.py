@@ -73,9 +73,8 @@ def tell(there: Connection, source: Path, target: Path, parameters: Mapping[str,
         'FileNotFoundError'
     """
     tempfile.tempdir = str(source.parent)  # for the kernel's connection file, which a stop would leave behind
-    tqdm.set_lock(
-        threading.RLock()
-    )  # by itself it takes a lock between processes, of which a stop would leave a part behind
+    # By itself a bar takes a lock between processes, of which a stop would leave a part behind.
+    tqdm.set_lock(threading.RLock())
     try:
         execute(source, target, parameters, cwd=cwd, progress=True)
         there.send(None)

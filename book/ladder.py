@@ -412,7 +412,7 @@ def ladder_tables() -> dict[str, str]:
     missing = [name for name in RECIPES if name not in models]
     return {
         "ladder_models": f"{len(models)} of {len(RECIPES)} models are trained and measured."
-        + (f" Not yet: {', '.join(f'`{name}`' for name in missing)}." if missing else ""),
+        + (f" Not yet: {_named(missing)}." if missing else ""),
         "ladder_first": _by_model(data | first_pair(), CLAIMS),
         "ladder_second": _by_model(data, SECOND),
         "ladder_over": brief_table(over_models()),

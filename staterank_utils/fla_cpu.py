@@ -434,7 +434,7 @@ def _linear_attention(
     with_ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     if initial_state is not None:
         state, keys = initial_state
-        initial_state = torch.cat([state, keys.transpose(1, 2).transpose(2, 3).to(state.dtype)], -1)
+        initial_state = torch.cat([state, keys.permute(0, 2, 3, 1).to(state.dtype)], -1)
     out, last = _simple_gla(q, k, with_ones, decay, scale, initial_state=initial_state, **options)
     out = out[..., :-1] / (out[..., -1:] + 1e-10)
     return out, None if last is None else (last[..., :-1].contiguous(), last[..., -1][:, None].contiguous())

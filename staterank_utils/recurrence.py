@@ -106,7 +106,7 @@ def _by_token(
     last = torch.empty_like(state)
     _kernels().states[(n_batch * n_heads, -(-d_v // COLUMNS))](
         *tokens, state, _slots(wanted, key.device), kept, last, n_tokens, len(wanted), n_keys, n_heads, d_k, d_v,
-        TILE_K=max(16, 1 << (d_k - 1).bit_length()), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
+        TILE_K=_tile(d_k), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
         AHEAD=AHEAD, num_warps=1,
     )  # fmt: skip
     return last
@@ -130,7 +130,7 @@ def _by_chunk(
         )  # fmt: skip
         _kernels().through_chunks[(rows, -(-d_v // CHUNK_COLUMNS))](
             reading, written, ending, left, chunks, state, kept, last, n, len(wanted), n_heads, d_k, d_v,
-            CHUNK=CHUNK, TILE_K=max(16, 1 << (d_k - 1).bit_length()), TILE_V=CHUNK_COLUMNS, num_warps=WARPS, num_stages=STAGES,
+            CHUNK=CHUNK, TILE_K=_tile(d_k), TILE_V=CHUNK_COLUMNS, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         state = last
     return state
@@ -152,6 +152,11 @@ def _chunks(wanted: tuple[int, ...], device: torch.device) -> Int[Tensor, "chunk
         starts = range(start, stop, CHUNK)
         rows += [(each, min(each + CHUNK, stop), slot if each == starts[-1] else -1) for each in starts]
     return _on(device, torch.tensor(rows, dtype=torch.int32))
+
+
+def _tile(d_k: int) -> int:
+    """Rows of a state that a program holds: a power of two, and at least what products take."""
+    return max(16, 1 << (d_k - 1).bit_length())
 
 
 def _on(device: torch.device, table: Tensor) -> Tensor:
