@@ -9,7 +9,8 @@ STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
 # First those that keep one process busy for minutes, so that none is left alone at the end.
-BEYOND := tests/test_wheel.py tests/test_ladder.py tests/test_sweep.py tests/test_report.py tests/test_commands.py tests/test_notebooks_elsewhere.py tests/test_harness.py tests/test_conformance.py tests/test_fla.py tests/test_kernels.py
+SLOW := tests/test_wheel.py tests/test_ladder.py tests/test_sweep.py tests/test_report.py tests/test_commands.py tests/test_notebooks_elsewhere.py tests/test_harness.py
+ARCHITECTURES := tests/test_conformance.py tests/test_fla.py tests/test_kernels.py
 PAGES := tests/test_pages.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
@@ -19,7 +20,7 @@ GPUS ?= 1
 OUT ?= _build/report
 LADDER := _build/ladder
 
-.PHONY: help book pdf test test-slow test-pages test-gpu workflows conformance check notebooks bench quick figure report sweep ladder clean
+.PHONY: help book pdf test test-architectures test-slow test-pages test-gpu workflows conformance check notebooks bench quick figure report sweep ladder clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,10 +43,13 @@ pdf: .venv/installed ## print the built book as _build/state-rank.pdf: needs chr
 	$(BIN)/python -m book.pdf --stage $(STAGE)
 
 test: .venv/installed ## run the tests that need no GPU, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(patsubst %,--ignore=%,$(BEYOND) $(PAGES))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(patsubst %,--ignore=%,$(ARCHITECTURES) $(SLOW) $(PAGES))
 
-test-slow: .venv/installed ## run what takes long: every architecture on its tiny model, the ladder's stored numbers, a sweep, a report, the wheel, lm-evaluation-harness
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu" $(BEYOND)
+test-architectures: .venv/installed ## run every check on a tiny model of every architecture (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(ARCHITECTURES)
+
+test-slow: .venv/installed ## run what takes longest: the ladder's stored numbers, a sweep, reports, the wheel, lm-evaluation-harness (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu" $(SLOW)
 
 test-pages: .venv/installed ## look at the built book in a browser: needs chromium, and `make book` before
 	$(BIN)/python -m pytest -n 2 $(PAGES)
