@@ -134,7 +134,7 @@ def ladder_tiles(
 
 
 def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]], needed: Mapping[str, Sequence[str]]) -> str:
-    """When the findings hold: which heads each design needs, and on how many models each finding holds.
+    """When the findings hold: which heads each design needs, and on how many models each finding holds, in part or not.
 
     Args:
         alone: model -> its rows.
@@ -142,10 +142,7 @@ def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]], needed: Mapp
     """
     found = ladder_verdicts(alone, ())
     shown = [(finding, found[key]) for finding, _, key in FINDINGS if key in found]
-    counts = [
-        f"{finding[0].lower()}{finding[1:]}, on {verdicts.count(HOLDS)} of {len(verdicts)}"
-        for finding, verdicts in shown
-    ]
+    counts = [f"{finding[0].lower()}{finding[1:]} {counted(verdicts)}" for finding, verdicts in shown]
     leads = [
         number["point"]
         for rows in alone.values()
@@ -156,7 +153,7 @@ def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]], needed: Mapp
     ]
     designs = [f"{what} in {' and '.join(names)}" for what, names in needed.items() if names]
     return (
-        f"**Which heads are needed in a model depends on its design: {', '.join(designs)}.** Whole findings, and the models on which they hold: "
+        f"**Which heads are needed in a model depends on its design: {', '.join(designs)}.** How many models each finding holds on, in part ({MARKS['partly']}), or not: "
         f"{'; '.join(counts)}. At its own {PAPER_SHARE:.1%} the paper's score could be judged on {len(leads)} models, and beat all random draws on {sum(x < 0 for x in leads)}."
     )
 

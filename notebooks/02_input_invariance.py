@@ -29,7 +29,7 @@ if importlib.util.find_spec("staterank_utils") is None:
     os.chdir("book")
 
 # %% [markdown]
-# # Does a head's rank depend on time and on the input?
+# # Is a head's rank the same at any time and on any input?
 #
 # **{glue:text}`answer`** {glue:text}`more`
 #
@@ -64,7 +64,7 @@ found = {name: repeat_groups(name, *of, **run.sizes, **run.where) for name, of i
 shown = {name: groups.shown for name, groups in found.items()}
 end = {name: groups["end"] for name, groups in shown.items()}
 
-# %% mystnb={"figure": {"caption": "r/d of every head at the last token per kind of input, mean over prompts. Dots are high on prose, squares low. Where they mix, heads changed label.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by kind of input, one panel per model; dots are heads that are high on prose, squares those that are low."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "r/d of every head at the last token per kind of input, mean over prompts. Dots are high on prose, squares low. A dot under the line or a square over it changed label.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by kind of input, one panel per model; dots are heads that are high on prose, squares those that are low."}} tags=["hide-input"]
 _, panels = plotting.panel_grid(len(run.models), 1, width=10, row_height=2.7)
 for ax, (name, groups) in zip(panels.flat, end.items(), strict=True):
     means = {domain: groups.relative(domain).mean(0) for domain in DOMAINS}
@@ -76,7 +76,8 @@ run.keep("fig-domains")
 # Each mark is one head of one model. Read it from left to right: if a head's group were a property of the head alone, dots would stay
 # above and squares below for every kind of input. Heads with another label (high from $d/2$ on) than on prose on some natural input:
 # {glue:text}`moved_natural`. From under $0.2\,d$ on one natural input to over $0.8\,d$ on another go {glue:text}`crossed`. With one symbol repeated a
-# state is offered few directions, ranks can only be small, and labels say little; an order among small numbers is an order all the same.
+# state is offered few directions, and ranks can only be small. How many heads reach $d/2$ on the paper's two adversarial
+# inputs: {glue:text}`high_there`. How many share one mean rank there: {glue:text}`tied`. An order with many ties says little.
 #
 # The paper reports two things, as told by an independent reader. The order of heads by rank is settled early and kept over time. And a head's
 # group does not depend on the input, adversarial inputs included. That the *order* is the same on every input is a stricter reading of ours, which
@@ -90,7 +91,8 @@ run.keep("fig-domains")
 # ## Which inputs are compared?
 #
 # Eight kinds. Four are natural: technical prose, Python code (held out from the training of the embedded models), arithmetic stories with
-# worked solutions, and long contexts with needles to retrieve. Four are adversarial: one rare character repeated, one common
+# worked solutions, and long contexts with needles to retrieve. Of these the embedded models were trained on code alone; on the others their loss is
+# near that of token frequencies. Four are adversarial: one rare character repeated, one common
 # number repeated (the paper names these two), and our additions, uniformly random tokens and prose with its tokens shuffled.
 #
 # For every pair of inputs we compare the mean ranks of the heads at the last token: Spearman for the order, Cohen's kappa for the two
@@ -120,7 +122,7 @@ run.keep("fig-agreement")
 # prompts they are. No two inputs can be asked to agree better. *Models that learned nothing*, before training and shuffled: where those
 # agree as well as the trained one, agreement is no sign of a function that was learned; where they agree better, training made heads
 # depend on input. All rows but the first compare halves of the prompts, so compare them with each other and not with the verdicts. Smallest kappa
-# of the labels, from halves: {glue:text}`kappas`.
+# of the labels, from halves: {glue:text}`kappas`. Where the last number is the largest, training did not add that heads disregard the input.
 
 # %% tags=["hide-input"]
 agreed = {name: measures.agreements(variants) for name, variants in shown.items()}
@@ -137,7 +139,8 @@ Markdown(markdown.markdown_table(HEAD, rows))
 #
 # For technical prose, compare the heads at an early position $t$ with the same heads at the end. Spearman's $\rho$ asks only for the
 # order. The cosine asks for more, that the vectors point the same way; but both are vectors of positive numbers, so even unrelated
-# ones have a cosine well over 0. The curves are of this run, {glue:text}`setting`:
+# ones have a cosine well over 0. The curves are of this run, {glue:text}`setting`. Ranks are means over prompts, as in the verdicts; prompt by prompt the Spearman
+# with the end at token {glue:text}`early` is on average {glue:text}`single`.
 
 # %%
 from staterank_utils import Spectrum, domain_prompts, singular_values, trace_states
@@ -203,7 +206,7 @@ Markdown(markdown.markdown_table(HEAD, rows))
 # ## Verdicts
 #
 # By {doc}`the registered rules <../book/claims>`, on the measurement that the first figure shows: for an embedded model the stored one
-# ({doc}`ladder <../book/ladder>`).
+# ({doc}`ladder <../book/ladder>`). An interval of a correlation leans low, since a resample holds fewer different prompts, and can leave out its point.
 
 # %% tags=["hide-input"]
 verdicts = []
@@ -253,6 +256,18 @@ said = {
 counts = [f"{of.moved(NATURAL)} of {len(of.heads)} ({name})" for name, of in end.items()]
 crossed = [f"{of.crossed(NATURAL)} of {len(of.heads)} ({name})" for name, of in end.items()]
 said |= {"moved_natural": "; ".join(counts), "crossed": "; ".join(crossed)}
+at, single = positions.index(measures.EARLY), []
+for name, spectrum in spectra.items():
+    rank = spectrum.effective_rank()
+    rho = measures.spearman_by_prompt(rank[:, :, at], rank[:, :, -1])
+    single.append(f"{strata.exactly(rho):.2f} ({name})")
+said |= {
+    "high_there": "; ".join(
+        f"{of.high_on(ADVERSARIAL[:2])} ({name})" for name, of in end.items()
+    ),
+    "tied": "; ".join(f"{of.tied_on(ADVERSARIAL[:2])} ({name})" for name, of in end.items()),
+    "single": "; ".join(single),
+}
 run.conclude(said, verdicts, found, badges=("C2", "C3", "C3a"))
 
 # %% [markdown]

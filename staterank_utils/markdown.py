@@ -95,7 +95,16 @@ def brief_table(rows: Iterable[Mapping[str, Any]]) -> str:
 def _outcome(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """Model, numbers and verdict of a row."""
     measured = "; ".join(f"{number['label']} {_interval(number)}" for number in row["criteria"])
-    return row["model"], measured, f"**{row['verdict']}**{row['note']}"
+    return row["model"], measured, f"**{_verdict(row)}**{row['note']}"
+
+
+# Where registered words say more than their rule asks, what the rule asks stands beside them.
+STATED = {"C4c": "judged by where the curves cross"}
+WEAKER = {"explained by layers": "not shown (registered word: explained by layers)"}
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    return WEAKER.get(row["verdict"], row["verdict"])
 
 
 def _printed(key: str) -> tuple[str, str, str, str]:
@@ -104,7 +113,8 @@ def _printed(key: str) -> tuple[str, str, str, str]:
         claim = CLAIMS[key]
         return claim.statement, claim.measure, claim.holds, claim.paper
     second = (SECOND | THIRD)[key]
-    return second.text("statement"), second.text("measure"), second.text("holds"), "–"
+    statement = second.text("statement") + (f" ({STATED[key]})" if key in STATED else "")
+    return statement, second.text("measure"), second.text("holds"), "–"
 
 
 def overview_table(folder: Path, models: Sequence[str] | Mapping[str, str]) -> str:
@@ -126,7 +136,7 @@ def overview_table(folder: Path, models: Sequence[str] | Mapping[str, str]) -> s
     for file in folder.glob("[0-9]*.json"):
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
             numbers = (f"{number['label']} {_interval(number)}" for number in row["criteria"])
-            cells[row["claim"], row["model"]] = "<br>".join([f"**{row['verdict']}**{row['note']}", *numbers])
+            cells[row["claim"], row["model"]] = "<br>".join([f"**{_verdict(row)}**{row['note']}", *numbers])
     rows = []
     for key in ORDER:
         of_models = [cells.get((key, model)) for model in columns.values()]
@@ -239,7 +249,7 @@ def badges(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], link: str = "
     models: dict[tuple[str, str], list[str]] = {}
     for key in keys:
         for row in (row for row in rows if row["claim"] == key):
-            models.setdefault((key, row["verdict"]), []).append(row["model"])
+            models.setdefault((key, _verdict(row)), []).append(row["model"])
     parts = []
     for (key, verdict), names in models.items():
         kind, statement = verdict_class(verdict), _printed(key)[0]

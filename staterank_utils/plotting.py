@@ -13,13 +13,17 @@ import seaborn as sns
 import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.category import StrCategoryLocator
 from matplotlib.collections import FillBetweenPolyCollection, QuadMesh
+from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
 from staterank_utils.memory import predicted_rank
-from staterank_utils.strata import GAP, Estimate, is_high, turning
+from staterank_utils.strata import GAP, LOW_UNDER, Estimate, is_high, turning
 from staterank_utils.tracing import StateTrace
 
 BLUE, ORANGE, GREEN, _, PURPLE, *_ = sns.color_palette("colorblind")
@@ -158,7 +162,8 @@ def figure_data(figure: Figure) -> list[dict[str, Any]]:
         figure: with lines, bands, histograms or heat maps; other things in it are left out.
 
     Returns:
-        Rows of "panel" (its title, or its number), "series" (its label), "x", "y", and for a band "low" and "high".
+        Rows of "panel" (its title, or its number and what it is drawn against), "series" (its label), "x", "y", and for a band, of the
+        series of its colour, "low" and "high".
 
     Example:
         >>> figure = Figure()
@@ -167,7 +172,7 @@ def figure_data(figure: Figure) -> list[dict[str, Any]]:
         ({'panel': '1', 'series': 'recall', 'x': 1.0, 'y': 0.5}, 0.7)
     """
     return [
-        {"panel": ax.get_title() or str(number), **row}
+        {"panel": ax.get_title() or f"{number} {ax.get_xlabel()}".strip(), **row}
         for number, ax in enumerate(figure.axes, 1)
         for row in (*_of_lines(ax), *_of_bands(ax), *_of_bars(ax), *_of_heat_maps(ax))
     ]
@@ -175,21 +180,36 @@ def figure_data(figure: Figure) -> list[dict[str, Any]]:
 
 def _of_lines(ax: Axes) -> Iterator[dict[str, Any]]:
     for line in ax.lines:
-        label, names = str(line.get_label()), np.asarray(line.get_xdata(orig=True))
         points = np.asarray(line.get_xydata()).tolist()
-        for at, (x, y) in enumerate(points):
-            name = names[at].item() if names.dtype.kind == "U" else x  # of a category, and not its place
-            yield {"series": "" if label.startswith("_") else label, "x": name, "y": y}
+        if line.get_transform() == ax.transData:
+            for x, y in points:
+                yield {"series": _series(line), "x": _place(ax, x), "y": y}
+        elif _series(line):  # across the whole axis
+            yield {"series": _series(line), "x": "all", "y": points[0][1]}
+
+
+def _series(line: Line2D) -> str:
+    label = str(line.get_label())
+    return "" if label.startswith("_") else label
+
+
+def _place(ax: Axes, x: float) -> float | str:
+    """A place on the horizontal axis; on one of categories its name."""
+    names, places = [text.get_text() for text in ax.get_xticklabels()], list(ax.get_xticks())
+    named = isinstance(ax.xaxis.get_major_locator(), FixedLocator | StrCategoryLocator)
+    return names[round(x)] if named and places == [*range(len(names))] and 0 <= round(x) < len(names) else x
 
 
 def _of_bands(ax: Axes) -> Iterator[dict[str, Any]]:
+    series = {to_rgb(line.get_color()): name for line in reversed(ax.lines) if (name := _series(line))}
     for band in ax.collections:
         if isinstance(band, FillBetweenPolyCollection):
+            of = series.get(to_rgb(np.asarray(band.get_facecolor())[0]), "band")
             for path in band.get_paths():  # none where its numbers are undefined, and several with gaps in between
                 corners = np.asarray(path.vertices)
                 for x in np.unique(corners[:, 0]).tolist():
                     edge = corners[corners[:, 0] == x, 1]
-                    yield {"series": "band", "x": x, "low": float(edge.min()), "high": float(edge.max())}
+                    yield {"series": of, "x": _place(ax, x), "low": float(edge.min()), "high": float(edge.max())}
 
 
 def _of_bars(ax: Axes) -> Iterator[dict[str, Any]]:
@@ -471,6 +491,8 @@ def plot_thresholds(ax: Axes, curves: Mapping[float, NDArray], *, registered: fl
 def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.bool_]) -> None:
     """One column of heads per kind of input, r/d upwards; marks are by the label given, high ones on the left and low ones on the right.
 
+    A line at half of d parts the labels.
+
     Args:
         ax: where to draw.
         values: kind of input -> r/d over heads, 0..1.
@@ -479,12 +501,13 @@ def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.boo
     Example:
         >>> ax = Figure().subplots()
         >>> plot_by_domain(ax, {"prose": np.array([0.1, 0.9]), "code": np.array([0.2, 0.8])}, np.array([False, True]))
-        >>> [label.get_text() for label in ax.get_xticklabels()], [line.get_ydata().item() for line in ax.lines]
+        >>> [label.get_text() for label in ax.get_xticklabels()], [line.get_ydata().item() for line in ax.lines[:4]]
         (['prose', 'code'], [0.9, 0.1, 0.8, 0.2])
     """
     spread = np.random.default_rng(0).uniform(0.04, 0.36, len(high)) * np.where(high, -1, 1)
     for column, relative in enumerate(values.values()):
         plot_head_pairs(ax, column + spread, relative, high, xlabel="", ylabel="effective rank r / d")
+    ax.axhline(LOW_UNDER, color="0.6", linewidth=1)
     ax.set_xticks(range(len(values)), list(values), rotation=20)
     ax.legend(
         ["high on prose", "low on prose"], frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
@@ -740,7 +763,7 @@ def plot_within(ax: Axes, areas: NDArray, own: float) -> None:
     """
     ax.hist(areas, bins=20, color="0.75")
     ax.axvline(own, color=LOW["color"], linestyle="--", linewidth=2)
-    ax.set(xlabel="D, nats per token", ylabel="random orders")
+    ax.set(xlabel="D, nats per token × share of heads", ylabel="random orders")
 
 
 def plot_undone(ax: Axes, keeps: Sequence[float], groups: Mapping[str, NDArray], *, enough: float) -> None:

@@ -400,6 +400,11 @@ def left_in_words(found: Mapping[str, Caching], share: float) -> str:
             f"Removing these states costs {name} {curve[without].point:.2f} nats per token; with the last pairs kept, in 1/{1 / smallest:g} of the bytes, "
             f"{curve[smallest].point:.2f}."
         )
+        method = f"{RECENT}, 1/{1 / smallest:g}"
+        controls = [f"{RANDOM}: {each}" for each in (REMOVED, method)]
+        if all(each in of.outcomes[share] for each in controls):
+            bare, cached = (of.added(share, each).point for each in controls)
+            said.append(f"As many random heads (one draw) cost {bare:.2f}, and with such a cache {cached:.2f}.")
     return " ".join(said)
 
 
@@ -444,11 +449,12 @@ def caching_table(of: Caching, share: float) -> tuple[tuple[str, ...], list[tupl
         >>> none = np.empty(0)
         >>> head, rows = caching_table(Caching((), 64, 32, none, none, none, {}, (64,), nothing, {0.25: {REMOVED: nothing}}), 0.25)
         >>> head, [row[:2] for row in rows]
-        (('method', 'bytes freed', 'all', 'over 512', 'gain'), [('nothing removed', '0'), ('no cache', '25.0%')])
+        (('method', 'bytes freed', 'added nats', 'added nats, over 512', 'gain'), [('nothing removed', '0'), ('no cache', '25.0%')])
     """
     answers, last = list(of.intact.tasks), WHERE[-1]
     gain = ["gain"] if of.gaps else []
-    head = ("method", "bytes freed", "all", last, *gain, *(f"answers of {task}" for task in answers))
+    columns = ("added nats", f"added nats, {last}", *gain, *(f"added nats, answers of {task}" for task in answers))
+    head = ("method", "bytes freed", *columns)
     intact = [f"{over_texts(of.intact.gain.mean(0)):.2f}"] if of.gaps else []
     rows = [("nothing removed", "0", "0", "0", *intact, *("0" for _ in answers))]
     for method in of.outcomes[share]:

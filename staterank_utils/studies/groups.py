@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Num
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -141,6 +142,16 @@ class Groups:
             np.min([strata.spearman(self.rank[domain].mean(0), self.rank["prose"].mean(0)) for domain in domains])
         )
 
+    def high_on(self, domains: Sequence[str]) -> str:
+        """How many heads have a mean rank of half of d or more on each of these kinds of input, in words."""
+        counts = [is_high(self.rank[domain].mean(0), self.d).sum() for domain in domains]
+        return f"{', '.join(map(str, counts))} of {len(self.heads)}"
+
+    def tied_on(self, domains: Sequence[str]) -> str:
+        """How many heads share the most frequent mean rank on each of these kinds of input, in words."""
+        counts = [np.unique(self.rank[domain].mean(0), return_counts=True)[1].max() for domain in domains]
+        return f"{', '.join(map(str, counts))} of {len(self.heads)}"
+
     def half_life(self, domain: str = "prose") -> NDArray[np.float64]:
         """Tokens after which a state has fallen to half, (head,), by the mean log-decay over prompts; infinite without decay."""
         return half_lives_from(self.log_decay[domain].mean(0))
@@ -151,6 +162,14 @@ class Groups:
         inside = {(low, high): relative[(low <= lives) & (lives < high)] for low, high in ranges}
         found = [f"{np.median(x):.2f} at {low:g} to {high:g} tokens" for (low, high), x in inside.items() if x.size]
         return ", ".join(found) or "no head in the ranges"
+
+    def under_the_law(self, low: float = 2, high: float = 20) -> str:
+        """How many heads whose half-lives lie in a range of tokens have a rank on prose under that by the law, and their distances, in words."""
+        inside = (low <= self.half_life()) & (self.half_life() < high)
+        if not inside.any():
+            return "no head in the range"
+        gaps = self.rank["prose"].mean(0)[inside] - self.predicted()[inside]
+        return f"{(gaps < 0).sum()} of {len(gaps)} heads, {gaps.mean():+.1f} on average"
 
     def between(self) -> tuple[int, int]:
         """How many heads have a mean rank on prose between 0.2 d and 0.8 d, and how many of these a half-life at which the law says so."""
@@ -257,6 +276,21 @@ def check_sizes(*, n_prompts: int, n_tokens: int, seed: int = 0) -> None:
         raise ValueError(
             f"n_prompts must be at least 2, got {n_prompts}: the prompts of an input are halved for a control"
         )
+
+
+def spearman_by_prompt(early: Num[Tensor, "layer prompt head"], late: Num[Tensor, "layer prompt head"]) -> float:
+    """Spearman over heads of what two positions give, prompt by prompt, and then the mean; NaN where one is undefined.
+
+    Args:
+        early, late: of the same heads, in any unit.
+
+    Example:
+        >>> early = torch.tensor([[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]])
+        >>> spearman_by_prompt(early, torch.tensor([[[2.0, 3.0, 4.0], [4.0, 3.0, 2.0]]])).__round__(6)
+        0.0
+    """
+    pairs = ([of[:, prompt].flatten().double().numpy() for of in (early, late)] for prompt in range(early.shape[1]))
+    return float(np.mean([strata.spearman(*pair) for pair in pairs]))
 
 
 def agreements(variants: Mapping[str, Groups]) -> dict[str, tuple[float, float, float, float]]:
@@ -531,6 +565,13 @@ class Law:
     def scaled_relative(self) -> NDArray[np.float64]:
         """(factor, head): r/d then, mean over prompts."""
         return np.asarray(self.scaled_rank.mean(1) / self.d)
+
+    def still_in_words(self) -> str:
+        """How many pairs of head and factor the law predicts no change for, and how far their ranks moved."""
+        still = self.predicted_changes() == 0
+        moved = np.abs((self.scaled_rank - self.base_rank).mean(1))[still]
+        moved_by = f", by {np.median(moved):.1f} in the median and {moved.max():.0f} at most" if moved.size else ""
+        return f"{still.sum()} of {still.size}{moved_by}"
 
     @property
     def n_still(self) -> int:

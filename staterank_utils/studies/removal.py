@@ -506,6 +506,11 @@ class Removal:
         worse = "worse" if self.near(scheme, order, share).point > self.ruin else "better"
         return f"at {share:.1%} the model is {worse} than token frequencies"
 
+    def intact_in_words(self) -> str:
+        """The loss with all heads and that of a unigram model, means over texts."""
+        loss = float(self.intact.mean())
+        return f"{loss:.2f} nats per token, beside {loss + self.ruin:.2f} of a unigram model"
+
     def damage_in_words(self) -> str:
         """What removing each whole group of C7 costs, how many heads that are, and the cost at which a model is no better than token frequencies."""
         n = int((self.rank >= claims.SECOND["C7"].numbers["full"] * self.d).sum())
