@@ -254,7 +254,7 @@ def trace(
 def prune(
     model: Model,
     out: Annotated[Path, typer.Option(help="folder of the smaller model, which is not there yet")],
-    share: Annotated[float, typer.Option(help="of all heads, between 0 and 1")] = 0.25,
+    share: Annotated[float, typer.Option(min=0, max=1, help="of all heads")] = 0.25,
     rule: Annotated[
         Rule,
         typer.Option(
