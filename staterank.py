@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -359,9 +360,10 @@ def report(
             dtype=dtype,
             only=only or (),
             parameters=sizes,
+            in_words=partial(in_options, command="report"),
         )
         for name, why in missing.items():
-            print(f"not run: {name}: {in_options(why, 'report')}", file=sys.stderr)
+            print(f"not run: {name}: {why}", file=sys.stderr)
         print(f"The report is in {out / 'index.html'}.")
         if missing:
             raise typer.Exit(1)

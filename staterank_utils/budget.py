@@ -87,16 +87,23 @@ def moment_bytes(model: PreTrainedModel) -> int:
     return sum(4 * layer.n_heads * layer.d_k * layer.d_v for layer in linear_layers(model))
 
 
+FULL = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)  # in errors of other classes
+
+
 @contextmanager
 def out_of_memory(what: str, *, advice: str) -> Iterator[None]:
-    """A block that re-raises out-of-memory errors with what the memory was for and what to do.
+    """A block that re-raises out-of-memory errors with what the memory was for and what to do; of what torch says, two sentences.
 
     Args:
         what: begins the message, before what torch says.
         advice: ends it.
 
     Raises:
-        torch.OutOfMemoryError: where the block raised one, or what torch raises in its place for a CPU.
+        torch.OutOfMemoryError: where the block raised one, or what torch raises in its place for a CPU, or where CUDA or cuBLAS asked for memory.
 
     Example:
         >>> with out_of_memory("no room for 3 prompts", advice="lower batch_size"):
@@ -108,9 +115,10 @@ def out_of_memory(what: str, *, advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in FULL):
             raise
-        raise torch.OutOfMemoryError(f"{what} ({error}): {advice}") from error
+        told = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        raise torch.OutOfMemoryError(f"{what} ({told}): {advice}") from error
 
 
 def budget(model: PreTrainedModel, input_ids: Int[Tensor, "batch token"], *, positions: Sequence[int]) -> Budget:

@@ -392,6 +392,7 @@ def token_nats(
 
     Raises:
         ValueError: texts of fewer than 2 tokens, or a batch of none.
+        torch.OutOfMemoryError: with what to lower.
 
     Example:
         >>> from staterank_utils import load_model
@@ -404,9 +405,13 @@ def token_nats(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     at_once = batch_size or (1 if model.device.type == "cpu" else 32)
-    losses = [
-        F.cross_entropy(output_logits(model, hidden[:-1]).double(), text[1:], reduction="none")
-        for texts in input_ids.to(model.device).split(at_once)
-        for hidden, text in zip(read_tokens(model, texts), texts, strict=True)
-    ]
-    return torch.stack(losses).cpu().numpy()
+    with out_of_memory(
+        f"not enough memory for {min(at_once, len(input_ids))} texts of {input_ids.shape[1]:,} tokens",
+        advice="lower batch_size, or take shorter prompts or a model of fewer bytes (dtype=torch.bfloat16)",
+    ):
+        losses = [
+            F.cross_entropy(output_logits(model, hidden[:-1]).double(), text[1:], reduction="none")
+            for texts in input_ids.to(model.device).split(at_once)
+            for hidden, text in zip(read_tokens(model, texts), texts, strict=True)
+        ]
+        return torch.stack(losses).cpu().numpy()

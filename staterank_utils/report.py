@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from multiprocessing import resource_tracker
@@ -95,6 +95,7 @@ def write_report(
     dtype: str | None = None,
     only: Sequence[str] = (),
     parameters: Mapping[str, int] | None = None,
+    in_words: Callable[[str], str] = str,
 ) -> dict[str, str]:
     """Run the book's chapters on a model, and build pages of them.
 
@@ -111,6 +112,7 @@ def write_report(
         dtype: of the weights, "float32" or "bfloat16"; by default as in `load_model`.
         only: names of chapters, such as "01_stratification"; all by default.
         parameters: sizes that every chapter which has them takes, such as {"n_prompts": 2}.
+        in_words: puts the reasons of chapters that failed in the words of who asked, such as a command's options.
 
     Returns:
         Chapter -> why it failed; empty where none did.
@@ -162,7 +164,9 @@ def write_report(
             target = work / "notebooks" / source.name
             named = {**given, "model": name, "results_folder": str(work / "results"), **known[source]}
             if not target.exists() and (reason := _run(source, target, named, cwd=work)):
-                missing[source.stem] = reason
+                said = in_words(reason)
+                log.warning("%s failed: %s", source.stem, said)
+                missing[source.stem] = said if len(said) <= TOLD else said[:TOLD] + " ..."
     done = _done(work)
     if not done:
         raise ValueError("no chapter could be run: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
@@ -325,8 +329,7 @@ def _run(source: Path, target: Path, parameters: Mapping[str, Any], *, cwd: Path
         content["cells"] = [cell for cell in content["cells"] if "of-the-book" not in _tags(cell)]
         of_model.write_text(json.dumps(content), encoding="utf-8")
         if reason := _apart(of_model, executed, parameters, cwd):
-            log.warning("%s failed: %s", source.stem, reason)
-            return reason if len(reason) <= TOLD else reason[:TOLD] + " ..."
+            return reason
         finish_page(executed, cwd / "results")
         with whole_or_not(target) as partial:
             shutil.copy(executed, partial)
@@ -490,4 +493,5 @@ def _configuration(model: str) -> dict[str, Any]:
         for name, value in made["sphinx"]["config"].items()
         if not name.startswith(("autodoc", "napoleon", "nitpick"))
     }
+    made["sphinx"]["config"]["smartquotes"] = False  # which makes a dash of the two before an option
     return made

@@ -1,6 +1,7 @@
 """The command `staterank`, as a shell calls it."""
 
 import csv
+import json
 import re
 import shutil
 import signal
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 import staterank
 import staterank_utils
-from staterank_utils import load_model, models, tracing
+from staterank_utils import evaluation, load_model, models, tracing
 from staterank_utils.spectra import effective_rank
 from staterank_utils.studies.handover import RULES
 from staterank_utils.tasks import domain_prompts
@@ -121,24 +122,56 @@ def test_bad_input_is_told_in_a_line(words: list[str], reason: str, tiny: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]
 
 
+OF_TORCH = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 3.50 GiB is free. Including non-PyTorch "
+    "memory, this process has 75.60 GiB memory in use. Of the allocated memory 70.00 GiB is allocated by PyTorch, and 4.90 GiB is reserved by PyTorch "
+    "but unallocated. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+)
+
+
 @pytest.mark.parametrize(
-    ("where", "reason"),
+    ("words", "where", "reason"),
     [
-        ("load", "no room for the weights of .*: .*--dtype bfloat16, .*--device auto"),
-        ("read", "take shorter prompts .*--dtype bfloat16"),
+        (["trace"], (torch.nn.Module, "to"), "no room for the weights of .*: .*--dtype bfloat16, .*--device auto"),
+        (["trace"], (tracing, "_trace_batch"), "take shorter prompts .*--dtype bfloat16"),
+        (
+            ["prune", "--out", "new"],
+            (evaluation, "read_tokens"),
+            "texts of .*: take a model of fewer bytes .--dtype bfloat16",
+        ),
     ],
 )
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(OF_TORCH), RuntimeError("CUDA error: out of memory")])
 def test_a_gpu_that_is_full_says_what_to_lower(
-    where: str, reason: str, tiny: Path, tmp_path: Path, monkeypatch
+    words: list[str],
+    where: tuple[object, str],
+    reason: str,
+    error: RuntimeError,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch,
 ) -> None:
     def full(*args: object, **options: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    place = (torch.nn.Module, "to") if where == "load" else (tracing, "_trace_batch")
-    monkeypatch.setattr(*place, full)
-    done = RUN.invoke(staterank.app, ["trace", str(tiny), "--device", "cpu"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(*where, full)
+    done = RUN.invoke(staterank.app, [words[0], str(tiny), *words[1:], "--device", "cpu"])
     assert done.exit_code == 1
     assert re.search(reason, done.stderr), done.stderr
+    assert "expandable" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_pruned_model_is_of_its_own_class(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plain"
+    done = RUN.invoke(
+        staterank.app, ["prune", str(tiny), "--share", "0.5", "--per-layer", "--plain", "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["architectures"] == ["Qwen3NextForCausalLM"]
+    assert "import staterank_utils" not in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

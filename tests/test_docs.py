@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -111,3 +112,12 @@ def test_the_stored_tables_of_architectures_are_complete(device: str) -> None:
         assert f" yet: {', '.join(sorted(absent))}." in conformance_tables()
     for dtype, properties in conformance.PROPERTIES.items():
         assert set(rows[0][dtype]) == set(properties)
+
+
+def test_an_index_of_packages_can_show_the_readme() -> None:
+    """There it stands alone: what it leads to or shows has a whole address."""
+    text = (STORED.parent / "README.md").read_text()
+    places = re.findall(r"\]\(([^)\s]+)|(?:src|href)=\"([^\"]+)\"", text)
+    assert places
+    for place in (written or in_html for written, in_html in places):
+        assert place.startswith(("https://", "#")), place

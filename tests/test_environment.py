@@ -106,6 +106,13 @@ def test_the_blocks_of_workflows_are_run_in_a_clone(tmp_path: Path) -> None:
     assert not Path(place).exists()
 
 
+def test_a_profile_given_to_make_sweep_goes_before_that_of_the_file() -> None:
+    for given, expected in ((["PROFILE=full"], True), ([], False)):
+        command = ["make", "--dry-run", "--old-file", ".venv/installed", "sweep", *given]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert ("--config profile=full" in done.stdout) == expected
+
+
 def test_make_report_calls_the_command(tmp_path: Path) -> None:
     make = ["make", "--no-print-directory", "-o", ".venv/installed", "-C", str(ROOT), "BIN=bin"]
     done = subprocess.run([*make, "-n", "report", "MODEL=OWNER/NAME", "REVISION=abc"], capture_output=True, text=True)

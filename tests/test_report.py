@@ -123,12 +123,13 @@ def test_a_chapter_that_fails_leaves_the_others_and_its_reason(
 
 
 def test_chapters_that_are_there_stay_in_a_report_that_asks_for_another(made, tiny, monkeypatch) -> None:
-    monkeypatch.setattr(report, "_run", lambda source, *args, **options: "nothing can be compared")
-    other = "02_input_invariance"
-    assert write_report(str(tiny), made, only=[other], parameters=SMALL) == {other: "nothing can be compared"}
+    monkeypatch.setattr(report, "_run", lambda source, *args, **options: "lower batch_size")
+    other, said = "02_input_invariance", "lower --prompts or --tokens"
+    asked = {"in_words": lambda reason: reason.replace("batch_size", "--prompts or --tokens"), "parameters": SMALL}
+    assert write_report(str(tiny), made, only=[other], **asked) == {other: said}
     first = (made / "index.html").read_text()
     assert f"notebooks/{CHAPTER}.html" in first
-    assert f"<em>{other}</em>: nothing can be compared" in first
+    assert f"<em>{other}</em>: {said}" in first
 
 
 def test_a_folder_holds_one_report(made: Path, tiny: Path, tmp_path: Path, monkeypatch) -> None:

@@ -101,6 +101,7 @@ def test_nothing_is_run_that_the_configuration_does_not_list(tmp_path: Path) -> 
         ({"notebooks": ["01_stratificaton"]}, "unknown notebook 01_stratificaton"),
         ({"parameters": {"01_stratificaton": {}}}, "unknown notebook with parameters 01_stratificaton"),
         ({"model": {}}, "unknown entry in the configuration model"),
+        ({"profile": "ful"}, "unknown profile ful: expected some of quick, full"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(change: dict, message: str, tmp_path: Path) -> None:

@@ -169,6 +169,11 @@ def test_a_report_is_made_without_the_repository(model: Path, bin: Path, tmp_pat
         text = re.sub(r"<[^>]+>", "", page)
         for words in ("papermill notebooks", "the embedded hybrid", "hybrid, pure"):
             assert words not in text, (name, words)
+        assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page), name  # it opens without a network
+    if not few:
+        explorer = (tmp_path / "report" / "notebooks" / "03_ablation_asymmetry.html").read_text()
+        assert 'class="interactive' in explorer
+        assert (tmp_path / "report" / "_static" / "vega.js").stat().st_size > 100_000
 
 
 def test_the_sdist_installs_in_an_empty_environment(built: Path, bin: Path, tmp_path: Path) -> None:
