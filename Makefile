@@ -85,7 +85,7 @@ report: .venv/installed ## run the chapters on a model and build pages of them (
 	@[ -n "$(MODEL)" ] || { echo "name the model: make report MODEL=FOLDER" >&2; exit 1; }
 	$(BIN)/staterank report "$(MODEL)" --out "$(OUT)" --profile $(PROFILE) $(if $(REVISION),--revision $(REVISION)) $(if $(DEVICE),--device $(DEVICE)) $(if $(DTYPE),--dtype $(DTYPE)) $(addprefix --only ,$(ONLY))
 
-sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/example.yaml RUN=_build/sweep CORES=2; PROFILE goes before the file's), or go on with it (UNLOCK=1 first, if make itself was killed)
+sweep: .venv/installed ## run notebooks on models and seeds (CONFIG=sweep/example.yaml RUN=_build/sweep CORES=2; PROFILE goes before the file's), or resume a run (UNLOCK=1 first, if make itself was killed)
 	$(if $(UNLOCK),$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --unlock)
 	$(BIN)/snakemake --snakefile sweep/Snakefile --configfile $(CONFIG) --directory $(RUN) --cores $(CORES) --resources gpu=$(GPUS) --rerun-incomplete $(if $(filter-out file,$(origin PROFILE)),--config profile=$(PROFILE))
 

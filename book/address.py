@@ -47,7 +47,8 @@ def write(new: str) -> list[str]:
         text = (ROOT / name).read_text(encoding="utf-8")
         if old in text and old != new:
             with whole_or_not(ROOT / name) as partial:
-                partial.write_text(text.replace(old, new), encoding="utf-8")
+                before, after = (f"cd {each.rpartition('/')[2]}" for each in (old, new))  # into what a clone makes
+                partial.write_text(text.replace(old, new).replace(before, after), encoding="utf-8")
             changed.append(name)
     return changed
 

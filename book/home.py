@@ -177,7 +177,7 @@ def retrained(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) ->
 
 
 def answers(results: Path) -> str:
-    """The question and the answer of every chapter, as a list.
+    """The question of every chapter and the first sentence of its answer, as a list.
 
     Args:
         results: folder with one JSON per notebook.
@@ -186,8 +186,8 @@ def answers(results: Path) -> str:
     for notebook in ORDER:
         file = results / f"{notebook}.json"
         if file.exists():
-            answer = json.loads(file.read_text(encoding="utf-8"))["answer"]
-            lines.append(f"- {{doc}}`../notebooks/{notebook}` {answer}")
+            first, stop, _ = json.loads(file.read_text(encoding="utf-8"))["answer"].partition(". ")
+            lines.append(f"- {{doc}}`../notebooks/{notebook}` {first}{stop.strip()}")
     return "\n".join(lines) or "*No chapter was run.*"
 
 

@@ -83,6 +83,7 @@ def print_page(page: Path, target: Path) -> None:
         sheet.goto(page.as_uri())
         sheet.evaluate("window.MathJax && MathJax.startup ? MathJax.startup.promise.then(() => true) : true")
         sheet.wait_for_function(DRAWN)
+        sheet.evaluate("document.querySelectorAll('details:not(.hide)').forEach(each => each.open = true)")  # tables
         sheet.add_style_tag(content=HIDE + PAPER)
         margin: Any = {"top": "18mm", "bottom": "18mm", "left": "16mm", "right": "16mm"}
         sheet.pdf(

@@ -288,7 +288,7 @@ said = {
         for name, of in shown.items()
         if of.shares(removals.PROTECTED)
     ),
-    "answer": f"Nats per token that the removal of a quarter of the heads adds: {'; '.join(answer)}. An effect of rank beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. With layer 0 protected, lowest and highest: {'; '.join(kept)}.",
+    "answer": f"An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. Nats per token that the removal of a quarter of the heads adds: {'; '.join(answer)}. With layer 0 protected, lowest and highest: {'; '.join(kept)}.",
     "quarter": "; ".join(quarter),
     "paper_share": "; ".join(
         f"{of.at_in_words(MODEL, (LOW, HIGH, RANDOM), selection.PAPER_SHARE)} ({name})"

@@ -385,7 +385,8 @@ for name, found in shown.items():
     ordered = bool(found.shares(removals.MODEL, removals.LOW))  # by which a share counts
     cheap.append(f"{at or ('there is no such share' if ordered else 'not measured')} ({name})")
     kept.append(f"{found.points_in_words(removals.PROTECTED, both, SHARE)} ({name})")
-    channels.append(f"{shrunk[name].cost_in_words(shrinking.CHANNELS, SHARE)} ({name})")
+    cost = caching.channels_in_words(pairs.get(name), shrunk[name], SHARE)
+    channels.append(f"{cost} ({name})")
     words = found.ruin_in_words(removals.MODEL, JOINT, SHARE)
     large.append({"claim": "unprotected", "model": name, "verdict": words})
     inverted.append(f"{found.near(removals.MODEL, removals.INVERTED, SHARE):.2f} ({name})")

@@ -254,7 +254,7 @@ def effective_rank_bounds(
         raise ValueError(f"within must be in (0, 1), got {within}")
     if state.is_cuda and within < inertia.EDGE:
         raise ValueError(
-            f"within must be at least {inertia.EDGE} on a GPU, whose largest singular values are no more exact, got {within}: "
+            f"within must be at least {inertia.EDGE} on a GPU, where the largest singular value is only known to half of that, got {within}: "
             "take the states to the CPU"
         )
     low, high = _ranks_over(state, rel_tol, (1 + within, 1 - within)).unbind(-1)

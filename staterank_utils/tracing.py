@@ -321,9 +321,9 @@ class _StateTap:
 
 
 class Reducer:
-    """Makes of states what a trace keeps, of many states together; on a GPU in a thread beside the one that runs the model, once enough wait.
+    """Applies a trace's measure to many states at once, and keeps the results; on a GPU, in a second thread.
 
-    On a GPU a measure of states makes its caller wait; the model meanwhile goes on. What is left when the model is done is made by the caller. On a CPU the threads of a measure and those of
+    On a GPU a measure makes its caller wait, so a thread of its own calls it once enough states are there, and the model runs on. What is left when the model is done is made by the caller. On a CPU the threads of a measure and those of
     the model's products are in each other's way, so the fewer changes between them the better. Used in a `with` block, at whose end
     nothing runs any more, whatever ended it.
 

@@ -5,6 +5,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -35,19 +36,31 @@ def ids() -> Tensor:
 
 
 def attributes(model: PreTrainedModel) -> dict[tuple[Any, ...], Any]:
-    """Every attribute of the modules and classes of transformers and fla that are imported, and of a model's modules."""
+    """Every attribute of the modules, classes and functions of transformers and fla that are imported, and of a model's modules."""
     found: dict[tuple[Any, ...], Any] = {}
     for path, module in list(sys.modules.items()):
         if path.startswith(("transformers.modeling", "transformers.models.", "transformers.cache", "fla.")):
             for name, value in list(vars(module).items()):
                 found[path, name] = value
+                if isinstance(value, FunctionType):
+                    found |= {(path, name, attribute): inner for attribute, inner in vars(value).items()}
                 if isinstance(value, type) and value.__module__ == path:
                     found |= {(path, name, attribute): inner for attribute, inner in vars(value).items()}
     for path, module in model.named_modules():
+        hooks = {name: value for name, value in vars(module).items() if name.endswith("_hooks") and value is not None}
+        found |= {("model", path, "number of", name): len(value) for name, value in hooks.items()}
         found |= {("model", path, name): value for name, value in vars(module).items()}
         found |= {("model", path, "parameters", name): value for name, value in module._parameters.items()}
         found |= {("model", path, "buffers", name): value for name, value in module._buffers.items()}
     return found
+
+
+def check_left_alone(before: dict[tuple[Any, ...], Any], after: dict[tuple[Any, ...], Any]) -> None:
+    """Nothing is another object than before, and nothing is new in what was there."""
+    assert [key for key, value in before.items() if after.get(key) is not value] == []
+    there = {key[0] for key in before}
+    new = [key for key in after.keys() - before.keys() if key[0] in there and not isinstance(after[key], ModuleType)]
+    assert new == []
 
 
 @each_family
@@ -68,8 +81,7 @@ def test_a_model_that_its_constructor_made_is_served_and_left_alone(family: str,
     if has_decay:
         with scale_decay(model, 2.0):
             read_tokens(model, ids)
-    after = attributes(model)
-    assert [key for key, value in before.items() if after.get(key) is not value] == []
+    check_left_alone(before, attributes(model))
 
 
 @each_family
@@ -153,10 +165,35 @@ def test_a_subclass_of_a_layer_is_that_layer(ids: Tensor) -> None:
         trace_states(model, ids, positions=[N_TOKENS])
 
 
-def test_other_models_are_built_as_without_this_package() -> None:
-    from transformers import MusicgenConfig
+def test_nothing_in_transformers_or_fla_is_ours() -> None:
+    """After the import, and after whatever ran before this test."""
+    ours = []
+    for path, module in list(sys.modules.items()):
+        if path.split(".")[0] in ("transformers", "fla"):
+            for name, value in list(vars(module).items()):
+                inner = vars(value).items() if isinstance(value, type) and value.__module__ == path else ()
+                for attribute, each in [(name, value), *inner]:
+                    if str(getattr(each, "__module__", None)).startswith("staterank"):
+                        ours.append((path, name, attribute))
+    assert ours == []
 
-    assert MusicgenConfig().sub_configs
+
+def test_other_models_are_built_as_without_this_package() -> None:
+    from transformers import (
+        EncodecConfig,
+        MusicgenConfig,
+        MusicgenDecoderConfig,
+        MusicgenForConditionalGeneration,
+        T5Config,
+    )
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MusicgenConfig(
+        text_encoder=T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).to_dict(),
+        audio_encoder=EncodecConfig(hidden_size=16, num_filters=2, codebook_size=32, codebook_dim=16).to_dict(),
+        decoder=MusicgenDecoderConfig(vocab_size=32, ffn_dim=16, **small).to_dict(),
+    )
+    assert MusicgenForConditionalGeneration(config).num_parameters() > 0
 
 
 def test_a_pruned_model_is_of_a_subclass_and_the_whole_one_of_its_own() -> None:

@@ -119,6 +119,7 @@ def test_a_new_address_is_written_everywhere(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(address, "ROOT", tmp_path)
     assert set(address.write("https://github.com/me/my-book")) == {"_config.yml", *address.FILES}
     assert address.address() == "https://github.com/me/my-book"
+    assert "&& cd my-book" in (tmp_path / "README.md").read_text()
     assert "staterank/staterank-book" not in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match="expected an address"):
         address.write("me/my-book")

@@ -33,7 +33,7 @@ from staterank_utils.studies.groups import half_lives_from
 from staterank_utils.studies.recall import induction_gains
 from staterank_utils.studies.removal import BINS, by_position
 from staterank_utils.studies.repeated import CLOSE, Repeated
-from staterank_utils.studies.shrinking import RANK, smaller_models
+from staterank_utils.studies.shrinking import CHANNELS, RANK, Shrinking, smaller_models
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
 from staterank_utils.surgery import Head, ablate_heads, all_heads, mean_outputs
 
@@ -434,6 +434,25 @@ def beside_in_words(found: Mapping[str, Caching], share: float) -> str:
                 f"Beside the whole states of {name}, caches of half their bytes add in nats per token: {parts}."
             )
     return " ".join(said) or "Caches beside whole states were not measured."
+
+
+def channels_in_words(stored: Caching | None, live: Shrinking, share: float) -> str:
+    """What cutting key channels instead of heads adds, nats per token: as it is stored, else of this run, in words.
+
+    Args:
+        stored: beside the caches, if there is something.
+        live: of this run.
+        share: of the state.
+
+    Example:
+        >>> nothing = np.empty(0)
+        >>> whole = Shrinking((), 64, nothing, nothing, (), {}, {}, {}, 0.0, 0.0, "its keys are shared")
+        >>> channels_in_words(None, whole, 0.389)
+        'refused'
+    """
+    if stored and CHANNELS in stored.outcomes.get(share, {}):
+        return f"{stored.added(share, CHANNELS).point:.2f}"
+    return f"{over_texts(live.added[CHANNELS][share]).point:.2f}, this run" if CHANNELS in live.added else "refused"
 
 
 def caching_table(of: Caching, share: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -18,7 +18,7 @@ from staterank_utils.evaluation import token_nats
 from staterank_utils.models import make_cache, read_tokens
 from staterank_utils.pruning import duplicated_bytes, prune_heads
 from staterank_utils.selection import PAPER_SHARE, Measure, head_pairs, measure_heads, saturation_scores, select_heads
-from staterank_utils.studies.texts import Texts, over_texts
+from staterank_utils.studies.texts import Texts
 from staterank_utils.surgery import Head, ablate_heads, all_heads
 
 WHOLE, JOINT, RANK, CHANNELS, BOTH = "whole", "joint", "rank alone", "key channels", "both"
@@ -106,10 +106,6 @@ class Shrinking:
     def freed(self, method: str) -> float:
         """Share of the recurrent state's bytes that a method frees."""
         return 1 - self.footprints[method].recurrent / self.footprints[WHOLE].recurrent
-
-    def cost_in_words(self, method: str, share: float) -> str:
-        """Added nats per token of a method, or that the model refuses it."""
-        return f"{over_texts(self.added[method][share]).point:.2f}" if method in self.added else "refused"
 
 
 def smaller_models(
