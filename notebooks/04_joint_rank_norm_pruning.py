@@ -336,7 +336,7 @@ _ = small.save_pretrained(folder), words.save_pretrained(folder)
 
 # %% [markdown] tags=["of-the-book"]
 # Elsewhere, `import staterank_utils` registers the class of pruned models, and `from_pretrained` does the rest, without remote code. The last line
-# compares bytes of recurrent state in the two caches, and what the two lose on text, in nats per token. By this score, over the whole model, that is
+# compares bytes of recurrent state in the two caches, and what the two lose on other code, in nats per token. By this score, over the whole model, that is
 # a lot; the cheaper ways above are a layer 0 that keeps its heads, and key channels ({mod}`staterank_utils.channels`).
 
 # %% tags=["of-the-book"]
@@ -345,7 +345,8 @@ from transformers import AutoModelForCausalLM
 
 again = AutoModelForCausalLM.from_pretrained(folder)
 both = {"before": mine, "after": again}
-losses = {when: token_nats(it, texts["hybrid"].windows).mean() for when, it in both.items()}
+text = sr.domain_prompts("code", words, n_prompts=2, n_tokens=512, seed=1)
+losses = {when: token_nats(it, text).mean() for when, it in both.items()}
 {when: (footprint(it).recurrent, f"{losses[when]:.2f}") for when, it in both.items()}
 
 # %% [markdown] tags=["of-the-book"]
