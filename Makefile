@@ -9,8 +9,8 @@ STAGE := _build/stage
 NOTEBOOKS := $(wildcard notebooks/*.py)
 PROFILE ?= quick
 # First those that keep one process busy for minutes, so that none is left alone at the end.
-SLOW := tests/test_wheel.py tests/test_ladder.py tests/test_sweep.py tests/test_report.py tests/test_commands.py tests/test_notebooks_elsewhere.py tests/test_harness.py
-ARCHITECTURES := tests/test_conformance.py tests/test_fla.py tests/test_kernels.py
+SLOW := tests/test_wheel.py tests/test_ladder.py tests/test_sweep.py tests/test_report.py tests/test_commands.py tests/test_harness.py
+ARCHITECTURES := tests/test_notebooks_elsewhere.py tests/test_conformance.py tests/test_fla.py tests/test_kernels.py
 PAGES := tests/test_pages.py
 CONFIG ?= sweep/example.yaml
 RUN ?= _build/sweep
