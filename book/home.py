@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from staterank_utils.claims import ENOUGH_SEEDS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, has_few_seeds
-from staterank_utils.markdown import MARKS, verdict_class
+from staterank_utils.markdown import MARKS, in_two, verdict_class
 from staterank_utils.selection import PAPER_SHARE
 
 # What the home page shows: finding, notebook, the claim that decides it.
@@ -186,8 +186,8 @@ def answers(results: Path) -> str:
     for notebook in ORDER:
         file = results / f"{notebook}.json"
         if file.exists():
-            first, stop, _ = json.loads(file.read_text(encoding="utf-8"))["answer"].partition(". ")
-            lines.append(f"- {{doc}}`../notebooks/{notebook}` {first}{stop.strip()}")
+            first, _ = in_two(json.loads(file.read_text(encoding="utf-8"))["answer"])
+            lines.append(f"- {{doc}}`../notebooks/{notebook}` {first}")
     return "\n".join(lines) or "*No chapter was run.*"
 
 

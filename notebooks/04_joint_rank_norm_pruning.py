@@ -226,16 +226,16 @@ run.keep("fig-channels")
 rows, cheaper = {}, []
 for name, found in shrunk.items():
     for (maximum, per, alpha), nats in found.readings.items():
-        row = rows.setdefault((name, maximum, per), {})
-        row[f"α = {alpha:g}"] = f"{over_texts(nats).point:.2f}"
-for (name, _, per), row in rows.items():
-    scheme = removals.LAYERS if per == "every layer" else removals.MODEL
-    known = shown[name].curve(scheme, RANDOM)
-    row["random"] = f"{shown[name].near(scheme, RANDOM, SHARE):.2f}" if known else "not measured"
-    points = [float(cost) for label, cost in row.items() if label != "random" and known]
-    cheaper += [point < shown[name].near(scheme, RANDOM, SHARE).low for point in points]
+        scheme = removals.LAYERS if per == "every layer" else removals.MODEL
+        known = bool(shown[name].curve(scheme, RANDOM))
+        draws = [shown[name].near(scheme, RANDOM, SHARE)] if known else []
+        random = "".join(f"{of:.2f}" for of in draws) or "not measured"
+        point = over_texts(nats).point
+        cheaper += [point < of.low for of in draws]
+        row = rows.setdefault((name, maximum, per, random), {})
+        row[f"α = {alpha:g}"] = f"{point:.2f}"
 said["cheaper"] = f"{sum(cheaper)} of {len(cheaper)}"
-HEAD = ("model", "maximum over", "share of", *next(iter(rows.values())))
+HEAD = ("model", "maximum over", "share of", "random heads", *next(iter(rows.values())))
 Markdown(markdown.markdown_table(HEAD, [(*key, *row.values()) for key, row in rows.items()]))
 
 # %% [markdown]

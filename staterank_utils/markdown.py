@@ -193,6 +193,20 @@ def by_model(rows: Iterable[Mapping[str, Any]], key: str) -> str:
     return "; ".join(f"{verdict} ({', '.join(names)})" for verdict, names in models.items())
 
 
+def in_two(answer: str) -> tuple[str, str]:
+    """The first sentence of an answer, and the rest.
+
+    Args:
+        answer: of a chapter.
+
+    Example:
+        >>> in_two("It does. By 2.5 nats."), in_two("It does.")
+        (('It does.', 'By 2.5 nats.'), ('It does.', ''))
+    """
+    first, stop, rest = answer.partition(". ")
+    return first + stop.strip(), rest
+
+
 def yes_or_no(rows: Iterable[Mapping[str, Any]], key: str) -> str:
     """The verdicts on one claim as answers to a question, models of one answer together.
 

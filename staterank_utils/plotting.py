@@ -179,13 +179,16 @@ def figure_data(figure: Figure) -> list[dict[str, Any]]:
 
 
 def _of_lines(ax: Axes) -> Iterator[dict[str, Any]]:
+    names = _categories(ax)
     for line in ax.lines:
         points = np.asarray(line.get_xydata()).tolist()
-        if line.get_transform() == ax.transData:
-            for x, y in points:
-                yield {"series": _series(line), "x": _place(ax, x), "y": y}
-        elif _series(line):  # across the whole axis
+        if line.get_transform() == ax.get_yaxis_transform():  # across the panel
             yield {"series": _series(line), "x": "all", "y": points[0][1]}
+        elif line.get_transform() == ax.get_xaxis_transform():
+            yield {"series": _series(line), "x": points[0][0], "y": "all"}
+        else:
+            for x, y in points:
+                yield {"series": _series(line), "x": names.get(round(x), x) if names else x, "y": y}
 
 
 def _series(line: Line2D) -> str:
@@ -193,15 +196,16 @@ def _series(line: Line2D) -> str:
     return "" if label.startswith("_") else label
 
 
-def _place(ax: Axes, x: float) -> float | str:
-    """A place on the horizontal axis; on one of categories its name."""
+def _categories(ax: Axes) -> dict[int, str]:
+    """Place on the horizontal axis -> name; empty where it is one of numbers."""
     names, places = [text.get_text() for text in ax.get_xticklabels()], list(ax.get_xticks())
     named = isinstance(ax.xaxis.get_major_locator(), FixedLocator | StrCategoryLocator)
-    return names[round(x)] if named and places == [*range(len(names))] and 0 <= round(x) < len(names) else x
+    return dict(enumerate(names)) if named and places == [*range(len(names))] else {}
 
 
 def _of_bands(ax: Axes) -> Iterator[dict[str, Any]]:
     series = {to_rgb(line.get_color()): name for line in reversed(ax.lines) if (name := _series(line))}
+    names = _categories(ax)
     for band in ax.collections:
         if isinstance(band, FillBetweenPolyCollection):
             of = series.get(to_rgb(np.asarray(band.get_facecolor())[0]), "band")
@@ -209,7 +213,12 @@ def _of_bands(ax: Axes) -> Iterator[dict[str, Any]]:
                 corners = np.asarray(path.vertices)
                 for x in np.unique(corners[:, 0]).tolist():
                     edge = corners[corners[:, 0] == x, 1]
-                    yield {"series": of, "x": _place(ax, x), "low": float(edge.min()), "high": float(edge.max())}
+                    yield {
+                        "series": of,
+                        "x": names.get(round(x), x) if names else x,
+                        "low": float(edge.min()),
+                        "high": float(edge.max()),
+                    }
 
 
 def _of_bars(ax: Axes) -> Iterator[dict[str, Any]]:

@@ -176,7 +176,7 @@ def test_a_plain_pruned_model_is_of_its_own_class(tiny: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
-    [("--rule", "best", "half-life"), ("--share", "2", "less than or equal to 1"), ("--share", "x", "valid number")],
+    [("--rule", "best", "low-rank"), ("--share", "2", "less than or equal to 1"), ("--share", "x", "valid number")],
 )
 def test_what_an_option_cannot_be_is_said_before_anything_is_imported(option: str, value: str, reason: str) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "staterank", "prune", "nowhere", option, value, "--out", "new"]

@@ -193,6 +193,7 @@ def test_other_models_are_built_as_without_this_package() -> None:
         audio_encoder=EncodecConfig(hidden_size=16, num_filters=2, codebook_size=32, codebook_dim=16).to_dict(),
         decoder=MusicgenDecoderConfig(vocab_size=32, ffn_dim=16, **small).to_dict(),
     )
+    assert config.sub_configs
     assert MusicgenForConditionalGeneration(config).num_parameters() > 0
 
 

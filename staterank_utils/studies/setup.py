@@ -114,8 +114,8 @@ class Run:
         Raises:
             ValueError, OSError: as in `write_chapter`.
         """
-        short, stop, more = said["answer"].partition(". ")
-        self.say({**said, "answer": short + stop.strip(), "more": more})
+        first, rest = markdown.in_two(said["answer"])
+        self.say({**said, "answer": first, "more": rest})
         glue("badges", HTML(markdown.badges(rows, badges)), display=False)
         if self.file:
             write_chapter(self.file, parameters=self.parameters, rows=rows, found=found, answer=said["answer"])
