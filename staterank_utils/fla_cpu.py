@@ -15,6 +15,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -164,15 +165,24 @@ def wrote(settings: dict[str, Any]) -> bool:
 def knows(model_type: str) -> bool:
     """Whether fla is installed and has a model of this type; then it is imported, and transformers' Auto classes know it too.
 
+    Raises:
+        ModuleNotFoundError: it has one, and triton is not installed, which its package does not ask for.
+
     Example:
         >>> knows("no such model")
         False
     """
-    if find_spec("fla") is None:
+    found = find_spec("fla")
+    if found is None or not found.submodule_search_locations:
         return False
+    if not Path(found.submodule_search_locations[0], "models", model_type).is_dir():
+        return False
+    if find_spec("triton") is None:
+        raise ModuleNotFoundError(
+            f"{model_type!r} is a model of flash-linear-attention, which imports triton on a CPU too: pip install triton",
+            name="triton",
+        )
     _import_fla()
-    if find_spec(f"fla.models.{model_type}") is None:
-        return False
     importlib.import_module(f"fla.models.{model_type}")
     return True
 

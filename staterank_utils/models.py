@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from staterank_utils import fla_cpu
 from staterank_utils.architectures import cache_name, linear_layers, model_adapter
@@ -323,9 +322,9 @@ def _config(source: str, options: dict[str, Any]) -> PreTrainedConfig:
             f"{source} was pruned by an earlier version of staterank_utils, which kept the model type {model_type!r}: load it with the "
             "version that pruned it, or prune the whole model again"
         )
-    if ("auto_map" not in settings and model_type in CONFIG_MAPPING_NAMES) or fla_cpu.wrote(settings):
-        return config_class_of(settings).from_pretrained(source, **options)
-    return AutoConfig.from_pretrained(source, **options)
+    if "auto_map" in settings and not fla_cpu.wrote(settings):
+        return AutoConfig.from_pretrained(source, **options)
+    return config_class_of(settings).from_pretrained(source, **options)
 
 
 def verify_weights(folder: Path) -> None:

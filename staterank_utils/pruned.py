@@ -72,18 +72,19 @@ def config_class_of(settings: dict[str, Any]) -> type[PreTrainedConfig]:
 
     Raises:
         ValueError: a model type that is not known.
+        ModuleNotFoundError: one of fla's, without triton.
 
     Example:
         >>> config_class_of({"model_type": "qwen3_next"}).__name__
         'Qwen3NextConfig'
     """
-    model_type = settings["model_type"]
-    if fla_cpu.wrote(settings):
-        fla_cpu.knows(model_type)
-    elif model_type in CONFIG_MAPPING_NAMES:
+    model_type = settings.get("model_type")
+    if model_type in CONFIG_MAPPING_NAMES and not fla_cpu.wrote(settings):
         package = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
         own: type[PreTrainedConfig] = getattr(package, CONFIG_MAPPING_NAMES[model_type])
         return own
+    if model_type:
+        fla_cpu.knows(model_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"transformers does not know the model type {model_type!r}: if it is one of fla's, install flash-linear-attention, else "

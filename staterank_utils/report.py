@@ -19,6 +19,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import torch
 from packaging.requirements import Requirement
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -143,7 +144,7 @@ def write_report(
         raise ValueError(f"no chapter that was asked for has a size {', '.join(sorted(unknown))}")
     check_sizes(n_prompts=sizes.get("n_prompts", 2), n_tokens=sizes.get("n_tokens", 2 * EARLY))
     outline = _checked(model, revision, device, dtype, sizes)
-    plan = " ".join((_memory(model, outline, dtype), _time(outline, known, profile, device)))
+    plan = " ".join((_memory(model, outline, device, dtype), _time(outline, known, profile, device)))
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
     if folder.is_dir():
         verify_weights(folder)
@@ -280,21 +281,31 @@ def _checked(
     return outline
 
 
-def _memory(model: str, outline: PreTrainedModel, dtype: str | None) -> str:
+def _memory(model: str, outline: PreTrainedModel, device: str | None, dtype: str | None) -> str:
     """What will be measured, and the room that it takes, from the configuration alone."""
-    layers, memory = linear_layers(outline), machine_memory()
-    has = f"; this machine has {in_words(memory)} of memory" if memory else ""
+    layers, has = linear_layers(outline), _memory_of(device)
     n_parameters = outline.num_parameters()
-    if dtype:
-        weights = f"{in_words(n_parameters * DTYPES[dtype].itemsize)} in {dtype}"
+    if dtype or runs_on_cpu(device):  # where weights are float32 by default
+        weights = f"{in_words(n_parameters * DTYPES[dtype or 'float32'].itemsize)} in {dtype or 'float32'}"
     else:
-        weights = f"{in_words(weight_bytes(outline))} as they are stored and {in_words(4 * n_parameters)} in float32, which a CPU uses"
+        weights = f"{in_words(weight_bytes(outline))} as they are stored"
     return (
         f"{model}: {len(layers)} linear-attention layers, {sum(layer.n_heads for layer in layers)} heads with states of {layers[0].d_k} x "
         f"{layers[0].d_v}. Weights take {weights}, "
-        f"and some chapters hold a control of the same size beside them; the states of a prompt take {in_words(moment_bytes(outline))}{has}. "
+        f"and some chapters hold a control of the same size beside them; the states of a prompt take {in_words(moment_bytes(outline))}{has and '; '}{has}. "
         f"The report takes up to {in_words(ROOM)} of disk."
     )
+
+
+def _memory_of(device: str | None) -> str:
+    """The memory that weights on a device share, in words; empty where the system does not say."""
+    if runs_on_cpu(device):
+        memory = machine_memory()
+        return f"this machine has {in_words(memory)} of memory" if memory else ""
+    if device == "auto":
+        total = sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        return f"the GPUs of this machine have {in_words(total)} of memory together"
+    return f"this GPU has {in_words(torch.cuda.get_device_properties(device or 'cuda').total_memory)} of memory"
 
 
 def _time(outline: PreTrainedModel, known: Mapping[Path, Mapping[str, int]], profile: str, device: str | None) -> str:

@@ -31,15 +31,24 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 64, (2, 48), generator=torch.Generator().manual_seed(0))
 
 
-def trained(folder: Path, *, steps: int, report_to: str = "none", callback: Any = None, every: int = 10) -> Trainer:
+def trained(
+    folder: Path,
+    *,
+    steps: int,
+    report_to: str = "none",
+    callback: Any = None,
+    every: int = 10,
+    model: Any = None,
+    **options: bool,
+) -> Trainer:
     """A tiny model with dropout after some steps; batches and dropout are the same every time."""
-    model = tiny_qwen3_next(LAYERS).train()
+    model = (model or tiny_qwen3_next(LAYERS)).train()
     model.config.attention_dropout = 0.1
     generator = torch.Generator().manual_seed(1)
     data = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (2 * steps, 32), generator=generator)]
     arguments = TrainingArguments(
         str(folder), max_steps=steps, logging_steps=every, per_device_train_batch_size=2, report_to=report_to, save_strategy="no",
-        disable_tqdm=True, use_cpu=True, seed=0,
+        disable_tqdm=True, seed=0, **(options or {"use_cpu": True}),
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data)
     if callback:
@@ -74,6 +83,23 @@ def test_a_training_goes_on_bit_for_bit_as_without_it(tmp_path: Path, ids: torch
     beside = trained(tmp_path / "b", steps=12, every=4, callback=lambda trainer: StateRankCallback(trainer, ids))
     assert all(torch.equal(value, without[name]) for name, value in beside.model.state_dict().items())
     assert beside.model.training
+
+
+@pytest.mark.gpu
+def test_a_training_in_bfloat16_on_a_gpu_goes_on_bit_for_bit_as_without_it(tmp_path: Path, ids: torch.Tensor) -> None:
+    made = [
+        trained(
+            tmp_path / name, steps=12, every=4, callback=callback, model=tiny_qwen3_next(LAYERS, d_k=16, d_v=16), bf16=True,
+            full_determinism=True,
+        )
+        for name, callback in (("a", None), ("b", lambda trainer: StateRankCallback(trainer, ids)))
+    ]  # fmt: skip
+    without, beside = (trainer.model.state_dict() for trainer in made)
+    assert all(value.is_cuda and torch.equal(value, without[name]) for name, value in beside.items())
+    logged = [entry for entry in made[1].state.log_history if "staterank/seconds" in entry]
+    assert [entry["step"] for entry in logged] == [4, 8, 12]
+    made[1].model.eval()
+    assert {name: logged[-1][name] for name in NAMES} == pytest.approx(layer_metrics(made[1].model, ids))
 
 
 def test_states_that_are_not_finite_do_not_stop_a_training(tmp_path: Path, ids: torch.Tensor, caplog) -> None:

@@ -84,6 +84,22 @@ def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
     assert model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False).shape == (1, 5)
 
 
+@pytest.mark.gpu
+def test_a_trace_and_a_pruned_model_in_bfloat16_on_a_gpu(tiny: Path, tmp_path: Path) -> None:
+    there = [str(tiny), "--device", "cuda", "--dtype", "bfloat16"]
+    done = RUN.invoke(staterank.app, ["trace", *there, "--tokens", "300", "--out", str(tmp_path / "heads.csv")])
+    assert done.exit_code == 0, done.output
+    assert "8 heads in" in done.stdout
+    out = tmp_path / "smaller"
+    done = RUN.invoke(staterank.app, ["prune", *there, "--share", "0.5", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "in bfloat16" in (out / "README.md").read_text()
+    model = load_model(str(out), device="cuda")
+    assert model.dtype == torch.bfloat16
+    prompt = torch.ones(1, 3, dtype=torch.long, device="cuda")
+    assert model.generate(prompt, max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [

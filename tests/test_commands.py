@@ -118,6 +118,46 @@ def test_a_line_with_the_command(line: str, folder: Path, tmp_path: Path, monkey
         assert (tmp_path / "smaller" / "README.md").exists()
 
 
+def test_the_script_of_a_batch_system_types_a_report(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    [script] = [block for _, block in blocks("text") if block.startswith("#!/bin/bash")]
+    environment, typed = tmp_path / ".venv" / "bin", tmp_path / "typed"
+    environment.mkdir(parents=True)
+    (environment / "activate").write_text(f"PATH={environment}:$PATH\n")
+    (environment / "staterank").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {typed}\n')
+    (environment / "staterank").chmod(0o755)
+    asked = dict(re.findall(r"--(\S+?)=(\S+)", "".join(re.findall(r"#SBATCH (.*)", script))))
+    assert set(asked) == {"job-name", "gpus", "cpus-per-task", "mem", "time"}
+    # What the batch system does with a script: it runs it where it was submitted, and names the job.
+    subprocess.run(
+        ["bash", "-c", script.replace("FOLDER", str(folder))], cwd=tmp_path, check=True,
+        env={**os.environ, "SLURM_JOB_NAME": asked["job-name"]},
+    )  # fmt: skip
+    made: list[Any] = []
+    monkeypatch.setattr(report, "write_report", lambda *words, **options: made.append((words, options)) or {})
+    done = CliRunner().invoke(staterank.app, typed.read_text().splitlines())
+    assert done.exit_code == 0, done.output
+    [(words, options)] = made
+    assert (words, options["profile"]) == ((str(folder), Path("report-report")), "full")
+
+
+def test_commands_within_a_sentence_are_known() -> None:
+    """Those that need a network, another client or a make are read here, and run by `.ci/run` or by tests of this file."""
+    known = (
+        "make ",
+        "staterank ",
+        "hf download OWNER/NAME",
+        "python3 -m venv .venv",
+        "conda env create -f environment.yml",
+        "pip install ",
+        "git ",
+    )
+    programs = ("make", "staterank", "python", "python3", "conda", "pip", "git", "hf", "papermill", "jupyter")
+    for page, text in PAGES.items():
+        for words in re.findall(r"(?<!`)`([^`\n]+ [^`\n]+)`", text):
+            if words.split()[0] in programs:
+                assert words.startswith(known), (page, words)
+
+
 @pytest.mark.parametrize("line", sorted({line for line in lines() if "papermill" in line}))
 def test_a_line_with_papermill(line: str, folder: Path, tmp_path: Path) -> None:
     words = shlex.split(line.replace("-p revision COMMIT", ""))[1:]

@@ -92,18 +92,43 @@ def test_the_blocks_of_workflows_are_run_in_a_clone(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path / "repository"), "-c", "user.name=x", "-c", "user.email=x@x"]
     subprocess.run([*git, "init", "-q"], check=True)
     script = [sys.executable, str(ROOT / ".ci" / "workflows"), str(tmp_path / "repository")]
-    for block, status in (("echo a; pwd >> $PLACES", 0), ("false | true; echo b", 1)):
-        steps = [{"uses": "actions/checkout@v4"}, {"run": block}, {"run": block}]
-        (flows / "test.yml").write_text(yaml.safe_dump({"jobs": {"all": {"steps": steps}}}))
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for block, status in (("echo a; $PYTHON --version >> $SAID; pwd >> $SAID", 0), ("false | true; echo b", 1)):
+        steps = [
+            {"uses": "actions/checkout@v4"},
+            {"uses": "actions/setup-python@v5", "with": {"python-version": "${{ matrix.python }}"}},
+            {"run": block},
+            {"run": block},
+        ]
+        job = {"strategy": {"matrix": {"python": [here, "2.5"]}}, "steps": steps}
+        (flows / "test.yml").write_text(yaml.safe_dump({"jobs": {"all": job}}))
         subprocess.run([*git, "add", "."], check=True)
         subprocess.run([*git, "commit", "-qm", "x"], check=True)
-        places = os.environ | {"PLACES": str(tmp_path / "places")}
-        done = subprocess.run(script, capture_output=True, text=True, env=places)
+        done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"SAID": str(tmp_path / "said")})
         assert done.returncode == status, done.stderr
         assert "actions/checkout@v4 (of GitHub)" in done.stdout
     assert "false | true; echo b ended with status 1" in done.stderr
-    [place] = (tmp_path / "places").read_text().splitlines()  # one block, one run
+    version, place = (tmp_path / "said").read_text().splitlines()  # one block, one run
+    assert version.startswith(f"Python {here}")
     assert not Path(place).exists()
+
+
+def test_each_job_of_a_workflow_has_a_clone_of_its_own_and_a_python_that_is_missing_is_named(tmp_path: Path) -> None:
+    flows = tmp_path / "repository" / ".github" / "workflows"
+    flows.mkdir(parents=True)
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    jobs = {
+        name: {"steps": [{"uses": "actions/setup-python@v5", "with": {"python-version": version}}, {"run": block}]}
+        for name, version, block in (("a", here, "touch left"), ("b", here, "test ! -e left"), ("c", "2.5", "false"))
+    }
+    (flows / "test.yml").write_text(yaml.safe_dump({"jobs": jobs}))
+    git = ["git", "-C", str(tmp_path / "repository"), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    script = [sys.executable, str(ROOT / ".ci" / "workflows"), str(tmp_path / "repository")]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "-- test.yml, c, Python 2.5: left out, this machine has no python2.5" in done.stdout
 
 
 def test_a_profile_given_to_make_sweep_goes_before_that_of_the_file() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, Mamba2F
 from staterank_utils.architectures import linear_layers
 from staterank_utils.dispatch import choose_kernels
 from staterank_utils.fla_cpu import FlaKernel
-from staterank_utils.models import _config, load_model
+from staterank_utils.models import _config, load_model, model_outline
 from staterank_utils.pruning import prune_heads
 from staterank_utils.rebinding import functions_called
 from staterank_utils.surgery import ablate_heads
@@ -75,6 +75,16 @@ def test_a_type_that_both_libraries_have_is_loaded_from_the_one_that_wrote_it(tm
     assert type(loaded) is Mamba2Config
     assert type(AutoModelForCausalLM.from_config(loaded)) is Mamba2ForCausalLM
     assert type(load_model(str(tmp_path / "fla"), device="cpu")).__module__.startswith("fla.")
+
+
+def test_triton_that_is_missing_is_asked_for_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("GLA").config.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ModuleNotFoundError, match="'gla' is a model of flash-linear-attention, which imports triton"):
+        model_outline(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "of nobody"}')
+    with pytest.raises(ValueError, match="does not know the model type 'of nobody'"):
+        model_outline(str(tmp_path))
 
 
 def test_what_a_kernel_refuses_for_its_dtype_goes_to_the_naive_operator() -> None:

@@ -1,5 +1,6 @@
 """Models that are handed on: chosen by a rule, measured, written with a card, loaded by others."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -48,6 +49,19 @@ def test_the_cost_is_that_of_ablating_the_heads_that_the_rule_names(hybrid, toke
         (ablated - token_nats(hybrid, texts.windows).mean(1)).mean(), abs=1e-4
     )
     assert cost.after.recurrent == 0.75 * cost.before.recurrent
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_card_says_which_heads_were_removed_by_which_rule(rule: str, made) -> None:
+    cost = dataclasses.replace(made[1], rule=rule)
+    said = {
+        "rank": "highest effective rank", "low-rank": "lowest effective rank", "joint": "rank and nuclear norm together",
+        "norm": "largest nuclear norm", "half-life": "longest half-life", "random": "at random (seed 0)",
+    }  # fmt: skip
+    card = model_card("OWNER/NAME", cost)
+    assert [name for name, words in said.items() if words in card] == [rule]
+    for layer, heads in cost.removed.items():
+        assert f"| {layer} | {', '.join(map(str, heads))} |" in card
 
 
 @pytest.mark.parametrize("rule", RULES)

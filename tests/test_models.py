@@ -25,6 +25,7 @@ from transformers import (
 
 from staterank_utils import models, pruning
 from staterank_utils.decoding import generate_greedily
+from staterank_utils.dispatch import choose_kernels
 from staterank_utils.evaluation import answer_nats
 from staterank_utils.models import (
     CHECKPOINTS,
@@ -282,6 +283,7 @@ def test_a_model_published_with_its_vision_is_loaded_as_the_text_model_in_it(tmp
     config = Qwen3_5Config(text_config=delta.COMMON | delta.GROUPED, vision_config=vision)
     whole = Qwen3_5ForConditionalGeneration(config).eval()
     whole.save_pretrained(tmp_path)
+    choose_kernels(whole)  # else transformers calls fla's here, where a test before this one has imported it
     loaded = load_model(str(tmp_path), device="cpu")
     ids = torch.randint(3, 56, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make, save_tiny
 from packaging.requirements import Requirement
 
@@ -84,7 +85,7 @@ def test_make_writes_a_report(tiny: Path, tmp_path: Path) -> None:
     command = make("report", MODEL=tiny, OUT=tmp_path / "report", ONLY=CHAPTER, DEVICE="cpu", DTYPE="bfloat16")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "in bfloat16" in done.stderr
+    assert re.search(r"take [\d.,]+ [kM]B in bfloat16, .*; this machine has [\d.,]+ GB of memory\.", done.stderr)
     assert "up to 500.0 MB of disk. On two cores the chapters take very roughly 1 minute" in done.stderr
     assert "The report is in" in done.stdout
     assert "leaked" not in done.stderr  # every process of a chapter took down what it made
@@ -223,6 +224,39 @@ def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: P
         assert not list((tmp_path / "out").glob("work/notebooks/*"))
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "out" / "index.html").exists()
+
+
+def test_a_stop_while_pages_are_built_leaves_no_half_site_and_goes_on(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "staterank", "report", str(tiny), "--out", "out", "--only", CHAPTER]
+    out, stage = tmp_path / "out", tmp_path / "out" / "work" / "site" / "_config.yml"
+    for how in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True, text=True)
+        while not stage.exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1)  # in which the pages begin to be built
+        os.killpg(process.pid, how)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "Traceback" not in said
+        assert ("staterank: stopped; the same command goes on" in said) == (how == signal.SIGINT)
+        assert [file.name for file in out.iterdir()] == ["work"]
+        assert (out / "work" / "notebooks" / f"{CHAPTER}.ipynb").exists()
+        stage.unlink()
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "100%" in done.stderr
+    assert (out / "index.html").exists()
+
+
+@pytest.mark.gpu
+def test_a_report_in_bfloat16_on_a_gpu(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert write_report(str(tiny), tmp_path, device="cuda", dtype="bfloat16", parameters=SMALL) == {}
+    said = capfd.readouterr().err
+    assert "in bfloat16" in said
+    assert re.search(r"this GPU has [\d.,]+ GB of memory\.", said)
+    for source in report._all_chapters():
+        assert (tmp_path / "notebooks" / f"{source.stem}.html").exists()
+        of = json.loads((tmp_path / "work" / "results" / f"{source.stem}.json").read_text())["provenance"]
+        assert (of["device"], of["parameters"]["dtype"]) == (torch.cuda.get_device_name(), "bfloat16")
 
 
 def test_ctrl_c_is_heard_again_afterwards_and_reports_may_be_made_in_a_thread() -> None:

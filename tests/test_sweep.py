@@ -1,5 +1,7 @@
 """A sweep over the embedded and two tiny models: killed in the middle, resumed, gathered into one table."""
 
+import html
+import json
 import os
 import re
 import signal
@@ -74,6 +76,10 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_one_table(command: list[str]
     assert bound.count("**holds**") == 4
     page = (run / "index.html").read_text()
     assert [name in page for name in ("hybrid", "pure", "tiny-2", "tiny-3")] == [True] * 4
+    for name in ("hybrid", "pure", "tiny-2", "tiny-3"):
+        rows = json.loads((run / "results" / "0" / name / f"{NOTEBOOK}.json").read_text())["rows"]
+        [verdict] = [row["verdict"] for row in rows if row["claim"] == "C1"]
+        assert f'aria-label="Heads fall into two groups, {name}: {html.escape(verdict)}"' in page
     links = re.findall(r'href="(pages/[^"]+)"', page)
     assert len(links) >= 4
     assert all((run / link).exists() for link in links if NOTEBOOK in link)
