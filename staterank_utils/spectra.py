@@ -7,12 +7,12 @@ gives them all from singular values that are already at hand.
 
 import functools
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -49,7 +49,7 @@ def singular_values(state: Float[Tensor, "*lead d_k d_v"]) -> Float[Tensor, "*le
     _check(state)
     here = state.detach().cpu()
     decomposed = torch.linalg.svdvals if state.dtype == torch.float64 else _from_gram
-    values = torch.cat(list(_threads().map(decomposed, _shares(here))))
+    values = torch.cat(_side_by_side(decomposed, here))
     return values.view(*here.shape[:-2], values.shape[-1])
 
 
@@ -132,28 +132,35 @@ def decompose(
         ([3.0, 1.0], [[0.0, 3.0], [1.0, 0.0]])
     """
     wide = state.detach().to(device="cpu", dtype=torch.float64)
-    parts = list(_threads().map(functools.partial(torch.linalg.svd, full_matrices=False), _shares(wide)))
+    parts = _side_by_side(functools.partial(torch.linalg.svd, full_matrices=False), wide)
     u, sigma, vh = (torch.cat(part).reshape(*wide.shape[:-2], *part[0].shape[1:]) for part in zip(*parts, strict=True))
     return u, sigma, vh
 
 
-def _shares(matrices: Float[Tensor, "*lead n m"]) -> tuple[Tensor, ...]:
-    """One share of the matrices for each thread, since LAPACK takes them one after the other."""
-    return matrices.reshape(-1, *matrices.shape[-2:]).tensor_split(torch.get_num_threads())
+def _side_by_side(decomposed: Callable[[Tensor], Any], matrices: Float[Tensor, "*lead n m"]) -> list[Any]:
+    """What a decomposition makes of a share of the matrices for each thread, since LAPACK takes them one after the other.
+
+    Each thread keeps to itself: a matrix of 128 x 128 that LAPACK spreads over threads of its own takes four times longer, and a thread of the pool that once
+    had such threads slows down all later work of the process, since OpenMP then counts more threads than cores. The number that LAPACK
+    goes by is one for all threads, so it is 1 while the pool works, and what it was afterwards.
+    """
+    n_threads = torch.get_num_threads()
+    shares = matrices.reshape(-1, *matrices.shape[-2:]).tensor_split(n_threads)
+
+    def alone(share: Tensor) -> Any:
+        torch.set_num_threads(1)  # a thread that waited since an earlier call may have another number
+        return decomposed(share)
+
+    torch.set_num_threads(1)
+    try:
+        return list(_threads().map(alone, shares))
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    # Each thread keeps to itself: a matrix of 128 x 128 that LAPACK spreads over threads of its own takes four times longer.
-    n_threads, n_workers = torch.get_num_threads(), os.cpu_count() or 1
-    pool = ThreadPoolExecutor(n_workers, "staterank", initializer=torch.set_num_threads, initargs=(1,))
-    # What a thread sets is what threads that are started later begin with: all workers start now, and then it is set back.
-    started = threading.Barrier(n_workers + 1)
-    for _ in range(n_workers):
-        pool.submit(started.wait)
-    started.wait()
-    torch.set_num_threads(n_threads)
-    return pool
+    return ThreadPoolExecutor(os.cpu_count() or 1, "staterank")
 
 
 # A forked process has none of the threads, and would wait for them.

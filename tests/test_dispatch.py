@@ -19,7 +19,7 @@ from staterank_utils.architectures import linear_layers
 from staterank_utils.dispatch import Kernel, backends, choose_kernels, suited_kernels
 from staterank_utils.fla_cpu import loses_its_cache
 from staterank_utils.memory import scale_decay
-from staterank_utils.models import load_model, make_cache, read_tokens
+from staterank_utils.models import EMBEDDED, load_model, make_cache, read_tokens
 from staterank_utils.pruning import prune_heads
 from staterank_utils.rebinding import Rebinding, calls_through, functions_called
 from staterank_utils.surgery import ablate_heads, all_heads
@@ -267,6 +267,15 @@ def test_a_block_of_suited_kernels_ends_with_an_error() -> None:
     with pytest.raises(RuntimeError, match="stop"), suited_kernels(model):
         stop()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_generate_of_an_embedded_model_says_the_same_with_our_cache(name: str) -> None:
+    model = load_model(name)
+    prompt = torch.randint(3, 8000, (2, 12), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, past_key_values=make_cache(model), use_cache=True, **options), expected)
 
 
 GENERATES = [name for name in ARCHITECTURES if not name.startswith(("mamba2", "xlstm"))]  # whose generate takes a cache

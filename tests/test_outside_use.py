@@ -66,6 +66,27 @@ def test_a_compiled_model_is_ablated(model, ids: Tensor) -> None:
             assert torch.equal(model(ids).logits, expected)
 
 
+def test_an_ablated_model_with_a_static_cache_makes_the_tokens_of_any_other(model, ids: Tensor) -> None:
+    heads = all_heads(model)[:5]
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+
+    def logits(**more: str) -> Tensor:
+        return torch.stack(model.generate(ids, **options, **more).logits)
+
+    intact = logits()
+    with ablate_heads(model, heads):
+        expected = logits()
+        torch.testing.assert_close(logits(cache_implementation="static"), expected)
+    assert (expected - intact).abs().max() > 1e-3
+    torch.testing.assert_close(logits(cache_implementation="static"), intact)
+
+
 def test_a_compiled_model_or_base_is_traced(model, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("staterank_utils.dispatch.SEGMENT", 8)
     expected = states(model, ids)
@@ -81,6 +102,16 @@ def test_gradient_checkpointing_in_train_mode_keeps_the_cache(model, ids, monkey
     model.train()
     assert torch.equal(states(model, ids), expected)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bamba", "mamba2", "kimi_linear"])
+def test_gradient_checkpointing_keeps_the_cache_of_other_families(name: str, ids, monkeypatch) -> None:
+    monkeypatch.setattr("staterank_utils.dispatch.SEGMENT", 8)
+    model = ARCHITECTURES[name].build()
+    expected = states(model, ids)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert torch.equal(states(model, ids), expected)
 
 
 def test_a_base_model_that_takes_anything_gets_its_cache(model, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +269,24 @@ def test_threads_that_are_started_later_have_as_many_as_before() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux lists them")
+def test_threads_that_decompose_start_no_threads_of_their_own() -> None:
+    """OpenMP would count more threads than cores from then on, and all later work of the process take twice as long."""
+    script = (
+        "import os, torch\n"
+        "from staterank_utils import singular_values\n"
+        "def n_threads(): return len(os.listdir('/proc/self/task'))\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.randn(64, 128, 128)\n"
+        "(x @ x).relu().sum()\n"
+        "before = n_threads()\n"
+        "for _ in range(2): singular_values(x)\n"
+        "assert n_threads() <= before + 2, (before, n_threads())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_forward_mode_differentiation_goes_the_plain_way(model, ids: Tensor) -> None:
     model.set_attn_implementation("eager")
     embedded = model.get_input_embeddings()(ids).detach()
@@ -275,6 +324,12 @@ def test_a_stored_trace_is_not_taken_for_that_of_another_model(model, ids: Tenso
     weight.data = weight.data[:, torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0))]
     with pytest.raises(ValueError, match="trace of other weights"):
         stream_states(model, ids, positions=[4], folder=tmp_path / "weights")
+    mamba = ARCHITECTURES["falcon_h1"].build()
+    stream_states(mamba, ids, positions=[4], folder=tmp_path / "buffers")
+    mixer = next(module for module in mamba.modules() if "mup_vector" in module._buffers)
+    mixer.mup_vector *= 2
+    with pytest.raises(ValueError, match="trace of other weights"):
+        stream_states(mamba, ids, positions=[4], folder=tmp_path / "buffers")
 
 
 def test_positions_of_any_kind_and_measures_that_are_none(model, ids: Tensor, tmp_path: Path) -> None:
@@ -307,6 +362,27 @@ class Drops:
 def test_a_tokenizer_that_drops_characters_ends() -> None:
     with pytest.raises(ValueError, match="the tokenizer makes no token of"):
         domain_prompts("rare character", Drops(), n_prompts=1, n_tokens=8, seed=0)
+
+
+class Wide:
+    """A tokenizer of 150,000 tokens that counts how often it lists its special ones."""
+
+    asked = 0
+
+    def __len__(self) -> int:
+        return 150_000
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        self.asked += 1
+        return [0, 149_999]
+
+
+def test_random_tokens_list_a_large_vocabulary_once() -> None:
+    tokenizer = Wide()
+    drawn = domain_prompts("random tokens", tokenizer, n_prompts=4, n_tokens=512, seed=0)
+    assert tokenizer.asked == 1
+    assert not set(tokenizer.all_special_ids) & set(drawn.flatten().tolist())
 
 
 def test_a_tokenizer_of_another_model_names_both_sizes(model) -> None:
