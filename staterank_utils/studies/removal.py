@@ -16,8 +16,9 @@ from staterank_utils import claims
 from staterank_utils.architectures import state_size
 from staterank_utils.budget import in_words, weight_bytes
 from staterank_utils.evaluation import token_nats
+from staterank_utils.results import STORED
 from staterank_utils.selection import SHARES, saturation_scores
-from staterank_utils.strata import Estimate, bootstrap, exactly, spread
+from staterank_utils.strata import Estimate, bootstrap, exactly, spearman, spread
 from staterank_utils.studies.groups import HeadTrace, Row, trace_heads
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
 from staterank_utils.surgery import Head, ablate_heads, all_heads
@@ -35,6 +36,7 @@ BINS = {
     "128 to 512": (128, 512),
     "over 512": (512, None),
 }  # positions of the token that is predicted
+DAMAGE_FILE = STORED / "damage.json"  # of each head alone, written by training/damage.py
 POSITION_DOSES = (Fraction(1, 8), Fraction(1, 4), Fraction(3, 8))
 
 
@@ -718,6 +720,46 @@ def _secondary(
     for arm in tqdm(named, desc="secondary domains", leave=False):
         found[arm.label] = _without(model, heads, arm.heads, texts.secondary).mean(1)
     return {label: losses.reshape(len(NATURAL_DOMAINS), -1) for label, losses in found.items()}
+
+
+def damage_alone(model: PreTrainedModel, windows: Tensor) -> NDArray[np.float64]:
+    """Added nats per token without one head at a time.
+
+    Args:
+        model: from `load_model`.
+        windows: of text, (window, token).
+
+    Returns:
+        (head, window), heads in the order of `all_heads`.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> damage_alone(load_model("pure"), torch.arange(8).reshape(1, 8)).shape
+        (192, 1)
+    """
+    heads = all_heads(model)
+    intact = token_nats(model, windows).mean(1)
+    indices = tqdm(range(len(heads)), desc="heads", leave=False)
+    return np.stack([_without(model, heads, [index], windows).mean(1) - intact for index in indices])
+
+
+def follows_rank(heads: Sequence[Head], rank: NDArray[np.float64], damage: NDArray[np.float64]) -> tuple[float, float]:
+    """Spearman of rank and damage over all heads, and its mean over the layers in which it is defined.
+
+    Args:
+        heads: (layer, head) of each index.
+        rank, damage: one number per head.
+
+    Example:
+        >>> follows_rank([(0, 0), (0, 1), (1, 0), (1, 1)], np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 1.0, 4.0, 3.0]))
+        (0.6, -1.0)
+    """
+    layer = np.array([of for of, _ in heads])
+    parts = [np.flatnonzero(layer == of) for of in np.unique(layer)]
+    within = [spearman(rank[part], damage[part]) for part in parts]
+    defined = [rho for rho in within if not np.isnan(rho)]
+    return round(float(spearman(rank, damage)), 12), float(np.mean(defined)) if defined else float("nan")
 
 
 def _without(
