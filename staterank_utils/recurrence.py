@@ -1,13 +1,12 @@
-"""States on the way, on a GPU: what a kernel for many tokens passes over, made again beside it.
+"""States after many tokens, on a GPU: what a kernel passes over, made again beside it.
 
-A chunked kernel keeps a state for every 64 tokens or so, rounded to the dtype of its inputs. Here the recurrence itself is run over the same keys,
-values, decays and write strengths, each program holding some columns of a state in registers. Where states are wanted after many of the tokens, it goes
-token by token, so that the states after every token of a segment cost one pass over its tokens. Where few are wanted it goes by
-chunks, which end at the positions: what a chunk does to any state is made for all chunks at once. The sums are in float32, or as exact as
-that, so that a state made here is nearer to the exact one than that of a kernel that works in bfloat16 within a chunk.
+A kernel tells the state at the end of its call alone, and a call takes as long as some two hundred tokens of the recurrence. Where states are wanted
+more often, the recurrence itself is run over the same keys, values, decays and write strengths, token by token, each program holding some columns of
+a state in registers: the states after every token of a segment cost one pass over its tokens. The sums are in float32, so a state made
+here is nearer to the exact one than that of a kernel, which rounds within a chunk to the dtype of its inputs, or of float32 to TF32. So it is also run
+where the weights are float32, whatever the positions.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache, lru_cache
@@ -20,29 +19,26 @@ from torch import Tensor
 
 COLUMNS = 16  # of a state that one program holds
 AHEAD = 2  # tokens that are loaded while as many are read
-CHUNK = 32  # tokens of a chunk at most
-CHUNK_COLUMNS = 16  # of a state that one program holds through all chunks
-STAGES, WARPS, PART_WARPS = 3, 4, 1  # the fastest on an H200
-SPARSE = 16  # tokens per position from which on chunks are faster
-WIDEST_KEYS = 128  # for which what a chunk needs fits beside a state
-CHUNK_BYTES = 2**29  # of what chunks do to a state, that are made at once
+SPARSE = 256  # tokens per position from which on calls of the kernel that end there are faster
 DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")  # fmt: skip
 
 
-def serves(name: str, arguments: dict[str, Any]) -> bool:
-    """Whether the states of a call of a kernel can be made here.
+def serves(name: str, arguments: dict[str, Any], positions: Sequence[int]) -> bool:
+    """Whether the states of a call of a kernel can be made here, and are better made here.
 
     Args:
         name: of the kernel, in its modeling module.
         arguments: of the call, by name.
+        positions: at which states are wanted, numbers of tokens.
 
     Example:
-        >>> serves("torch_chunk_gated_delta_rule", {"key": torch.ones(1, 2, 1, 4)})  # on a CPU
+        >>> serves("torch_chunk_gated_delta_rule", {"key": torch.ones(1, 2, 1, 4)}, [1, 2])  # on a CPU
         False
     """
     return (
         name in DELTA_RULES
         and arguments["key"].is_cuda
+        and (arguments["value"].dtype == torch.float32 or positions[-1] < SPARSE * len(positions))
         and find_spec("triton") is not None
         and arguments.get("cu_seqlens") is None
         and not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values()))
@@ -88,52 +84,16 @@ def states_after(
         stop = start + wanted[-1]
         tokens = [x[:, start:stop].contiguous() for x in (key, value, g, beta)]
         kept = state.new_empty(n_batch, len(wanted), n_heads, d_k, d_v)
-        by_chunk = g.ndim == 3 and len(wanted) * SPARSE <= wanted[-1] and d_k <= WIDEST_KEYS
+        last = torch.empty_like(state)
         # Triton launches on the current GPU, which need not be that of the tensors.
         with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
-            state = (_by_chunk if by_chunk else _by_token)(tokens, wanted, state, kept, normalize)
+            _kernels().states[(n_batch * n_heads, -(-d_v // COLUMNS))](
+                *tokens, state, _slots(wanted, key.device), kept, last, stop - start, len(wanted), key.shape[2], n_heads, d_k, d_v,
+                TILE_K=max(16, 1 << (d_k - 1).bit_length()), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
+                AHEAD=AHEAD, num_warps=1,
+            )  # fmt: skip
         yield kept
-        start = stop
-
-
-def _by_token(
-    tokens: list[Tensor], wanted: tuple[int, ...], state: Tensor, kept: Tensor, normalize: bool
-) -> Float[Tensor, "batch head d_k d_v"]:
-    """Fill `kept` with the states after the wanted tokens, and return the last."""
-    key, value, g, _ = tokens
-    n_batch, n_tokens, n_heads, d_v = value.shape
-    n_keys, d_k = key.shape[2:]
-    last = torch.empty_like(state)
-    _kernels().states[(n_batch * n_heads, -(-d_v // COLUMNS))](
-        *tokens, state, _slots(wanted, key.device), kept, last, n_tokens, len(wanted), n_keys, n_heads, d_k, d_v,
-        TILE_K=_tile(d_k), TILE_V=COLUMNS, BY_CHANNEL=g.ndim == 4, NORMALIZE=normalize,
-        AHEAD=AHEAD, num_warps=1,
-    )  # fmt: skip
-    return last
-
-
-def _by_chunk(
-    tokens: list[Tensor], wanted: tuple[int, ...], state: Tensor, kept: Tensor, normalize: bool
-) -> Float[Tensor, "batch head d_k d_v"]:
-    """As `_by_token`, with one decay per head."""
-    key, value, *_ = tokens
-    n_batch, n_tokens, n_heads, d_v = value.shape
-    n_keys, d_k = key.shape[2:]
-    rows = n_batch * n_heads
-    for chunks in _chunks(wanted, key.device).split(max(1, CHUNK_BYTES // (4 * rows * CHUNK * (2 * d_k + d_v)))):
-        n = len(chunks)
-        reading, ending = state.new_empty(2, rows, n, CHUNK, d_k)
-        written, left, last = state.new_empty(rows, n, CHUNK, d_v), state.new_empty(rows, n), torch.empty_like(state)
-        _kernels().chunk_parts[(rows, n)](
-            *tokens, chunks, reading, written, ending, left, n_tokens, n, n_keys, n_heads, d_k, d_v,
-            CHUNK=CHUNK, TILE=32, NORMALIZE=normalize, num_warps=PART_WARPS,
-        )  # fmt: skip
-        _kernels().through_chunks[(rows, -(-d_v // CHUNK_COLUMNS))](
-            reading, written, ending, left, chunks, state, kept, last, n, len(wanted), n_heads, d_k, d_v,
-            CHUNK=CHUNK, TILE_K=_tile(d_k), TILE_V=CHUNK_COLUMNS, num_warps=WARPS, num_stages=STAGES,
-        )  # fmt: skip
-        state = last
-    return state
+        state, start = last, stop
 
 
 @lru_cache(maxsize=4)
@@ -141,27 +101,8 @@ def _slots(wanted: tuple[int, ...], device: torch.device) -> Int[Tensor, " token
     """Which of the wanted states is the one after a token, or -1; kept, since every layer asks for the same."""
     slots = torch.full(wanted[-1:], -1, dtype=torch.int32)
     slots[torch.tensor(wanted) - 1] = torch.arange(len(wanted), dtype=torch.int32)
-    return _on(device, slots)
-
-
-@lru_cache(maxsize=4)
-def _chunks(wanted: tuple[int, ...], device: torch.device) -> Int[Tensor, "chunk 3"]:
-    """First token of each chunk, the one behind its last, and which of the wanted states is the one behind it, or -1."""
-    rows = []
-    for slot, (start, stop) in enumerate(itertools.pairwise((0, *wanted))):
-        starts = range(start, stop, CHUNK)
-        rows += [(each, min(each + CHUNK, stop), slot if each == starts[-1] else -1) for each in starts]
-    return _on(device, torch.tensor(rows, dtype=torch.int32))
-
-
-def _tile(d_k: int) -> int:
-    """Rows of a state that a program holds: a power of two, and at least what products take."""
-    return max(16, 1 << (d_k - 1).bit_length())
-
-
-def _on(device: torch.device, table: Tensor) -> Tensor:
     # From pinned memory, since a copy from any other waits for all that the GPU has to do.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return slots.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else slots
 
 
 @cache

@@ -85,8 +85,9 @@ def trace_states(
     A prompt is read once, in segments of 2,048 tokens through the model's cache; where kernels that take little memory serve, of up to
     16,384 of all prompts together (`dispatch.segment_size`). Inside a segment only the kernels of the linear-attention layers stop at the positions, or tell the states on the way where they can. That is
     the same computation as one full pass, up to the order of float32 sums. Where an architecture has no such kernel, the segments
-    themselves end at the positions. On a GPU the states of a delta rule between two segments are made beside the kernel,
-    from what it is given (`recurrence`): in float32, where the kernel rounds some products to the dtype of its inputs.
+    themselves end at the positions. On a GPU the states of a delta rule are those of the model's own kernel, which rounds some products to the dtype of
+    its inputs; at positions less than 256 tokens apart on average, or of float32 weights, they are made beside the kernel from what it is given, in
+    float32 (`recurrence`).
 
     Source: S(t) as in arXiv:2602.02195; which states a layer keeps, `staterank_utils.architectures`.
 
@@ -275,7 +276,7 @@ class _StateTap:
             )
             return out, state
         known = isinstance(kernel, Kernel) and kernel.known
-        if self.positions[:-1] and known and recurrence.serves(kernel.__name__, tokens | rest):
+        if self.positions[:-1] and known and recurrence.serves(kernel.__name__, tokens | rest, self.positions):
             by_recurrence = recurrence.states_after(
                 *(tokens[name] for name in names[1:]),
                 positions=self.positions,

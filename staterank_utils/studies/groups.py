@@ -68,7 +68,7 @@ class HeadTrace:
 def trace_heads(model: PreTrainedModel, input_ids: Tensor, *, positions: Sequence[int]) -> HeadTrace:
     """Trace prompts and measure every state at the positions.
 
-    On a GPU name at least two positions: then states are made in float32 throughout (`tracing`).
+    On a GPU name at least two positions: then states of float32 weights are made in float32 throughout (`tracing`).
 
     Args:
         model: from `load_model`.
