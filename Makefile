@@ -39,7 +39,7 @@ book: .venv/installed ## run the notebooks (PROFILE=quick) and build the site in
 	$(BIN)/jupyter-book build $(STAGE) --path-output . --all -n -W --keep-going
 	@echo "the book is in _build/html/index.html"
 
-pdf: .venv/installed ## print the built book as _build/state-rank.pdf: needs chromium, and `make book` before
+pdf: .venv/installed ## print the built book as _build/state-rank.pdf and link it from the home page: needs chromium, and `make book` before
 	$(BIN)/python -m book.pdf --stage $(STAGE)
 
 test: .venv/installed ## run the tests that need no GPU, two at a time
@@ -51,7 +51,7 @@ test-architectures: .venv/installed ## run every check on a tiny model of every 
 test-slow: .venv/installed ## run what takes longest: the ladder's stored numbers, a sweep, reports, the wheel, lm-evaluation-harness (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu" $(SLOW)
 
-test-pages: .venv/installed ## look at the built book in a browser: needs chromium, and `make book` before
+test-pages: .venv/installed ## look at the built book and its PDF in a browser: needs chromium, and `make book pdf` before
 	$(BIN)/python -m pytest -n 2 $(PAGES)
 
 test-gpu: .venv/installed ## run the tests that need a GPU

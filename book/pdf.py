@@ -1,6 +1,6 @@
-"""The whole book as one PDF, printed by a browser from the pages that `make book` staged.
+"""The whole book as one PDF, printed by a browser from the pages that `make book` staged, and linked from the home page.
 
-python -m book.pdf --stage _build/stage --out _build/state-rank.pdf
+python -m book.pdf --stage _build/stage --site _build/html
 """
 
 import argparse
@@ -23,6 +23,8 @@ FLAGS = [
     "--disable-component-update",
 ]
 DRAWN = "[...document.querySelectorAll('figure.interactive')].every(each => each.classList.contains('drawn'))"
+SHOWN = '<p class="whole-book">'
+HIDDEN = SHOWN.replace(">", " hidden>")
 # What only a screen needs.
 HIDE = "header, footer.bd-footer, .bd-sidebar, .bd-sidebar-primary, .bd-sidebar-secondary, .article-header-buttons, .prev-next-footer, .vega-bindings, details.hide {display: none !important}"
 PAPER = "figure, table tr, pre, div.math {break-inside: avoid} section > section > h1 {break-before: page} .bd-main, .bd-content, .bd-article-container {max-width: none !important}"
@@ -92,14 +94,36 @@ def print_page(page: Path, target: Path) -> None:
         browser.close()
 
 
+def publish(made: Path, site: Path) -> None:
+    """Put the PDF into the built site, and show the link to it, which the home page hides until then.
+
+    Args:
+        made: the PDF.
+        site: folder of the built pages.
+
+    Raises:
+        SystemExit: the home page has no such link.
+    """
+    home = site / "book" / "intro.html"
+    text = home.read_text(encoding="utf-8")
+    if HIDDEN not in text and SHOWN not in text:
+        raise SystemExit(f"{home} has no link to a PDF: run `make book` first")
+    with whole_or_not(site / made.name) as partial:
+        shutil.copy(made, partial)
+    with whole_or_not(home) as partial:
+        partial.write_text(text.replace(HIDDEN, SHOWN), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=Path, default=ROOT / "_build" / "stage")
-    parser.add_argument("--out", type=Path, default=ROOT / "_build" / "state-rank.pdf")
+    parser.add_argument("--site", type=Path, default=ROOT / "_build" / "html")
     arguments = parser.parse_args()
     chromium()
-    print_page(one_page(arguments.stage.resolve()), arguments.out.resolve())
-    print(f"the book is in {arguments.out}, {arguments.out.stat().st_size / 2**20:.1f} MB")
+    made = ROOT / "_build" / "state-rank.pdf"
+    print_page(one_page(arguments.stage.resolve()), made)
+    publish(made, arguments.site)
+    print(f"the book is in {made}, {made.stat().st_size / 2**20:.1f} MB")
 
 
 if __name__ == "__main__":
