@@ -153,7 +153,7 @@ def _doses(ax: Axes, seeds: Iterable[Measured], scheme: str) -> None:
         removal = measured.removal
         for order in (RANDOM, LOW, HIGH):
             curve = removal.curve(scheme, order)
-            looks = {"linewidth": 1.2, "markersize": 2.5, **plotting.ORDER_LOOKS.get(order, plotting.RANDOM)}
+            looks = {"linewidth": 1.2, "markersize": 2.5, **plotting.ORDER_LOOKS.get(order, plotting.RANDOM_LOOK)}
             label = {RANDOM: "random heads", LOW: "lowest ranks", HIGH: "highest ranks"}[order]
             ax.plot(
                 [0.0, *(100 * share for share in curve)], [0.0, *(estimate.point for estimate in curve.values())],

@@ -23,7 +23,7 @@ from training.recipes import PARTITIONS as EXPANSION
 
 SSE, CONTROL = "hybrid-sse", "hybrid-fewheads"
 SHARED, PARTITIONS = "shared states", "partitions"
-STATES = {SHARED: plotting.HIGH, PARTITIONS: plotting.LOW}
+STATES = {SHARED: plotting.HIGH_LOOK, PARTITIONS: plotting.LOW_LOOK}
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ from staterank_utils.studies.setup import setup
 
 run = setup(globals(), "05_memory_and_recall", n_prompts=(1, 16), n_copies=(2, 8))
 plotting.use_style()
-GAP, CAP = recalls.GAP, claims.SECOND["C6"].numbers["cap"]
+GAP, CAP = recalls.COPY_GAP, claims.SECOND["C6"].numbers["cap"]
 loaded = {name: run.load(name) for name in run.models}
 decaying = [name for name, (network, _) in loaded.items() if can_cap(network)]
 caps = (CAP,) if run.quick else recalls.CAPS

@@ -21,12 +21,14 @@ SQUARINGS, AT_ONCE = 11, 4  # of the Gram matrix, and how many of them at most b
 WIDE_SQUARINGS = 3  # of them the first, in float32
 STARTS = 8  # vectors that the power is given
 EDGE = 1e-3  # relative distance from the threshold within which a singular value is called on the edge; over the rounding of a bound
-CHUNK = 2**26  # numbers in the states that are measured together, at most: three and a half moments of Qwen3-Next
+NUMBERS_AT_ONCE = (
+    2**26
+)  # numbers in the states that are measured together, at most: three and a half moments of Qwen3-Next
 BYTES_A_NUMBER = 56  # of memory that ranks and norms take at most, measured
 NORM_ERROR = 1e-5  # of a nuclear norm, relative
 EXCHANGES = 12  # enough for the best polynomial to rounding, whatever the interval
 HAIR = 1e-12  # of a threshold's square
-TINY = torch.finfo(torch.float64).tiny
+SMALLEST = torch.finfo(torch.float64).tiny
 
 
 def positive_eigenvalues(matrices: Float[Tensor, "n d d"]) -> Int[Tensor, " n"]:
@@ -137,15 +139,15 @@ def largest_eigenvalue(matrices: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, 
             power, scale = _over_trace(power, torch.bfloat16 if squaring else torch.float32)
             scales.append(scale.double())
         power = power @ power
-    scales.append(power.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).clamp_min(TINY))
+    scales.append(power.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).clamp_min(SMALLEST))
     grown = (power @ _starts(power.shape[-1], power.device)).double()
     length, most = grown.norm(dim=-2, keepdim=True).max(-1, keepdim=True)
-    first = grown.take_along_dim(most, -1) / length.clamp_min(TINY)
+    first = grown.take_along_dim(most, -1) / length.clamp_min(SMALLEST)
     image = matrices @ first
     own = first.mT @ image
     rest = image - own * first
     beside = rest.norm(dim=-2, keepdim=True)
-    second = rest / beside.clamp_min(TINY)
+    second = rest / beside.clamp_min(SMALLEST)
     other = second.mT @ (matrices @ second)
     half = (own - other) / 2
     return (other + half + torch.hypot(half, beside))[:, 0, 0], torch.stack(scales, 1)
@@ -233,7 +235,7 @@ def stable_ranks(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
     """
     prepared = prepare(states)
     matrices, largest = prepared.gram, prepared.largest
-    return torch.where(largest > 0, matrices.diagonal(dim1=-2, dim2=-1).sum(-1) / largest.clamp_min(TINY), 0.0)
+    return torch.where(largest > 0, matrices.diagonal(dim1=-2, dim2=-1).sum(-1) / largest.clamp_min(SMALLEST), 0.0)
 
 
 def nuclear_norms(states: Float[Tensor, "n d_k d_v"]) -> Float[Tensor, " n"]:
@@ -331,9 +333,9 @@ def quintics(smallest: float, error: float) -> tuple[tuple[float, float, float],
 def _numbers_at_once(device: torch.device) -> int:
     """As many as fill a GPU, or as half of its free memory is enough for."""
     if device.type != "cuda":
-        return CHUNK
+        return NUMBERS_AT_ONCE
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(CHUNK, (torch.cuda.mem_get_info(device)[0] + unused) // (2 * BYTES_A_NUMBER))
+    return min(NUMBERS_AT_ONCE, (torch.cuda.mem_get_info(device)[0] + unused) // (2 * BYTES_A_NUMBER))
 
 
 def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d_v"], **options: Any) -> Tensor:
@@ -353,7 +355,7 @@ def in_chunks(measure: Callable[..., Tensor], states: Float[Tensor, "*lead d_k d
     """
     flat = states.detach().reshape(-1, *states.shape[-2:])
     # Few fit anyway, and to ask for the free memory takes as long as they do.
-    n_numbers = CHUNK if flat.numel() < CHUNK // 16 else _numbers_at_once(states.device)
+    n_numbers = NUMBERS_AT_ONCE if flat.numel() < NUMBERS_AT_ONCE // 16 else _numbers_at_once(states.device)
     size = max(1, n_numbers // flat[0].numel())
     measured = torch.cat([measure(part, **options) for part in flat.split(size)])
     return measured.view(*states.shape[:-2], *measured.shape[1:])

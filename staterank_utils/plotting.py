@@ -27,12 +27,12 @@ from staterank_utils.strata import GAP, LOW_UNDER, Estimate, is_high, turning
 from staterank_utils.tracing import StateTrace
 
 BLUE, ORANGE, GREEN, _, PURPLE, *_ = sns.color_palette("colorblind")
-HIGH = {"color": BLUE, "linestyle": "-", "marker": "o"}
-LOW = {"color": ORANGE, "linestyle": "--", "marker": "s"}
-RANDOM = {"color": "0.6", "linestyle": ":", "marker": ""}
+HIGH_LOOK = {"color": BLUE, "linestyle": "-", "marker": "o"}
+LOW_LOOK = {"color": ORANGE, "linestyle": "--", "marker": "s"}
+RANDOM_LOOK = {"color": "0.6", "linestyle": ":", "marker": ""}
 ORDER_LOOKS: Mapping[str, Mapping[str, Any]] = {
-    "low rank": LOW,
-    "high rank": HIGH,
+    "low rank": LOW_LOOK,
+    "high rank": HIGH_LOOK,
     "joint": {"color": GREEN, "marker": "^", "linestyle": "-."},
     "large norm": {"color": PURPLE, "marker": "v", "linestyle": ":"},
 }
@@ -314,7 +314,7 @@ def plot_ranks_over_time(
     bound = np.minimum(np.asarray(positions), d)
     for ax, layer_ranks, layer in zip(axes, ranks, layers, strict=True):
         for head, high in zip(layer_ranks.T, is_high(layer_ranks[-1], d), strict=True):
-            ax.plot(positions, head, markersize=2.5, linewidth=1, alpha=0.85, **(HIGH if high else LOW))
+            ax.plot(positions, head, markersize=2.5, linewidth=1, alpha=0.85, **(HIGH_LOOK if high else LOW_LOOK))
         ax.plot(positions, bound, color="black", linewidth=1, linestyle=":")
         in_tokens(ax)
         ax.set_title(f"layer {layer}", fontsize="medium")
@@ -358,6 +358,9 @@ def plot_half_lives(ax: Axes, half_lives: Mapping[str, NDArray], *, window: Sequ
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
 
 
+LIVE_EVERY = 6  # of the heads of this run that are drawn over a stored one
+
+
 def plot_rank_distribution(ax: Axes, groups: Mapping[str, NDArray], *, live: NDArray | None = None) -> None:
     """Relative effective rank r/d of all heads, sorted, one curve per group, with the gap (0.2, 0.8) shaded.
 
@@ -386,7 +389,9 @@ def plot_rank_distribution(ax: Axes, groups: Mapping[str, NDArray], *, live: NDA
         ax.plot(*sorted_over_heads(values), label=label, linewidth=2, **look)
     if live is not None:
         x, y = sorted_over_heads(live)
-        ax.plot(x[::6], y[::6], "o", color=BLUE, markerfacecolor="none", markersize=4, label="this run")
+        ax.plot(
+            x[::LIVE_EVERY], y[::LIVE_EVERY], "o", color=BLUE, markerfacecolor="none", markersize=4, label="this run"
+        )
     ax.axhspan(*GAP, color="0.9", zorder=0)
     ax.annotate(
         "between the groups",
@@ -436,7 +441,7 @@ def plot_scaled(ax: Axes, half_life: NDArray, relative: NDArray, *, d: int) -> N
         ['longer', 'shorter', 'law']
     """
     middle = len(half_life) // 2
-    for rows, style, label in ((slice(middle), HIGH, "longer"), (slice(middle, None), LOW, "shorter")):
+    for rows, style, label in ((slice(middle), HIGH_LOOK, "longer"), (slice(middle, None), LOW_LOOK, "shorter")):
         ax.plot(
             half_life[rows].ravel(), relative[rows].ravel(), linestyle="none", marker=style["marker"], color=style["color"],
             markersize=3, alpha=0.5, label=label,
@@ -497,7 +502,9 @@ def plot_thresholds(ax: Axes, curves: Mapping[float, NDArray], *, registered: fl
     ax.legend(title="threshold ε", frameon=False, fontsize="small")
 
 
-def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.bool_]) -> None:
+def plot_by_domain(
+    ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.bool_], *, live: Mapping[str, NDArray] | None = None
+) -> None:
     """One column of heads per kind of input, r/d upwards; marks are by the label given, high ones on the left and low ones on the right.
 
     A line at half of d parts the labels.
@@ -506,6 +513,7 @@ def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.boo
         ax: where to draw.
         values: kind of input -> r/d over heads, 0..1.
         high: labels of the same heads.
+        live: the same that this run found, every sixth head as an open mark; None where the values are this run.
 
     Example:
         >>> ax = Figure().subplots()
@@ -516,10 +524,20 @@ def plot_by_domain(ax: Axes, values: Mapping[str, NDArray], high: NDArray[np.boo
     spread = np.random.default_rng(0).uniform(0.04, 0.36, len(high)) * np.where(high, -1, 1)
     for column, relative in enumerate(values.values()):
         plot_head_pairs(ax, column + spread, relative, high, xlabel="", ylabel="effective rank r / d")
+    looks: dict[str, Any] = {"color": "black", "markerfacecolor": "none", "markersize": 6, "linestyle": "none"}
+    for column, relative in enumerate(live.values() if live else ()):
+        ax.plot((column + spread)[::LIVE_EVERY], relative[::LIVE_EVERY], "o", label="this run", **looks)
     ax.axhline(LOW_UNDER, color="0.6", linewidth=1)
     ax.set_xticks(range(len(values)), list(values), rotation=20)
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # one per label
+    named = {"high": "high on prose", "low": "low on prose", "this run": "this run"}
     ax.legend(
-        ["high on prose", "low on prose"], frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
+        [*handles.values()],
+        [named[label] for label in handles],
+        frameon=False,
+        fontsize="small",
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
     )
 
 
@@ -550,7 +568,7 @@ def plot_head_pairs(
     if not isinstance(y, np.ndarray):
         ax.vlines(x, [e.low for e in y], [e.high for e in y], color="0.6", linewidth=1, zorder=1)
         y = np.array([e.point for e in y])
-    for group, style, label in ((high, HIGH, "high"), (~high, LOW, "low")):
+    for group, style, label in ((high, HIGH_LOOK, "high"), (~high, LOW_LOOK, "low")):
         ax.plot(
             x[group],
             y[group],
@@ -578,7 +596,7 @@ def plot_selection(ax: Axes, rank: NDArray, norm: NDArray, removed: NDArray[np.b
         >>> [(line.get_label(), line.get_marker(), len(line.get_xdata())) for line in ax.lines]
         [('removed', 'x', 1), ('kept', 'o', 2)]
     """
-    for group, marker, colour, label in ((removed, "x", HIGH["color"], "removed"), (~removed, "o", "0.4", "kept")):
+    for group, marker, colour, label in ((removed, "x", HIGH_LOOK["color"], "removed"), (~removed, "o", "0.4", "kept")):
         ax.plot(
             rank[group],
             norm[group],
@@ -676,8 +694,8 @@ def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> N
 
 
 CACHE_LOOKS: Mapping[str, Mapping[str, Any]] = {
-    "the last pairs": HIGH,
-    "the largest values": LOW,
+    "the last pairs": HIGH_LOOK,
+    "the largest values": LOW_LOOK,
     "half of each": {"color": GREEN, "linestyle": "-.", "marker": "^"},
 }
 
@@ -742,12 +760,12 @@ def plot_added(
     ax.axhline(ruin, color="black", linewidth=1, linestyle=":")
     for order, by_share in curves.items():
         x = [0.0, *(100 * share for share in by_share)]
-        looks = {"linewidth": 1.5, "markersize": 4, **ORDER_LOOKS.get(order, RANDOM)}
+        looks = {"linewidth": 1.5, "markersize": 4, **ORDER_LOOKS.get(order, RANDOM_LOOK)}
         label = order if order in ORDER_LOOKS else "random, mean and range"
         plot_with_band(ax, x, [nothing, *by_share.values()], label=label, **looks)
     for order, by_share in (again or {}).items():
         looks = {
-            **ORDER_LOOKS.get(order, RANDOM),
+            **ORDER_LOOKS.get(order, RANDOM_LOOK),
             "linestyle": "none",
             "marker": ORDER_LOOKS.get(order, {}).get("marker", "D"),
         }
@@ -771,7 +789,7 @@ def plot_within(ax: Axes, areas: NDArray, own: float) -> None:
         [-0.05, -0.05]
     """
     ax.hist(areas, bins=20, color="0.75")
-    ax.axvline(own, color=LOW["color"], linestyle="--", linewidth=2)
+    ax.axvline(own, color=LOW_LOOK["color"], linestyle="--", linewidth=2)
     ax.set(xlabel="D, nats per token × share of heads", ylabel="random orders")
 
 
@@ -793,7 +811,7 @@ def plot_undone(ax: Axes, keeps: Sequence[float], groups: Mapping[str, NDArray],
     ax.axhline(enough, color="black", linewidth=1, linestyle=":")
     for label, added in groups.items():
         undone = 1 - added / added[0].mean()
-        looks = {"markersize": 4, **(HIGH if label.startswith("high") else RANDOM)}
+        looks = {"markersize": 4, **(HIGH_LOOK if label.startswith("high") else RANDOM_LOOK)}
         low, high = undone.min(1), undone.max(1)
         estimates = [Estimate(*map(float, row)) for row in zip(undone.mean(1), low, high, strict=True)]
         plot_with_band(ax, [100.0 * keep for keep in keeps], estimates, label=label, **looks)
@@ -862,7 +880,7 @@ def plot_caps(left: Axes, right: Axes, recalls: Mapping[str, Any], *, gap: int, 
         return sorted(recall.cap_rank, key=lambda label: float(label.removeprefix("cap ").replace("intact", "inf")))
 
     everyone = max((caps(recall) for recall in recalls.values()), key=len)
-    for (name, recall), look in zip(recalls.items(), (HIGH, LOW, RANDOM), strict=False):
+    for (name, recall), look in zip(recalls.items(), (HIGH_LOOK, LOW_LOOK, RANDOM_LOOK), strict=False):
         x = [float(everyone.index(label)) for label in caps(recall)]
         plot_with_band(left, x, [recall.gain(label, gap) for label in caps(recall)], label=name, **look)
         right.plot(x, [recall.cap_rank[label].mean() / recall.d for label in caps(recall)], label=name, **look)
@@ -907,7 +925,7 @@ def plot_recall_without(
     percent = [0.0, *(100 * share for share in found.shares)]
     means = {"random": found.random.mean(1), **found.gain}
     for order, gains in means.items():
-        looks = {"markersize": 5, **ORDER_LOOKS.get(order, {**RANDOM, "marker": "D"})}
+        looks = {"markersize": 5, **ORDER_LOOKS.get(order, {**RANDOM_LOOK, "marker": "D"})}
         label = order if order in ORDER_LOOKS else "random, mean and range"
         left.plot(percent, [found.intact, *gains], label=label, **looks)
         right.plot([0.0, *found.added[order]], [found.intact, *gains], label=label, **looks)

@@ -90,7 +90,7 @@ def test_norms_and_stable_ranks_are_those_of_an_svd(states: Tensor, device: str)
 def test_states_are_measured_chunk_by_chunk(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = STATES["decaying"].to(device)
     whole = inertia.in_chunks(inertia.ranks_and_norms, states, rel_tol=TOLERANCE)
-    monkeypatch.setattr(inertia, "CHUNK", 3 * states[0].numel())
+    monkeypatch.setattr(inertia, "NUMBERS_AT_ONCE", 3 * states[0].numel())
     parts = inertia.in_chunks(inertia.ranks_and_norms, states, rel_tol=TOLERANCE)
     assert torch.equal(parts[:, 0], whole[:, 0])
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=0)
@@ -112,7 +112,7 @@ def test_no_more_are_measured_together_than_half_of_the_free_memory_is_enough_fo
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11_000, 80_000))
     assert inertia._numbers_at_once(gpu) == 11_200 // (2 * inertia.BYTES_A_NUMBER)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
-    assert inertia._numbers_at_once(gpu) == inertia._numbers_at_once(torch.device("cpu")) == inertia.CHUNK
+    assert inertia._numbers_at_once(gpu) == inertia._numbers_at_once(torch.device("cpu")) == inertia.NUMBERS_AT_ONCE
 
 
 @pytest.mark.parametrize("device", DEVICES)

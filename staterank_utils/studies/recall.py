@@ -25,7 +25,7 @@ from staterank_utils.tasks import domain_prompts
 GAPS = (16, 64, 256, 512, 1024)  # tokens of a copy, and so the distance that is looked back
 CAPS = (128, 64, 32, 16, 8)  # tokens
 INTACT = "intact"
-GAP = claims.SECOND["C6"].numbers["copy"]  # tokens of the copy that claims look at
+COPY_GAP = claims.SECOND["C6"].numbers["copy"]  # tokens of the copy that claims look at
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Recall:
     task_nats: Mapping[str, NDArray[np.float64]]
     d: int
 
-    def gain(self, label: str = INTACT, gap: int = GAP) -> Estimate:
+    def gain(self, label: str = INTACT, gap: int = COPY_GAP) -> Estimate:
         """Mean gain at a gap with its interval over windows, drawn within each text.
 
         Raises:
@@ -67,7 +67,7 @@ class Recall:
         """Gains of the intact model over each distance that was measured, in words."""
         return ", ".join(f"{self.gain(gap=gap).point:.2f} over {gap} tokens" for gap in self.gaps)
 
-    def taken(self, cap: int = claims.SECOND["C6"].numbers["cap"], gap: int = GAP) -> Estimate:
+    def taken(self, cap: int = claims.SECOND["C6"].numbers["cap"], gap: int = COPY_GAP) -> Estimate:
         """Share of the intact gain that a cap takes, with its interval over windows (C6)."""
         pair = np.stack([self._at(f"cap {cap}", gap), self._at(INTACT, gap)], 1)
         return bootstrap(
@@ -370,7 +370,7 @@ def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> 
         pure hardly recalls: its gain from reading 512 tokens twice is -0.01 nats per token.
     """
     if not found.recalls:
-        return f"{name} hardly recalls: its gain from reading {GAP} tokens twice is {found.intact:.2f} nats per token."
+        return f"{name} hardly recalls: its gain from reading {COPY_GAP} tokens twice is {found.intact:.2f} nats per token."
     at = found.shares.index(share)
     low, high, random = found.gain[LOW][at], found.gain[HIGH][at], found.random[at]
     who = (
@@ -381,6 +381,6 @@ def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> 
         else "no group alone"
     )
     return (
-        f"{name}'s recall needs {who} (one training, exploratory). Without {share:.0%} of the heads of every layer, its gain from reading {GAP} tokens twice goes from "
+        f"{name}'s recall needs {who} (one training, exploratory). Without {share:.0%} of the heads of every layer, its gain from reading {COPY_GAP} tokens twice goes from "
         f"{found.intact:.2f} nats per token to {low:.2f} (lowest ranks), {high:.2f} (highest) or {random.mean():.2f} (random)."
     )
