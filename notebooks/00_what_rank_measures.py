@@ -78,7 +78,7 @@ prompts = {
     name: domain_prompts("prose", words, **run.sizes) for name, (_, words) in loaded.items()
 }
 
-# %% mystnb={"figure": {"caption": "Effective rank of every head against its half-life, this run. Line: the law for the threshold and size that the sliders set. Diamond: one example of it.", "name": "fig-law"}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Effective rank of every head against its half-life. Filled: stored run, at the first threshold shown. Open: this run. Line: the law for the sliders' threshold and size. Diamond: one example.", "name": "fig-law"}} tags=["hide-input"]
 by_eps, half_lives = {}, {}
 for name, (network, _) in loaded.items():
     ends = [run.sizes["n_tokens"] // 2, run.sizes["n_tokens"]]
@@ -87,7 +87,13 @@ for name, (network, _) in loaded.items():
     tables = [spectrum.effective_rank(rel_tol=10.0**-n).double() for n in interactive.DIGITS]
     by_eps[name] = np.stack([table.mean(1).flatten().numpy() for table in tables])
     half_lives[name] = found[name].live.half_life()
-chart = interactive.law_chart(half_lives, by_eps, d=max(of.d for of in shown.values()))
+before = {
+    name: (shown[name].half_life(), shown[name].rank["prose"].mean(0))
+    for name in found
+    if found[name].made
+}
+largest = max(of.d for of in shown.values())
+chart = interactive.law_chart(half_lives, by_eps, d=largest, stored=before)
 ALT = "Scatter of effective rank against half-life on a logarithmic axis: points rise along a curve and stay near d beyond some 10 tokens."
 if drawn := interactive.rows_of(chart):
     run.keep("fig-law", drawn)

@@ -64,11 +64,13 @@ found = {name: repeat_groups(name, *of, **run.sizes, **run.where) for name, of i
 shown = {name: groups.shown for name, groups in found.items()}
 end = {name: groups["end"] for name, groups in shown.items()}
 
-# %% mystnb={"figure": {"caption": "r/d of every head at the last token per kind of input, mean over prompts. Dots are high on prose, squares low. A dot under the line or a square over it changed label.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by kind of input, one panel per model; dots are heads that are high on prose, squares those that are low."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "r/d of every head at the last token per kind of input. Dots are high on prose, squares low; one on the other side of the line changed label. Circles: every sixth head, this run.", "name": "fig-domains"}, "image": {"alt": "Strip plot of relative rank by kind of input, one panel per model; dots are heads that are high on prose, squares those that are low."}} tags=["hide-input"]
 _, panels = plotting.panel_grid(len(run.models), 1, width=10, row_height=2.7)
 for ax, (name, groups) in zip(panels.flat, end.items(), strict=True):
     means = {domain: groups.relative(domain).mean(0) for domain in DOMAINS}
-    plotting.plot_by_domain(ax, means, means["prose"] >= strata.LOW_UNDER)
+    again = found[name].live if found[name].made else None
+    live = again and {domain: again.relative(domain).mean(0) for domain in DOMAINS}
+    plotting.plot_by_domain(ax, means, means["prose"] >= strata.LOW_UNDER, live=live)
     ax.set_title(name, fontsize="medium")
 run.keep("fig-domains")
 

@@ -55,8 +55,8 @@ from IPython.display import HTML, Markdown
 from staterank_utils import claims, interactive, markdown, plotting, selection, strata
 from staterank_utils.evaluation import score_interval
 from staterank_utils.studies import removal as removals
+from staterank_utils.studies import repeated
 from staterank_utils.studies.by_task import measure_by_task, tasks_of
-from staterank_utils.studies.repeated import half_lives_of, repeat_removal
 from staterank_utils.studies.setup import setup
 from staterank_utils.studies.texts import draw_texts
 
@@ -73,7 +73,7 @@ for name in run.models:
     few = {"n_windows": 1, "n_calibration": 2} if run.quick else {}
     texts = draw_texts(tokenizer, seed=run.seed, **few)
     print(f"{name}: {removals.planned(network, texts, sizes)}", file=sys.stderr)
-    removed[name] = repeat_removal(name, network, texts, sizes=sizes, seed=run.seed)
+    removed[name] = repeated.repeat_removal(name, network, texts, sizes=sizes, seed=run.seed)
     counts = {**run.sizes, "n_draws": max(run.sizes["n_draws"], 8)}
     by_task[name] = measure_by_task(network, tokenizer, tasks_of(profile), name=name, **counts)
 shown = {name: found.shown for name, found in removed.items()}
@@ -124,13 +124,19 @@ with ablate_heads(network, highest):
 f"{name}, {n} fewer heads: {without - token_nats(network, texts.windows).mean():+.3f} nats per token"
 
 # %% [markdown]
-# Heads are ordered by effective rank on other text. Try it: colour the heads by a measure, choose an order, and move the slider.
+# Heads are ordered by effective rank on other text. Try it: colour the heads by a measure, choose an order, and move the sliders. *Nats added
+# without it* is the cost of a head that is removed alone.
 
 # %% mystnb={"figure": {"caption": "All heads of each model, layer by layer. Crosses: removed, in the chosen order. Below: what each order costs; the line marks the slider's dose.", "name": "fig-explorer"}} tags=["hide-input"]
 ALT = "Grid of the heads of {}, coloured by relative rank, with curves of added nats by number of heads removed."
-explorers, rows = [], []
+explorers, rows, alone = [], [], []
 for name, found in shown.items():
-    measures = {"r / d": found.rank / found.d, **half_lives_of(name)}
+    measures = {"r / d": found.rank / found.d, **repeated.measures_of(name)}
+    if repeated.DAMAGE in measures:
+        over, within = removals.follows_rank(found.heads, found.rank, measures[repeated.DAMAGE])
+        alone.append(
+            f"{over:.2f} over all heads, {within:.2f} on average within a layer ({name})"
+        )
     orders = [order for order in (HIGH, LOW, removals.JOINT) if order in found.orders]
     places = {order: found.places(order) for order in orders}
     costs = found.costs(MODEL, (*places, RANDOM))
@@ -143,7 +149,8 @@ HTML("".join(explorers))
 
 # %% [markdown]
 # Choose *low rank* and a quarter of the heads: do the crosses gather in a few layers? Choose *joint*, the paper's score: does it take heads of the
-# first layer early?
+# first layer early? And do heads of low rank cost more one by one? Spearman of rank and of what each head costs alone (exploratory, one training
+# seed per model): {glue:text}`alone`. A negative number means that heads of low rank cost more. A group need not cost what its heads cost alone.
 #
 # ## Or is it the layer?
 #
@@ -267,6 +274,7 @@ for name in run.models:
 Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
+counting = ((name, ", ".join(found.heads) or "none") for name, found in by_task.items())
 quarter, answer, kept = [], [], []
 for name, found in shown.items():
     points = [found.near(MODEL, order, 0.25).point for order in (LOW, HIGH, RANDOM)]
@@ -279,7 +287,6 @@ for name, found in shown.items():
     answer.append(f"lowest rank {low}, highest {high}, random {random} ({name})")
 
 # %% tags=["hide-input"]
-counting = ((name, ", ".join(found.heads) or "none") for name, found in by_task.items())
 said = {
     "answer C4c": markdown.by_model(verdicts, "C4c"),
     "intact": "; ".join(f"{of.intact_in_words()} ({name})" for name, of in shown.items()),
@@ -294,6 +301,7 @@ said = {
         f"{of.at_in_words(MODEL, (LOW, HIGH, RANDOM), selection.PAPER_SHARE)} ({name})"
         for name, of in shown.items()
     ),
+    "alone": "; ".join(alone) or "not measured",
     "sources": " ".join(found.source(name) for name, found in removed.items()),
     "n_prompts": f"{run.sizes['n_prompts']}",
     "all_removed": "; ".join(f"{shown[name].damage_in_words()} in {name}" for name in grouped)

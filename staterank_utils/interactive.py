@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from staterank_utils.plotting import BLUE, ORANGE, ORDER_LOOKS
 from staterank_utils.surgery import Head
 
+LIVE = "this run"
 DIGITS = (1, 2, 3, 4, 5, 6)  # thresholds 10^-1 to 10^-6
 COLOURS = {order: to_hex(looks["color"]) for order, looks in ORDER_LOOKS.items()}
 
@@ -83,20 +84,25 @@ def bundle() -> str:
 
 
 def law_chart(
-    half_lives: Mapping[str, NDArray[np.float64]], ranks: Mapping[str, NDArray[np.float64]], *, d: int
+    half_lives: Mapping[str, NDArray[np.float64]],
+    ranks: Mapping[str, NDArray[np.float64]],
+    *,
+    d: int,
+    stored: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
 ) -> alt.LayerChart:
     """Rank against half-life: the law as a line, every head as a point; sliders for the threshold, d and one half-life.
 
     Args:
-        half_lives: model -> tokens over heads; heads without decay are left out.
+        half_lives: model -> tokens over heads, of this run: open marks; heads without decay are left out.
         ranks: model -> (threshold, head), effective ranks at 10^-1 to 10^-6.
         d: largest possible rank of these models, where the slider of d begins.
+        stored: model -> half-lives and ranks at 10^-4 of the stored run: filled marks, shown at that threshold; empty for none.
 
     Raises:
         ValueError: not as many thresholds as `DIGITS`, or not as many ranks as half-lives.
 
     Example:
-        >>> chart = law_chart({"hybrid": np.array([2.0, 80.0])}, {"hybrid": np.full((6, 2), 3.0)}, d=64)
+        >>> chart = law_chart({"hybrid": np.array([2.0, 80.0])}, {"hybrid": np.full((6, 2), 3.0)}, d=64, stored={})
         >>> [param["name"] for param in chart.to_dict()["params"]]
         ['digits', 'd', 'log_half_life']
     """
@@ -109,7 +115,13 @@ def law_chart(
         for half_life, of_head in zip(half_lives[name], table.T, strict=True):
             if np.isfinite(half_life):
                 of_digits = {f"r{digits}": round(float(rank), 2) for digits, rank in zip(DIGITS, of_head, strict=True)}
-                heads.append({"model": name, "half_life": float(f"{half_life:.4g}"), **of_digits})
+                heads.append({"run": LIVE, "model": name, "half_life": float(f"{half_life:.4g}"), **of_digits})
+    before = [
+        {"run": "stored", "model": name, "half_life": float(f"{half_life:.4g}"), "r4": round(float(rank), 2)}
+        for name, of_heads in stored.items()
+        for half_life, rank in zip(*of_heads, strict=True)
+        if np.isfinite(half_life)
+    ]
 
     def slider(name: str, label: str, value: int, low: int, high: int, step: float | int) -> alt.Parameter:
         return alt.param(name=name, value=value, bind=alt.binding_range(min=low, max=high, step=step, name=f"{label} "))
@@ -126,24 +138,26 @@ def law_chart(
         .axis(format="~g", tickCount=5)
     )
     y = alt.Y("rank:Q", title="effective rank r").scale(domainMin=0, domainMax=alt.ExprRef(f"1.1 * max(d, {d})"))
-    points = (
-        alt.Chart(alt.Data(values=heads))
-        .transform_calculate(rank="datum['r' + digits]")
-        .mark_point(size=30, opacity=0.75)
-        .encode(
-            x=x,
-            y=y,
-            color=alt.Color("model:N")
-            .scale(range=[to_hex(colour) for colour in (BLUE, ORANGE)])
-            .legend(orient="top", title=None),
-            shape=alt.Shape("model:N").legend(orient="top", title=None),
-            tooltip=[
-                alt.Tooltip("model:N"),
-                alt.Tooltip("half_life:Q", title="half-life, tokens", format=".3~g"),
-                alt.Tooltip("rank:Q", title="effective rank", format=".1f"),
-            ],
-        )
-    )
+    looks = {
+        "x": x,
+        "y": y,
+        "color": alt.Color("model:N")
+        .scale(range=[to_hex(colour) for colour in (BLUE, ORANGE)])
+        .legend(orient="top", title=None),
+        "shape": alt.Shape("model:N").legend(orient="top", title=None),
+        "tooltip": [
+            alt.Tooltip("run:N"),
+            alt.Tooltip("model:N"),
+            alt.Tooltip("half_life:Q", title="half-life, tokens", format=".3~g"),
+            alt.Tooltip("rank:Q", title="effective rank", format=".1f"),
+        ],
+    }
+    live = alt.Chart(alt.Data(values=heads)).transform_calculate(rank="datum['r' + digits]")
+    known = alt.Chart(alt.Data(values=before)).transform_filter("digits == 4").transform_calculate(rank="datum.r4")
+    points = [
+        *([known.mark_point(size=30, opacity=0.5, filled=True).encode(**looks)] if before else []),
+        live.mark_point(size=30, opacity=0.75).encode(**looks),
+    ]
     curve = (
         alt.Chart(alt.sequence(-5, 10, 0.02, as_="log"))
         .transform_calculate(half_life="pow(2, datum.log)")
@@ -165,7 +179,7 @@ def law_chart(
     text = one.mark_text(fontSize=14, align="left", baseline="top", color="#d55e00").encode(
         x=alt.value(8), y=alt.value(4), text="text:N"
     )
-    chart: Any = alt.layer(curve, points, mark, text).add_params(*sliders)
+    chart: Any = alt.layer(curve, *points, mark, text).add_params(*sliders)
     return chart.properties(width="container", height=300)
 
 
@@ -175,7 +189,7 @@ def heads_chart(
     places: Mapping[str, Sequence[int]],
     added: Sequence[Mapping[str, Any]],
 ) -> alt.VConcatChart:
-    """A grid of heads, layer by layer: colour by a measure, a slider that removes heads, and what that costs.
+    """A grid of heads, layer by layer: colour by a measure, a slider that removes heads, what that costs, and the numbers of one head.
 
     Args:
         heads: (layer, head) of each.
@@ -186,8 +200,8 @@ def heads_chart(
     Example:
         >>> rows = [{"order": "high rank", "n": 1, "added": 0.1}]
         >>> chart = heads_chart([(0, 0), (0, 1)], {"r / d": [0.1, 0.9]}, {"high rank": [1, 0]}, rows)
-        >>> sorted(param["name"] for param in chart.to_dict()["params"])[-3:]
-        ['measure', 'n_removed', 'order']
+        >>> sorted(param["name"] for param in chart.to_dict()["params"])[-4:]
+        ['n_removed', 'order', 'seen_head', 'seen_layer']
     """
     rows = [
         {"layer": layer, "head": head}
@@ -203,7 +217,16 @@ def heads_chart(
         value=len(heads) // 4,
         bind=alt.binding_range(min=0, max=len(heads) // 2, step=1, name="heads removed "),
     )
-    n_layers = len({layer for layer, _ in heads})
+    layers = sorted({layer for layer, _ in heads})
+    # One head to look at, by keys and by touch as well.
+    seen_layer = alt.param(
+        name="seen_layer", value=layers[0], bind=alt.binding_select(options=layers, name="look at layer ")
+    )
+    seen_head = alt.param(
+        name="seen_head",
+        value=0,
+        bind=alt.binding_range(min=0, max=max(head for _, head in heads), step=1, name="head "),
+    )
     base = (
         alt.Chart(alt.Data(values=rows))
         .transform_calculate(shown="datum[measure]", gone="datum['place ' + order] < n_removed")
@@ -219,7 +242,18 @@ def heads_chart(
     cross, gone = "M-1,-1L1,1M-1,1L1,-1", base.transform_filter("datum.gone")
     halo = gone.mark_point(shape=cross, size=60, strokeWidth=5, stroke="black", opacity=1)
     crosses = gone.mark_point(shape=cross, size=60, strokeWidth=2.5, stroke="white", opacity=1)
-    grid = alt.layer(cells, halo, crosses).properties(width=480, height=22 * n_layers)
+    seen = base.transform_filter("datum.layer == seen_layer && datum.head == seen_head")
+    frame = seen.mark_rect(filled=False, stroke="#d55e00", strokeWidth=3)
+    numbers = [f"'{label} ' + format(datum['{label}'], '.3~g')" for label in labels]
+    pairs = [
+        " + ', ' + ".join(numbers[i : i + 2]) for i in range(0, len(numbers), 2)
+    ]  # as much as a phone shows in a line
+    place = "'layer ' + datum.layer + ', head ' + datum.head + ': number ' + (1 + datum['place ' + order]) + ' to go'"
+    told = seen.transform_calculate(told=" + '\\n' + ".join([place, *pairs])).mark_text(
+        align="left", baseline="bottom", color="#d55e00", fontSize=12, lineBreak="\n", lineHeight=14
+    )
+    told = told.encode(x=alt.value(0), y=alt.value(-4 - 14 * len(pairs)), text="told:N")
+    grid = alt.layer(cells, halo, crosses, frame, told).properties(width=480, height=22 * len(layers))
     x = alt.X("n:Q", title="heads removed").scale(domain=[0, len(heads) // 2])
     y = alt.Y("added:Q", title="added nats per token")
     shown = [*dict.fromkeys(str(row["order"]) for row in added)]
@@ -248,6 +282,8 @@ def heads_chart(
     )
     below = alt.layer(curves, rule).properties(width=480, height=180)
     both: alt.VConcatChart = (
-        alt.vconcat(grid, below).resolve_scale(color="independent").add_params(measure, order, removed)
+        alt.vconcat(grid, below)
+        .resolve_scale(color="independent")
+        .add_params(measure, order, removed, seen_layer, seen_head)
     )
     return both

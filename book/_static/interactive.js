@@ -24,6 +24,11 @@
       theme: isDark() ? "dark" : undefined,
       config: { background: "transparent", axis: { gridColor: isDark() ? "#444" : "#ddd" } },
     });
+    // A click or tap on a head chooses it, as its two controls do.
+    view.addEventListener("click", (_, item) => {
+      if (item?.datum && "seen_head" in view.getState().signals && "head" in item.datum)
+        view.signal("seen_layer", item.datum.layer).signal("seen_head", item.datum.head).runAsync();
+    });
     figure.view = view;
     figure.classList.add("drawn");
   }

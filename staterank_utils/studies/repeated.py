@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from staterank_utils import strata
@@ -23,7 +24,7 @@ from staterank_utils.studies.groups import (
 )
 from staterank_utils.studies.ladder import LADDER, Measured, load_measured
 from staterank_utils.studies.recall import Recall, induction_gains, measure_caps, recall_arms
-from staterank_utils.studies.removal import HIGH, LAYERS, LOW, RANDOM, Removal, Sizes, measure_removal
+from staterank_utils.studies.removal import DAMAGE_FILE, HIGH, LAYERS, LOW, RANDOM, Removal, Sizes, measure_removal
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, draw_texts
 from staterank_utils.surgery import ablate_heads
 
@@ -39,6 +40,7 @@ def _several(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+LOG_HALF_LIFE, DAMAGE = "log2 of half-life", "nats added without it"  # of each head, in the explorer
 AGREE = 0.8  # share of live intervals that must hold the stored value, and of labels that must be the same
 CLOSE = 0.05  # nats per token, by which losses on the same windows may differ
 # What chapter 5 removes from a model of which nothing is stored.
@@ -68,21 +70,30 @@ def stored_on(model: str) -> tuple[Measured, dict[str, Any]] | None:
     return None
 
 
-def half_lives_of(model: str) -> dict[str, Any]:
-    """The half-lives that are stored of a model's weights, as a measure of the head explorer; empty where nothing is.
+def measures_of(model: str) -> dict[str, NDArray[np.float64]]:
+    """What is stored of each head of a model's weights, for the head explorer.
 
     Args:
         model: as in `stored_on`.
 
     Returns:
-        "log2 of half-life" -> over heads, of half-lives in tokens.
+        `LOG_HALF_LIFE` -> over heads, of half-lives in tokens; `DAMAGE` -> added nats per token without each head alone, mean over windows. Empty
+        where nothing is stored.
 
     Example:
-        >>> half_lives_of("hybrid")["log2 of half-life"].shape, half_lives_of("OWNER/NAME")
-        ((144,), {})
+        >>> [(name, of.shape) for name, of in measures_of("hybrid").items()], measures_of("OWNER/NAME")
+        ([('log2 of half-life', (144,)), ('nats added without it', (144,))], {})
     """
     stored = stored_on(model)
-    return {} if stored is None else {"log2 of half-life": np.log2(stored[0].groups["end"].half_life())}
+    if stored is None:
+        return {}
+    found = {LOG_HALF_LIFE: np.log2(stored[0].groups["end"].half_life())}
+    damage = json.loads(DAMAGE_FILE.read_text(encoding="utf-8"))
+    weights = stored[1]["provenance"]["checkpoints"]["model"]
+    for name, of in damage["provenance"]["checkpoints"].items():
+        if of == weights:
+            found[DAMAGE] = np.array(damage["added"][name]).mean(1)
+    return found
 
 
 def write_chapter(
