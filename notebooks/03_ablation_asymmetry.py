@@ -90,13 +90,20 @@ run.keep("fig-removal")
 # %% [markdown]
 # Read the left column first. Where the dots lie under the squares, the lowest ranks cost more: that is the paper's direction. Where they lie
 # under the grey band, heads of high rank can be spared better than any random draw. Beyond the horizontal line a model reads no better than token
-# frequencies, and an arm there tells nothing. At the dose nearest to a quarter of the heads, over the model: {glue:text}`quarter`. At the paper's share for
-# pruning, 38.9 %, as far as measured: {glue:text}`paper_share`.
+# frequencies, and an arm there tells nothing.
 #
 # The other columns take a rival explanation away. An order over the whole model also chooses layers. *Layer-matched* removes the same number of
-# heads from every layer; *layer 0 protected* leaves the first layer whole. At a quarter, layer-matched: {glue:text}`matched`. With layer 0
-# protected: {glue:text}`protected`. Brackets are 95 % intervals over windows of text, and for random heads the range of their draws.
-#
+# heads from every layer; *layer 0 protected* leaves the first layer whole. A quarter of the
+# heads, and as far as measured the paper's share for pruning, in added nats; brackets are 95 % intervals over windows of text, and for random heads the range of their
+# draws:
+
+# %% tags=["hide-input"]
+doses = {"shares": (0.25, selection.PAPER_SHARE), "schemes": removals.SCHEMES}
+Markdown(
+    markdown.markdown_table(*removals.costs_table(shown, orders=(LOW, HIGH, RANDOM), **doses))
+)
+
+# %% [markdown]
 # The paper reports that low-rank heads are indispensable for reasoning and high-rank heads redundant, by scores on tasks. A small model masters
 # few of them, so this page takes losses on text. Recall from context is another measure, with another answer:
 # {doc}`05_memory_and_recall`.
@@ -275,15 +282,13 @@ Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
 counting = ((name, ", ".join(found.heads) or "none") for name, found in by_task.items())
-quarter, answer, kept = [], [], []
+answer, kept = [], []
 for name, found in shown.items():
     points = [found.near(MODEL, order, 0.25).point for order in (LOW, HIGH, RANDOM)]
     low, high, random = (strata.without_minus(f"{point:.2f}") for point in points)
     spread = found.near(MODEL, RANDOM, 0.25)
     random += f" [{spread.low:.2f} to {spread.high:.2f}]"
     kept.append(f"{found.points_in_words(removals.PROTECTED, (LOW, HIGH), 0.25)} ({name})")
-    parts = f"{high} without the highest ranks, {low} without the lowest, {random} without random heads"
-    quarter.append(f"{parts} ({name})")
     answer.append(f"lowest rank {low}, highest {high}, random {random} ({name})")
 
 # %% tags=["hide-input"]
@@ -296,11 +301,6 @@ said = {
         if of.shares(removals.PROTECTED)
     ),
     "answer": f"An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}. Nats per token that the removal of a quarter of the heads adds: {'; '.join(answer)}. With layer 0 protected, lowest and highest: {'; '.join(kept)}.",
-    "quarter": "; ".join(quarter),
-    "paper_share": "; ".join(
-        f"{of.at_in_words(MODEL, (LOW, HIGH, RANDOM), selection.PAPER_SHARE)} ({name})"
-        for name, of in shown.items()
-    ),
     "alone": "; ".join(alone) or "not measured",
     "sources": " ".join(found.source(name) for name, found in removed.items()),
     "n_prompts": f"{run.sizes['n_prompts']}",
@@ -310,12 +310,6 @@ said = {
     or "not measured",
     "tasks_that_count": " ".join(f"{name} masters {tasks}." for name, tasks in counting),
 }
-for key, scheme in (("matched", removals.LAYERS), ("protected", removals.PROTECTED)):
-    words = (
-        f"{of.near_in_words(scheme, (LOW, HIGH, RANDOM), 0.25)} ({name})"
-        for name, of in shown.items()
-    )
-    said[key] = "; ".join(words)
 run.conclude(said, verdicts, removed, badges=("C4b", "C4c", "C7", "C4"))
 
 # %% [markdown]

@@ -65,6 +65,7 @@ from staterank_utils.studies.texts import draw_texts, over_texts
 run = setup(globals(), "04_joint_rank_norm_pruning", n_prompts=(6, 200), n_draws=(1, 16))
 plotting.use_style()
 HIGH, JOINT, NORM, RANDOM = removals.HIGH, removals.JOINT, "large norm", removals.RANDOM
+ORDERS = (JOINT, HIGH, RANDOM)
 SHARE, SCHEMES = selection.PAPER_SHARE, (removals.MODEL, removals.PROTECTED)
 sizes = replace(removals.FEW if run.quick else removals.Sizes(), n_draws=run.sizes["n_draws"])
 if run.quick:
@@ -89,10 +90,16 @@ run.keep("fig-joint")
 
 # %% [markdown]
 # Lower is better: *added nats* are the loss without the heads minus the loss with all, on held-out books and code. Compare green with grey. An order is informative
-# only if it beats random heads. Over the model, at the doses nearest to 25 % and to the paper's 38.9 %: {glue:text}`quarter`. What the joint score adds to rank
-# is the norm, so the difference between the two is what the norm does. With layer 0 protected the picture is another one, at 38.9 %:
-# {glue:text}`protected`. Brackets are 95 % intervals over windows, and for random heads the range of their draws. With the sign of the norm turned round,
-# high rank and *small* norm first, 38.9 % over the model costs {glue:text}`inverted` (exploratory).
+# only if it beats random heads. What the joint score adds to rank
+# is the norm, so the difference between the two is what the norm does. With layer 0 protected the picture is another one. Added nats at a quarter of the
+# heads and at the paper's share; brackets are 95 % intervals over windows, and for random heads the range of their draws:
+
+# %% tags=["hide-input"]
+doses = {"shares": (0.25, SHARE), "schemes": SCHEMES}
+Markdown(markdown.markdown_table(*removals.costs_table(shown, orders=ORDERS, **doses)))
+
+# %% [markdown]
+# With the sign of the norm turned round, high rank and *small* norm first, 38.9 % over the model costs {glue:text}`inverted` (exploratory).
 #
 # The paper removes the heads whose states are most saturated, by rank and norm together (Joint Rank-Norm Pruning), without any training
 # afterwards: 38.9 % of the recurrent state goes, and accuracy is said to stay.
@@ -366,7 +373,7 @@ scores = (
     f"{', '.join(f'{task} {score_interval(x).point:.2f}' for task, x in found.intact.items())} ({name})"
     for name, found in by_task.items()
 )
-ORDERS, verdicts = (JOINT, HIGH, RANDOM), []
+verdicts = []
 for name in run.models:
     verdicts += [row for row in by_task[name].claims() if row["claim"] == "C5"]
     seed_of = {"seed": pruned[name].seed}
@@ -374,13 +381,8 @@ for name in run.models:
 Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
-quarter, protected, inverted, cheap, kept, large, channels = ([] for _ in range(7))
+inverted, cheap, kept, large, channels = ([] for _ in range(5))
 for name, found in shown.items():
-    for share in dict.fromkeys(found.nearest(removals.MODEL, JOINT, x) for x in (0.25, SHARE)):
-        quarter.append(
-            f"{found.near_in_words(removals.MODEL, ORDERS, share)} ({name}, {share:.1%})"
-        )
-    protected.append(f"{found.near_in_words(removals.PROTECTED, ORDERS, SHARE)} ({name})")
     both, spare = (JOINT, RANDOM), found.spare_share()
     at = f"{found.points_in_words(removals.MODEL, both, spare)} at {spare:.1%}" if spare else ""
     ordered = bool(found.shares(removals.MODEL, removals.LOW))  # by which a share counts
@@ -394,10 +396,8 @@ for name, found in shown.items():
 said |= {
     "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone is spare: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. Key channels instead: {'; '.join(channels)}.",
     "inverted": "; ".join(inverted),
-    "quarter": "; ".join(quarter),
     "sources": " ".join(found.source(name) for name, found in pruned.items()),
     "n_prompts": f"{run.sizes['n_prompts']}",
-    "protected": "; ".join(protected),
     "scores": "; ".join(scores),
     "ruin": ", ".join(f"{found.ruin:.2f} ({name})" for name, found in shown.items()),
 }

@@ -488,18 +488,9 @@ class Removal:
         dose = self.nearest(scheme, order, share)
         return exactly(dose) if np.isnan(dose) else self._estimate(scheme, order, dose)
 
-    def near_in_words(self, scheme: str, orders: Sequence[str], share: float) -> str:
-        """Added nats of several orders at the doses nearest to a share, as "order number, order number"."""
-        return ", ".join(f"{order} {self.near(scheme, order, share):.2f}" for order in orders)
-
     def points_in_words(self, scheme: str, orders: Sequence[str], share: float) -> str:
-        """As `near_in_words`, without names and intervals: "number and number"."""
+        """Added nats of several orders at the doses nearest to a share, without intervals: "number and number"."""
         return " and ".join(f"{exactly(self.near(scheme, order, share).point):.2f}" for order in orders)
-
-    def at_in_words(self, scheme: str, orders: Sequence[str], share: float) -> str:
-        """As `near_in_words`, of those orders alone that were measured at this very share; "not measured" where none was."""
-        there = [order for order in orders if share in self.shares(scheme, order)]
-        return self.near_in_words(scheme, there, share) if there else "not measured"
 
     def ruin_in_words(self, scheme: str, order: str, share: float) -> str:
         """Whether the model still reads better than a unigram model at the dose nearest to a share."""
@@ -601,6 +592,35 @@ def one_model_claims(removal: Removal, name: str, keys: Sequence[str], *, seed: 
         judge() if measured else claims.not_measured(key, name, why="it takes the full profile")
         for key, (measured, judge) in ((key, judged[key]) for key in keys)
     ]
+
+
+def costs_table(
+    removals: Mapping[str, Removal], *, shares: Sequence[float], schemes: Sequence[str], orders: Sequence[str]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Added nats of several orders side by side, as head and rows of a table.
+
+    Args:
+        removals: name of the model -> its measurement.
+        shares: of the heads; those that were not measured are left out.
+        schemes: of `SCHEMES`.
+        orders: one column each.
+
+    Example:
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> removal = load_measured("hybrid-text-0")[0].removal
+        >>> costs_table({"hybrid": removal}, shares=[0.25], schemes=[LAYERS], orders=[LOW])
+        (('model', 'scheme', 'heads removed', 'low rank'), [('hybrid', 'layer-matched', '25.0%', '1.44 [1.36, 1.51]')])
+    """
+    rows = []
+    for name, of in removals.items():
+        for share in shares:
+            for scheme in schemes:
+                there = [order for order in orders if share in of.shares(scheme, order)]
+                if not there:
+                    continue
+                numbers = (f"{of.near(scheme, order, share):.2f}" if order in there else "–" for order in orders)
+                rows.append((name, scheme, f"{of.actual(scheme, share, there[0]):.1%}", *numbers))
+    return ("model", "scheme", "heads removed", *orders), rows
 
 
 def area_under(values: Sequence[float] | NDArray[np.float64], shares: Sequence[float]) -> float:
