@@ -92,7 +92,7 @@ def measures_of(model: str) -> dict[str, NDArray[np.float64]]:
     weights = stored[1]["provenance"]["checkpoints"]["model"]
     for name, of in damage["provenance"]["checkpoints"].items():
         if of == weights:
-            found[DAMAGE] = np.array(damage["added"][name]).mean(1)
+            found[DAMAGE] = np.array(damage["added"][name])
     return found
 
 
