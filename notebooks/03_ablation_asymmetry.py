@@ -84,7 +84,7 @@ curves = {
     for name, found in removed.items()
 }
 ruins = {name: found.ruin for name, found in shown.items()}
-plotting.plot_all_added(curves, ruins=ruins, width=11, row_height=2.7)
+plotting.plot_all_added(curves, ruins=ruins, width=11, row_height=2.5)
 run.keep("fig-removal")
 
 # %% [markdown]

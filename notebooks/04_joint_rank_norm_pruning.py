@@ -85,7 +85,7 @@ curves = {
     for name, found in pruned.items()
 }
 ruins = {name: found.ruin for name, found in shown.items()}
-plotting.plot_all_added(curves, ruins=ruins, width=10, row_height=2.7, top=1.75)
+plotting.plot_all_added(curves, ruins=ruins, width=10, row_height=2.5, top=1.75)
 run.keep("fig-joint")
 
 # %% [markdown]
