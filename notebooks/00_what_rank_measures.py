@@ -78,7 +78,7 @@ prompts = {
     name: domain_prompts("prose", words, **run.sizes) for name, (_, words) in loaded.items()
 }
 
-# %% mystnb={"figure": {"caption": "Effective rank of every head against its half-life. Filled: stored run, at the first threshold shown. Open: this run. Line: the law for the sliders' threshold and size. Diamond: one example.", "name": "fig-law"}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Effective rank of every head against its half-life. Filled: stored run, at the threshold 0.0001 alone. Open: this run. Line: the law for the sliders' threshold and size. Diamond: one example.", "name": "fig-law"}} tags=["hide-input"]
 by_eps, half_lives = {}, {}
 for name, (network, _) in loaded.items():
     ends = [run.sizes["n_tokens"] // 2, run.sizes["n_tokens"]]
@@ -94,7 +94,7 @@ before = {
 }
 largest = max(of.d for of in shown.values())
 chart = interactive.law_chart(half_lives, by_eps, d=largest, stored=before)
-ALT = "Scatter of effective rank against half-life on a logarithmic axis: points rise along a curve and stay near d beyond some 10 tokens."
+ALT = "Scatter of effective rank against half-life on a logarithmic axis: points rise along a curve and approach d."
 if drawn := interactive.rows_of(chart):
     run.keep("fig-law", drawn)
 HTML(interactive.embed(chart, name="law", alt_text=ALT))
@@ -277,7 +277,7 @@ between = (
 
 # %% tags=["hide-input"]
 said |= {
-    "answer": f"The number of tokens that a head remembers, cut at the size of its state, by the registered rule: {markdown.yes_or_no(verdicts, 'C0a')}. Decay alone, with nothing fitted, explains this part of the variance of rank: {explained}; of heads between 0.1 d and 0.9 d alone, where nothing is cut: {between}.",
+    "answer": f"The number of tokens that a head remembers, cut at the size of its state, by the registered rule: {markdown.yes_or_no(verdicts, 'C0a')}. Decay alone, with nothing fitted, explains this part of the variance of rank: {explained}; of heads with a measured rank between 0.1 d and 0.9 d alone: {between}.",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),
     "half_lives": f"{half_lives_remembered:.1f}",
     "full_from": f"{63 / half_lives_remembered:.1f}",

@@ -91,8 +91,8 @@ run.keep("fig-joint")
 # %% [markdown]
 # Lower is better: *added nats* are the loss without the heads minus the loss with all, on held-out books and code. Compare green with grey. An order is informative
 # only if it beats random heads. What the joint score adds to rank
-# is the norm, so the difference between the two is what the norm does. With layer 0 protected the picture is another one. Added nats at a quarter of the
-# heads and at the paper's share; brackets are 95 % intervals over windows, and for random heads the range of their draws:
+# is the norm, so the difference between the two is what the norm does. With layer 0 protected the picture is another one: so many random draws cost more than the joint score at the
+# paper's share: {glue:text}`dearer` ({doc}`ladder <../book/ladder>`). Added nats at a quarter of the heads and at the paper's share; brackets are 95 % intervals over windows, and for random heads the range of their draws:
 
 # %% tags=["hide-input"]
 doses = {"shares": (0.25, SHARE), "schemes": SCHEMES}
@@ -394,8 +394,12 @@ for name, found in shown.items():
     large.append({"claim": "unprotected", "model": name, "verdict": words})
     inverted.append(f"{found.near(removals.MODEL, removals.INVERTED, SHARE):.2f} ({name})")
 said |= {
-    "answer": f"Better than random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone is spare: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. Key channels instead: {'; '.join(channels)}.",
+    "answer": f"Cheaper than every draw of random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads on average, at the largest share that rank alone removes for 0.1 nats: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. Key channels instead: {'; '.join(channels)}.",
     "inverted": "; ".join(inverted),
+    "dearer": "; ".join(
+        f"{found.dearer_draws(removals.PROTECTED, JOINT, SHARE)} ({name})"
+        for name, found in shown.items()
+    ),
     "sources": " ".join(found.source(name) for name, found in pruned.items()),
     "n_prompts": f"{run.sizes['n_prompts']}",
     "scores": "; ".join(scores),

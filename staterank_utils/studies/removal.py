@@ -357,6 +357,14 @@ class Removal:
         added = self.draws(scheme, share) if order == RANDOM else self.added(scheme, order, share)
         return float(added.mean())
 
+    def dearer_draws(self, scheme: str, order: str, share: float) -> str:
+        """How many random draws cost more than an arm at the dose nearest to a share, in words; "not measured" where there is no such arm."""
+        if not self.shares(scheme, order):
+            return "not measured"
+        dose = self.nearest(scheme, order, share)
+        draws = self.draws(scheme, dose).mean(1)
+        return f"{int((draws > self.added(scheme, order, dose).mean()).sum())} of {len(draws)}"
+
     def counts(self, scheme: str, share: float, arms: tuple[str, str] = (LOW, HIGH)) -> bool:
         """Whether a dose counts: the mean loss of both arms is below that of unigram models."""
         unigram = float(np.mean(list(self.unigram.values())))
@@ -764,22 +772,22 @@ def damage_alone(model: PreTrainedModel, windows: Tensor) -> NDArray[np.float64]
     return np.stack([_without(model, heads, [index], windows).mean(1) - intact for index in indices])
 
 
-def follows_rank(heads: Sequence[Head], rank: NDArray[np.float64], damage: NDArray[np.float64]) -> tuple[float, float]:
-    """Spearman of rank and damage over all heads, and its mean over the layers in which it is defined.
+def damage_by_rank(
+    heads: Sequence[Head], rank: NDArray[np.float64], damage: NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """Spearman of rank and damage in the first linear layer and over the heads of all others, and the first layer's share of all damage.
 
     Args:
         heads: (layer, head) of each index.
         rank, damage: one number per head.
 
     Example:
-        >>> follows_rank([(0, 0), (0, 1), (1, 0), (1, 1)], np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 1.0, 4.0, 3.0]))
-        (0.6, -1.0)
+        >>> damage_by_rank([(0, 0), (0, 1), (1, 0), (1, 1)], np.array([1.0, 2, 3, 4]), np.array([2.0, 4.0, 1.5, 0.5]))
+        (1.0, -1.0, 0.75)
     """
-    layer = np.array([of for of, _ in heads])
-    parts = [np.flatnonzero(layer == of) for of in np.unique(layer)]
-    within = [spearman(rank[part], damage[part]) for part in parts]
-    defined = [rho for rho in within if not np.isnan(rho)]
-    return round(float(spearman(rank, damage)), 12), float(np.mean(defined)) if defined else float("nan")
+    first = np.array([layer == heads[0][0] for layer, _ in heads])
+    inside, beyond = (round(float(spearman(rank[part], damage[part])), 12) for part in (first, ~first))
+    return inside, beyond, float(damage[first].sum() / damage.sum())
 
 
 def _without(

@@ -96,6 +96,17 @@ def measures_of(model: str) -> dict[str, NDArray[np.float64]]:
     return found
 
 
+def damage_source() -> str:
+    """Where and when the costs of single heads were measured, as a sentence.
+
+    Example:
+        >>> damage_source()[:52]
+        'The costs of single heads are of a stored run on NVI'
+    """
+    made = json.loads(DAMAGE_FILE.read_text(encoding="utf-8"))["provenance"]
+    return f"The costs of single heads are of a stored run {_where(made)}."
+
+
 def write_chapter(
     file: Path,
     *,
