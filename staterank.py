@@ -5,7 +5,9 @@ Nothing heavy is imported before a command runs, so that --help answers at once,
 
 import logging
 import math
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +107,8 @@ def said(command: str) -> Iterator[None]:
             ...
         Exit: 1
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which batch systems and `timeout` end a job
     try:
         yield
     except KeyboardInterrupt:

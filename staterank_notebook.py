@@ -1,11 +1,13 @@
 """Run a notebook. A process that runs one imports this module alone: the package, which its kernel imports, takes seconds."""
 
+import os
 import resource
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,10 @@ def tell(there: Connection, source: Path, target: Path, parameters: Mapping[str,
         >>> here.recv()[:17]
         'FileNotFoundError'
     """
+    if (
+        parent := parent_process()
+    ):  # a process whose parent was killed would go on, and write into a folder that is another's now
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     tempfile.tempdir = str(source.parent)  # for the kernel's connection file, which a stop would leave behind
     # By itself a bar takes a lock between processes, of which a stop would leave a part behind.
     tqdm.set_lock(threading.RLock())

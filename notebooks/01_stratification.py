@@ -139,20 +139,22 @@ Markdown(markdown.markdown_table(HEAD, rows))
 # shares below 0.2 and above 0.8, so it needs both. *By law* says what decays alone give.
 #
 # Controls that pass C1 as well: {glue:text}`controls_pass`. Where one does, or where only its interval misses, the rule hardly tells a trained model
-# from an untrained one. The two-group share needs both heaps; training changed it {glue:text}`two_group_change`.
+# from an untrained one. The two-group share needs both heaps; training took it {glue:text}`two_group_change`.
 #
 # Whether training decided *who is in which group* is claim C1c. Its measure is the Spearman correlation between the ranks of the same heads
 # before and after training, on the same prompts: {glue:text}`rho_initial`. The higher it is, the more of the order was there before
 # training.
 
 # %% mystnb={"figure": {"caption": "r/d of each head before training (horizontal) and after (vertical), same prompts. Dots end high, squares low. On the dotted diagonal training changed nothing.", "name": "fig-init"}, "image": {"alt": "Scatter of relative rank before against after training with a dotted diagonal, one panel per model."}} tags=["hide-input"]
-for name, ax in plotting.model_panels(run.models, height=4.2).items():
+known = [name for name in run.models if found[name].known_start]
+for name, ax in (plotting.model_panels(known, height=4.2) if known else {}).items():
     before, after = (shown[name][key].relative("prose").mean(0) for key in ("initial", "end"))
     ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
     high = after >= strata.LOW_UNDER
     names = {"xlabel": "r / d before training", "ylabel": "r / d after"}
     plotting.plot_head_pairs(ax, before, after, high, **names)
-run.keep("fig-init")
+if known:
+    run.keep("fig-init")
 
 # %% [markdown]
 # ## How do ranks grow?
@@ -237,9 +239,12 @@ for name, groups in shown.items():
     before, after = numbers[name, "before training"], numbers[name, "trained"]
     both = [groups[key].rank["prose"].mean(0) for key in ("initial", "end")]
     outside.append(f"{after['share outside']:.0%} ({name})")
-    spearmans.append(f"{strata.exactly(strata.spearman(*both)):.2f} ({name})")
     pair = [f"{of['two-group share']:.2f}" for of in (before, after)]
-    changes.append(f"from {pair[0]} to {pair[1]} ({name})")
+    if found[name].known_start:
+        spearmans.append(f"{strata.exactly(strata.spearman(*both)):.2f} ({name})")
+        changes.append(f"from {pair[0]} to {pair[1]} ({name})")
+    else:
+        changes.append(f"to {pair[1]}, and fresh weights of its class have {pair[0]} ({name})")
     for key, (low, high) in groups["end"].around_gap().items():
         form, word = (".0%", "and") if key == "sides" else (".3g", "to")
         words = f"{low:{form}} {word} {high:{form}}" if high < np.inf else "without end"
@@ -259,12 +264,13 @@ beyond = (
     if passing
     else ""
 )
+start = "before training" if spearmans else "with fresh weights of the class"
 said = {key: "; ".join(values) for key, values in others.items()} | {
-    "answer": f"Two groups, by the registered rule: {markdown.yes_or_no(verdicts, 'C1')}. Heads with a rank under 0.2 d or over 0.8 d: {', '.join(outside)}. The same rule before training: {markdown.yes_or_no(untrained, 'before training')}; with shuffled weights: {markdown.yes_or_no(untrained, 'shuffled')}.{beyond} The smaller group's share went in training {'; '.join(changes)}.",
+    "answer": f"Two groups, by the registered rule: {markdown.yes_or_no(verdicts, 'C1')}. Heads with a rank under 0.2 d or over 0.8 d: {', '.join(outside)}. The same rule {start}: {markdown.yes_or_no(untrained, 'before training')}; with shuffled weights: {markdown.yes_or_no(untrained, 'shuffled')}.{beyond} The smaller group's share went in training {'; '.join(changes)}.",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),
     "controls_pass": ", ".join(passing) or "none",
     "two_group_change": "; ".join(changes),
-    "rho_initial": "; ".join(spearmans),
+    "rho_initial": "; ".join(spearmans) or "not measured, those weights are not known",
     "bound_violations": "; ".join(violations),
     "setting": "{n_prompts} prompts of {n_tokens:,} tokens (seed {seed})".format(**run.sizes),
     "outside_by_eps": "; ".join(outside_by_eps),

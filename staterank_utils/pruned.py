@@ -83,8 +83,9 @@ def config_class_of(settings: dict[str, Any]) -> type[PreTrainedConfig]:
         package = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
         own: type[PreTrainedConfig] = getattr(package, CONFIG_MAPPING_NAMES[model_type])
         return own
-    if model_type:
-        fla_cpu.knows(model_type)
+    if not model_type:
+        raise ValueError("the configuration names no model_type: is it a model's config.json?")
+    fla_cpu.knows(model_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"transformers does not know the model type {model_type!r}: if it is one of fla's, install flash-linear-attention, else "

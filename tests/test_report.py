@@ -43,6 +43,7 @@ def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path)
     first = (made / "index.html").read_text()
     assert f"State ranks of {tiny.name}" in first
     assert "C1" in first
+    assert "The same rule with fresh weights of the class" in first  # those that training began with are not known
     assert "not tested" in first  # the chapters that were not asked for
     assert "Measured with: profile quick, n_prompts 2, n_tokens 256." in first
     assert f"({tiny.name})" not in first
@@ -224,6 +225,38 @@ def test_what_is_stopped_leaves_no_half_page_and_goes_on(tiny: Path, tmp_path: P
         assert not list((tmp_path / "out").glob("work/notebooks/*"))
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "out" / "index.html").exists()
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of the processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink().is_relative_to(folder):
+                found.append((process / "cmdline").read_text())
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_command_that_is_ended_alone(how: signal.Signals, tiny: Path, tmp_path: Path) -> None:
+    """As a batch system or a full memory does it; the terminal's Ctrl-C goes to all."""
+    command = [sys.executable, "-m", "staterank", "report", str(tiny), "--out", "out", "--only", CHAPTER]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(processes_in(tmp_path)) < 3 and process.poll() is None:  # the command, the chapter and its kernel
+        time.sleep(0.25)
+    process.send_signal(how)
+    process.wait(60)
+    deadline = time.monotonic() + 30
+    while processes_in(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.25)
+    assert processes_in(tmp_path) == []
+    if how == signal.SIGTERM:
+        assert process.returncode == 130
+        assert "staterank: stopped; the same command goes on" in process.stderr.read()
+        assert [file.name for file in (tmp_path / "out").iterdir()] == ["work"]
+    process.stderr.close()
 
 
 def test_a_stop_while_pages_are_built_leaves_no_half_site_and_goes_on(tiny: Path, tmp_path: Path) -> None:

@@ -191,7 +191,8 @@ The licence of {base} holds for these weights too.
 
 ## What it costs
 
-Loss on held-out text, nats per token, over {n_windows} windows of {window} tokens per text, with 95 % intervals over windows:
+Loss on passages of public-domain books and of Python code, which {base} may have been trained on, in nats per token, over {n_windows} windows of
+{window} tokens per text, with 95 % intervals over windows:
 
 {cost}
 
@@ -211,8 +212,9 @@ LOAD = """\
 ```python
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({folder})
-tokenizer = AutoTokenizer.from_pretrained({folder})
+folder = {folder}  # where this card lies, or the name of its repository on a hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
 {note}"""
