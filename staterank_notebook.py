@@ -59,6 +59,13 @@ def execute(
     return {"notebook": source.stem, "seconds": time.monotonic() - started, "peak_gib": peak, **parameters}
 
 
+def _end_with_parent() -> None:
+    """A process whose parent was killed would go on, and write into a folder that may be another's by then."""
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
+
+
 def tell(there: Connection, source: Path, target: Path, parameters: Mapping[str, Any], cwd: Path) -> None:
     """Execute a notebook with a bar of its cells, and send why it failed, or None.
 
@@ -74,10 +81,7 @@ def tell(there: Connection, source: Path, target: Path, parameters: Mapping[str,
         >>> here.recv()[:17]
         'FileNotFoundError'
     """
-    if (
-        parent := parent_process()
-    ):  # a process whose parent was killed would go on, and write into a folder that is another's now
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     tempfile.tempdir = str(source.parent)  # for the kernel's connection file, which a stop would leave behind
     # By itself a bar takes a lock between processes, of which a stop would leave a part behind.
     tqdm.set_lock(threading.RLock())
