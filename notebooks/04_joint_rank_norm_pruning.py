@@ -394,7 +394,7 @@ for name, found in shown.items():
     large.append({"claim": "unprotected", "model": name, "verdict": words})
     inverted.append(f"{found.near(removals.MODEL, removals.INVERTED, SHARE):.2f} ({name})")
 said |= {
-    "answer": f"Cheaper than every draw of random heads, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads on average, at the largest share that rank alone removes for 0.1 nats: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. Key channels instead: {'; '.join(channels)}.",
+    "answer": f"Cheaper than all random draws, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone adds at most 0.1: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. Key channels instead: {'; '.join(channels)}.",
     "inverted": "; ".join(inverted),
     "dearer": "; ".join(
         f"{found.dearer_draws(removals.PROTECTED, JOINT, SHARE)} ({name})"
