@@ -138,7 +138,7 @@ def decompose(
 
 
 def _side_by_side(decomposed: Callable[[Tensor], Any], matrices: Float[Tensor, "*lead n m"]) -> list[Any]:
-    """What a decomposition makes of a share of the matrices for each thread, since LAPACK takes them one after the other.
+    """The results of a decomposition, one for each thread's share of the matrices, since LAPACK takes them one after the other.
 
     Each thread keeps to itself: a matrix of 128 x 128 that LAPACK spreads over threads of its own takes four times longer, and a thread of the pool that once
     had such threads slows down all later work of the process, since OpenMP then counts more threads than cores. The number that LAPACK

@@ -45,6 +45,12 @@ def states(model: Any, ids: Tensor) -> Tensor:
     return unchecked(trace_states)(model, ids, positions=SEGMENTED).values
 
 
+def runs(script: str) -> None:
+    """A script ends well in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------- compiled, wrapped, in training
 
 
@@ -265,8 +271,7 @@ def test_threads_that_are_started_later_have_as_many_as_before() -> None:
         "thread.start(); thread.join()\n"
         "assert (seen, torch.get_num_threads()) == ([2], 2), seen\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    runs(script)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux lists them")
@@ -283,8 +288,7 @@ def test_threads_that_decompose_start_no_threads_of_their_own() -> None:
         "for _ in range(2): singular_values(x)\n"
         "assert n_threads() <= before + 2, (before, n_threads())\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    runs(script)
 
 
 def test_forward_mode_differentiation_goes_the_plain_way(model, ids: Tensor) -> None:
