@@ -179,7 +179,7 @@ def trace(
     ] = "prose",
     tokens: Annotated[int, typer.Option(min=1, help="length of a prompt")] = 512,
     prompts: Annotated[int, typer.Option(min=1, help="how many prompts, of which means are printed")] = 4,
-    out: Annotated[Path | None, typer.Option(help="write every head's numbers here, as CSV")] = None,
+    out: Annotated[Path | None, typer.Option(help="write every head's numbers into this new file, as CSV")] = None,
     revision: Revision = None,
     device: Device = None,
     dtype: Precision = None,
@@ -201,6 +201,8 @@ def trace(
     with said("trace"):
         if out and out.is_dir():
             raise IsADirectoryError(f"{out} is a folder: give the name of a file in it")
+        if out and out.exists():
+            raise FileExistsError(f"{out} is there already: choose another name, or remove it")
         if "." in text and not text.startswith("dataset:") and not Path(text).exists():
             raise FileNotFoundError(
                 f"there is no file {text}, and no built-in text of that name: give a text file, or a built-in text such as prose or code"
@@ -255,11 +257,17 @@ def trace(
             print(f"{len(heads)} heads in {out}")
 
 
+def _check_share(share: float) -> float:
+    if not 0 < share < 1:
+        raise typer.BadParameter(f"lies between 0 and 1, got {share}")
+    return share
+
+
 @app.command()
 def prune(
     model: Model,
     out: Annotated[Path, typer.Option(help="folder of the smaller model, which is not there yet")],
-    share: Annotated[float, typer.Option(min=0, max=1, help="of all heads")] = 0.25,
+    share: Annotated[float, typer.Option(callback=_check_share, help="of all heads, between 0 and 1")] = 0.25,
     rule: Annotated[
         Rule,
         typer.Option(
@@ -292,7 +300,7 @@ def prune(
             raise ValueError("--plain needs as many heads in every layer: add --per-layer")
         _prepare()
         from staterank_utils.architectures import linear_layers
-        from staterank_utils.models import DTYPES, load_model, load_tokenizer, model_outline
+        from staterank_utils.models import DTYPES, load_model, load_tokenizer, model_outline, stored_license
         from staterank_utils.results import check_writable
         from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
 
@@ -309,7 +317,8 @@ def prune(
         if dtype is None:  # exact: each weight was one of the checkpoint's
             pruned = pruned.to(outline.dtype)
         base = Path(model).resolve().name if Path(model).is_dir() else model
-        write_pruned(out, pruned, tokenizer, cost, base=base, revision=revision, plain=plain)
+        licence = stored_license(model, revision=revision)
+        write_pruned(out, pruned, tokenizer, cost, base=base, revision=revision, licence=licence, plain=plain)
         n_removed = sum(map(len, cost.removed.values()))
         print(f"{n_removed} of {cost.n_heads} heads removed; {cost.added()['mean']:.3f} nats per token added on text.")
         print(f"The model and its card are in {out}.")

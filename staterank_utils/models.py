@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import cached_file
+from yaml import YAMLError
 
 from staterank_utils import fla_cpu
 from staterank_utils.architectures import cache_name, linear_layers, model_adapter
@@ -180,6 +183,29 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
         # Where its files are missing, transformers makes an empty one.
         raise ValueError(f"{name_or_path} has no tokenizer: save one with its save_pretrained, or copy tokenizer.json")
     return tokenizer
+
+
+def stored_license(name_or_path: str, *, revision: str | None = None) -> str | None:
+    """The licence that the front matter of a model's card names.
+
+    Args:
+        name_or_path, revision: as in `load_model`.
+
+    Returns:
+        As it stands there, such as "apache-2.0"; None where there is no card, or none that names one. A card that cannot be read is warned of.
+
+    Example:
+        >>> stored_license("hybrid")
+        'apache-2.0'
+    """
+    source, options = _source(name_or_path, revision, False)
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    card = cached_file(source, "README.md", revision=options.get("revision"), **optional)
+    try:
+        return ModelCard.load(card).data.license if card else None
+    except (ValueError, YAMLError) as error:
+        log.warning("the front matter of %s cannot be read, so no licence is taken from it: %s", card, error)
+        return None
 
 
 def runs_on_cpu(device: str | None) -> bool:

@@ -207,6 +207,13 @@ def _all_chapters() -> list[Path]:
     return sorted((BOOK / "notebooks").glob("*.ipynb"))
 
 
+def _title(notebook: Path) -> str:
+    """The first heading of a chapter."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    lines = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown").splitlines()
+    return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), notebook.stem)
+
+
 def _done(work: Path) -> list[str]:
     """The chapters of which there is a page."""
     return sorted(file.stem for file in (work / "notebooks").glob("*.ipynb"))
@@ -408,10 +415,11 @@ def _build(
     shutil.copy(BOOK / "book" / "references.bib", stage / "book")
     for name in chapters:
         text = (work / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
-        (stage / "notebooks" / f"{name}.ipynb").write_text(_alone(named(text), chapters), encoding="utf-8")
+        (stage / "notebooks" / f"{name}.ipynb").write_text(alone(_alone(named(text), chapters)), encoding="utf-8")
     (stage / "book" / "_static" / "vega.js").write_text(interactive.bundle(), encoding="utf-8")
     others = {source.stem: "not asked for" for source in _all_chapters() if source.stem not in chapters}
-    not_run = "\n".join(f"- *{name}*: {named(why)}" for name, why in {**others, **missing}.items())
+    titles = {source.stem: _title(source) for source in _all_chapters()}
+    not_run = "\n".join(f"- *{titles[name]}* ({name}): {named(why)}" for name, why in {**others, **missing}.items())
     pages = {
         "index": "\n\n".join(
             [
@@ -437,6 +445,7 @@ def _build(
         (stage / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     write_json(stage / "_toc.yml", _contents(chapters))  # JSON is YAML
     write_json(stage / "_config.yml", _configuration(name_of_model))
+    print("The pages are being built, which takes a minute or two.", file=sys.stderr)
     made = subprocess.run(
         [sys.executable, "-c", JUPYTER_BOOK, "build", str(stage), "--path-output", str(work), "--all", "-q"],
         capture_output=True,
@@ -461,9 +470,11 @@ def _alone(notebook: str, chapters: Sequence[str]) -> str:
     for cell in cells:
         if "injected-parameters" in _tags(cell):
             cell["metadata"]["tags"] = ["hide-input"]
-        if image := cell["metadata"].get("mystnb", {}).get("image"):
-            sentences = re.split(r"(?<=\.) ", image["alt"])
-            image["alt"] = " ".join(sentence for sentence in sentences if "embedded" not in sentence)
+        shown = cell["metadata"].get("mystnb", {})
+        for part, name in ((shown.get("image"), "alt"), (shown.get("figure"), "caption")):
+            if part:
+                sentences = re.split(r"(?<=\.) ", part[name])
+                part[name] = " ".join(each for each in sentences if not re.search("embedded|stored", each))
     content["cells"] = cells
 
     def plain(found: re.Match[str]) -> str:

@@ -502,7 +502,7 @@ def check_even(layers: list[LinearLayer]) -> None:
     if len(set(counts.values())) > 1:
         raise ValueError(
             f"a trace has one axis of heads for all layers, and these have different numbers of them: {counts}. "
-            "Trace the model before it is pruned, with the heads ablated"
+            "Take the whole model, from before it was pruned; `ablate_heads` makes it compute the same"
         )
 
 

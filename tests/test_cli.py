@@ -77,8 +77,10 @@ def test_trace_prints_layers_and_writes_every_head(tiny: Path, tokenizer, tmp_pa
 
 def test_prune_writes_a_model_that_loads(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "smaller"
+    (tiny / "README.md").write_text("---\nlicense: mit\n---\n")
     done = RUN.invoke(staterank.app, ["prune", str(tiny), "--share", "0.5", "--rule", "low-rank", "--out", str(out)])
     assert done.exit_code == 0, done.output
+    assert "\nlicense: mit\n" in (out / "README.md").read_text()
     assert "4 of 8 heads removed" in done.stdout
     model = load_model(str(out))
     assert model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False).shape == (1, 5)
@@ -109,6 +111,7 @@ def test_a_trace_and_a_pruned_model_in_bfloat16_on_a_gpu(tiny: Path, tmp_path: P
         (["report", "NO_TOKENIZER", "--out", "new"], "no tokenizer"),
         (["trace", "MODEL", "--text", "prse"], "unknown domain 'prse': choose from"),
         (["trace", "MODEL", "--out", "."], "is a folder"),
+        (["trace", "MODEL", "--out", "short.txt"], "is there already: choose another name"),
         (["trace", "MODEL", "--text", "short.txt"], "too few for 4 prompts of 512: lower --prompts or --tokens"),
         (["trace", "MODEL", "--device", "cuda:99"], "'cuda:99' is not there"),
         (["prune", "MODEL", "--out", "short.txt"], "is there already"),
@@ -192,7 +195,12 @@ def test_a_plain_pruned_model_is_of_its_own_class(tiny: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
-    [("--rule", "best", "low-rank"), ("--share", "2", "less than or equal to 1"), ("--share", "x", "valid number")],
+    [
+        ("--rule", "best", "low-rank"),
+        ("--share", "2", "between 0 and 1, got 2"),
+        ("--share", "0", "between 0 and 1, got 0"),
+        ("--share", "x", "valid number"),
+    ],
 )
 def test_what_an_option_cannot_be_is_said_before_anything_is_imported(option: str, value: str, reason: str) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "staterank", "prune", "nowhere", option, value, "--out", "new"]
@@ -212,7 +220,6 @@ def test_what_cannot_be_done_is_said_before_weights_are_read(tiny: Path, tmp_pat
     for words, reason in (
         (["trace", str(uneven)], "different numbers of them: {0: 3, 2: 4}"),
         (["prune", str(uneven), "--out", "new"], "different numbers of them"),
-        (["prune", str(tiny), "--share", "0", "--out", "new"], "between 0 and 1, got 0.0"),
         (["prune", str(mamba), "--share", "0.5", "--per-layer", "--plain", "--out", "new"], "leave --plain out"),
     ):
         done = RUN.invoke(staterank.app, words)

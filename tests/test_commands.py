@@ -8,7 +8,6 @@ import sys
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from typer.testing import CliRunner
 
 import staterank
 from staterank_utils import (
-    callback,
     effective_rank,
     harness,
     load_model,
@@ -177,21 +175,21 @@ def test_the_code_of_the_page_runs_from_top_to_bottom(
     scores: list[Any] = []
     # Its tasks fetch data over the network.
     monkeypatch.setattr(harness, "evaluate_in_harness", lambda *words, **options: scores.append(words))
-    monkeypatch.setattr(
-        callback, "StateRankCallback", lambda trainer, ids: "callback"
-    )  # test_callback.py trains with it
     assert CliRunner().invoke(staterank.app, ["prune", str(folder), "--out", "smaller"]).exit_code == 0
-    added: list[Any] = []
     known: dict[str, Any] = {
         "FOLDER": str(folder), "load_model": load_model, "trace_states": trace_states, "rank_and_norm": rank_and_norm,
         "effective_rank": effective_rank, "tokenizer": load_tokenizer(str(folder)),
         "prompts": torch.randint(3, 8000, (1, 2048), generator=torch.Generator().manual_seed(0)),
-        "ids": torch.randint(3, 8000, (1, 20)), "input_ids": torch.ones(1, 8, dtype=torch.long),
-        "trainer": SimpleNamespace(add_callback=added.append, train=lambda: added.append("trained")),
+        "ids": torch.randint(3, 8000, (1, 20)),
     }  # fmt: skip
     for page, block in blocks("python"):
         if page == "book/howto.md":
             exec(compile(block, page, "exec"), known)
-    assert added == ["callback", "trained"]
+    logged = [name for entry in known["trainer"].state.log_history for name in entry]
+    for name in re.findall(
+        r"`(?:train/staterank/layer_0/)?(effective_rank|nuclear_norm|half_life|share_outside)`", PAGES["book/howto.md"]
+    ):
+        assert logged.count(f"staterank/layer_0/{name}") == 2
+    assert list(Path("training").rglob("events.out.tfevents*"))
     assert len(scores) == 2
     assert known["ranks"].shape == known["tokens"].shape

@@ -112,6 +112,21 @@ def test_unknown_names_are_refused() -> None:
         load_model("hybird")
 
 
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [("---\nlicense: mit\n---\n# A model", "mit"), ("# A model", None), ("---\na: [\n---\n", None), (None, None)],
+)
+def test_the_licence_is_read_from_a_card(card: str | None, licence: str | None, tmp_path: Path, caplog) -> None:
+    if card:
+        (tmp_path / "README.md").write_text(card)
+    assert models.stored_license(str(tmp_path)) == licence
+    assert ("cannot be read" in caplog.text) == (card is not None and "[" in card)
+
+
+def test_a_hub_id_without_a_network_has_no_known_licence() -> None:
+    assert models.stored_license("OWNER/NAME", revision="main") is None
+
+
 def test_a_hub_id_needs_a_revision() -> None:
     with pytest.raises(ValueError, match="revision"):
         load_model("owner/name")

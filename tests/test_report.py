@@ -49,12 +49,18 @@ def test_the_pages_open_from_disk_and_say_what_was_found(made: Path, tiny: Path)
     assert f"({tiny.name})" not in first
     assert "C1b" in first
     assert "C0a" not in first
-    assert "<em>03_ablation_asymmetry</em>: not asked for" in first
+    assert "<em>Which heads are needed?</em> (03_ablation_asymmetry): not asked for" in first
     page = (made / "notebooks" / f"{CHAPTER}.html").read_text()
     assert "Do heads fall into two groups?" in page
     assert "/book/ladder.html" not in page
     assert f'model = "{tiny.name}"' in html.unescape(re.sub(r"<[^>]+>", "", page))
-    for words in ("hybrid, pure", "papermill notebooks", "the embedded"):  # what the book says of its own models
+    for words in (
+        "hybrid, pure",
+        "papermill notebooks",
+        "the embedded",
+        "stored curve",
+        f"({tiny.name})",
+    ):  # what the book says of its own models
         assert words not in page, words
     for text in (first, page):
         assert str(tiny.parent) not in text  # it says nothing of the machine
@@ -119,7 +125,7 @@ def test_a_chapter_that_fails_leaves_the_others_and_its_reason(
     (tmp_path / "notebooks" / "09_broken.ipynb").write_text(json.dumps(broken))
     monkeypatch.setattr(report, "BOOK", tmp_path)
     assert write_report(str(tiny), made, parameters=SMALL) == {"09_broken": "ValueError: nothing can be compared"}
-    assert "<em>09_broken</em>: ValueError: nothing can be compared" in (made / "index.html").read_text()
+    assert "(09_broken): ValueError: nothing can be compared" in (made / "index.html").read_text()
     assert (made / "notebooks" / f"{CHAPTER}.html").exists()
     assert not (made / "notebooks" / "09_broken.html").exists()
 
@@ -131,7 +137,7 @@ def test_chapters_that_are_there_stay_in_a_report_that_asks_for_another(made, ti
     assert write_report(str(tiny), made, only=[other], **asked) == {other: said}
     first = (made / "index.html").read_text()
     assert f"notebooks/{CHAPTER}.html" in first
-    assert f"<em>{other}</em>: {said}" in first
+    assert f"({other}): {said}" in first
 
 
 def test_a_folder_holds_one_report(made: Path, tiny: Path, tmp_path: Path, monkeypatch) -> None:

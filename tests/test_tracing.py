@@ -253,7 +253,7 @@ def test_models_without_linear_attention_are_refused(prompts: torch.Tensor) -> N
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    with pytest.raises(ValueError, match="llama has no linear-attention layer.*LlamaAttention.*Qwen3NextGatedDeltaNet"):
+    with pytest.raises(ValueError, match="llama has no linear-attention layer.*LlamaAttention.*qwen3_next"):
         trace_states(LlamaForCausalLM(config), prompts, positions=[1])
 
 

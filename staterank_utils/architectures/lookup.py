@@ -164,9 +164,10 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
     found = find_layers(model)
     if not found:
         classes = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
+        families = sorted({name.split(".")[-2].removeprefix("modeling_") for name in ADAPTERS})
         raise ValueError(
-            f"{model_type} has no linear-attention layer that is supported: its layers are {', '.join(classes) or 'unknown'}, "
-            f"and {', '.join(sorted(known))} are. Add an adapter to staterank_utils/architectures if it keeps a matrix-valued state."
+            f"{model_type} has no linear-attention layer that is supported: its layers are {', '.join(classes) or 'unknown'}. "
+            f"Supported are those of {', '.join(families)}. Add an adapter to staterank_utils/architectures if it keeps a matrix-valued state."
         )
     if is_fla(model) and getattr(model.config, "attn", None):
         raise ValueError(

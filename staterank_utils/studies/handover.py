@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -179,7 +180,7 @@ CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-{hub}tags: [linear-attention, pruned, state-rank]
+{known}tags: [linear-attention, pruned, state-rank]
 ---
 
 # {base} without {n_removed} of its {n_heads} linear-attention heads
@@ -206,7 +207,7 @@ A model that was not trained on English books or Python code may lose more, or l
 
 {table}
 
-Heads of {base}{revision} are named by the indices that they had before any was removed. {ordered}Made with staterank-utils {version}.
+Heads of {base}{revision} are named by the indices that they had before any was removed. {ordered}Made with staterank-utils {version} and transformers {transformers}.
 """
 LOAD = """\
 ```python
@@ -225,6 +226,7 @@ def model_card(
     cost: Cost,
     *,
     revision: str | None = None,
+    licence: str | None = None,
     folder: str = ".",
     plain: bool = False,
     even: bool = True,
@@ -237,6 +239,7 @@ def model_card(
         base: name of the whole model: OWNER/NAME of a hub, or of a folder.
         cost: of the removal.
         revision: commit or tag of the whole model.
+        licence: of the whole model, by its name on a hub, where it is known.
         folder: where the model is loaded from.
         plain: whether it loads without this package.
         even: whether all layers keep as many heads.
@@ -260,6 +263,7 @@ def model_card(
     ]
     rows.append(("mean", *(f"{np.mean(of):.3f}" for of in means.values()), f"{added['mean']:.3f}"))
     n_removed = sum(map(len, cost.removed.values()))
+    known = (f"license: {licence}\n" if licence else "") + (f"base_model: {base}\n" if base.count("/") == 1 else "")
     note = (
         "It is a model of a stock class and needs no other package. Without a GPU, flash-linear-attention must not be installed: transformers would call "
         "its kernels all the same, which need one."
@@ -280,12 +284,12 @@ def model_card(
         note=note,
     )
     return CARD.format(
-        base=base, hub=f"base_model: {base}\n" if base.count("/") == 1 else "", n_removed=n_removed, n_heads=cost.n_heads, gone=f"{n_removed / cost.n_heads:.1%}", rule=SAID[cost.rule],
+        base=base, known=known, n_removed=n_removed, n_heads=cost.n_heads, gone=f"{n_removed / cost.n_heads:.1%}", rule=SAID[cost.rule],
         layers=", the same share of every layer" if cost.per_layer else "", before=cost.before.recurrent, after=cost.after.recurrent,
         parameters=1 - cost.after.parameters / cost.before.parameters, n_windows=len(cost.intact) // len(LOSS_TEXTS), window=cost.window,
         cost=markdown_table(("text", "whole", "without the heads", "added"), rows), load=load,
         table=markdown_table(("layer", "heads"), [(f"{layer}", ", ".join(map(str, heads))) for layer, heads in cost.removed.items()]),
-        revision=f" at revision {revision}" if revision else "", version=__version__, dtype=dtype,
+        revision=f" at revision {revision}" if revision else "", version=__version__, transformers=transformers.__version__, dtype=dtype,
         ordered="" if cost.rule == "random" else "They were ordered on technical prose and Python code. ",
         uneven="" if even else "\nLayers keep different numbers of heads, so staterank-utils cannot trace this model: trace the whole one.",
     )  # fmt: skip
@@ -299,6 +303,7 @@ def write_pruned(
     *,
     base: str,
     revision: str | None = None,
+    licence: str | None = None,
     plain: bool = False,
 ) -> None:
     """Write a pruned model, its tokenizer and its card into a folder, whole or not at all.
@@ -307,7 +312,7 @@ def write_pruned(
         folder: that is not there yet; those above it are made.
         pruned, cost: from `prune_by_rule`.
         tokenizer: of the whole model.
-        base, revision: of the whole model, for the card.
+        base, revision, licence: of the whole model, for the card.
         plain: write it as `plain_model` makes it, which loads without this package.
 
     Raises:
@@ -338,6 +343,7 @@ def write_pruned(
         base,
         cost,
         revision=revision,
+        licence=licence,
         folder=folder.name,
         plain=plain,
         even=even,
