@@ -659,12 +659,18 @@ def plot_with_band(
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> None:
+def plot_methods(
+    ax: Axes,
+    methods: Mapping[str, Mapping[float, Estimate]],
+    *,
+    again: Mapping[str, Mapping[float, float]] | None = None,
+) -> None:
     """What each method costs: a dot per share of the state that is removed, with its interval.
 
     Args:
         ax: where to draw.
         methods: label -> share, 0..1 -> estimate; the same shares for each, at most four.
+        again: label -> share -> the same measured again: open marks.
 
     Raises:
         ValueError: more shares than can be told apart.
@@ -688,6 +694,8 @@ def plot_methods(ax: Axes, methods: Mapping[str, Mapping[float, Estimate]]) -> N
             if estimate.low < estimate.high:
                 ends = [estimate.low, estimate.high]
                 ax.plot([method, method], ends, color="0.4", linewidth=1.5, zorder=0, label="95 % interval")
+    for method, repeated in (again or {}).items():
+        ax.plot([method] * len(repeated), [*repeated.values()], "o", ms=12, mfc="none", color="0.2", label="this run")
     ax.update_datalim([(0.0, 0.0)])  # and not a limit, which would cut what panels beside this one have higher
     ax.margins(x=0.15)
     ax.autoscale_view()

@@ -33,7 +33,7 @@ from staterank_utils.studies.groups import half_lives_from
 from staterank_utils.studies.recall import induction_gains
 from staterank_utils.studies.removal import BINS, by_position
 from staterank_utils.studies.repeated import CLOSE, Repeated
-from staterank_utils.studies.shrinking import CHANNELS, RANK, Shrinking, smaller_models
+from staterank_utils.studies.shrinking import CHANNELS, RANK, Shrinking, ordered_channels, smaller_models
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, over_texts
 from staterank_utils.surgery import Head, ablate_heads, all_heads, mean_outputs
 
@@ -207,7 +207,7 @@ def measure_caching(
     gone = {
         share: tuple((removed or {}).get(share) or head_pairs(select_heads(highest, share=share))) for share in shares
     }
-    smaller = smaller_models(model, prompts, rank, norm) if others else {}
+    smaller = smaller_models(model, rank, norm, ordered_channels(model, prompts)) if others else {}
     smaller.pop(RANK, None)  # which is `REMOVED`
     means = mean_outputs(model, prompts) if others else {}
 

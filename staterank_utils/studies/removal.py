@@ -772,6 +772,52 @@ def damage_alone(model: PreTrainedModel, windows: Tensor) -> NDArray[np.float64]
     return np.stack([_without(model, heads, [index], windows).mean(1) - intact for index in indices])
 
 
+def areas_beyond_first(
+    model: PreTrainedModel,
+    windows: Tensor,
+    made: Removal,
+    *,
+    name: str,
+    n_orders: int = claims.SECOND["C4b"].numbers["orders"],
+) -> NDArray[np.float64]:
+    """D layer-matched on the layers behind the first linear one, which keeps all its heads: of rank, and of random orders within layers (C4b without it).
+
+    Shares are of the heads of these layers; the doses are those at which both arms of the stored removal count with the first layer in it.
+
+    Args:
+        model: from `load_model`.
+        windows: of text, (window, token).
+        made: of the same weights, by whose orders heads go.
+        name: of the model, by which random orders are drawn; the one that `made` was measured under gives its orders.
+        n_orders: random orders.
+
+    Returns:
+        (1 + order,): that of rank first; nats per token times share of heads.
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> made = load_measured("pure-text-0")[0].removal
+        >>> areas_beyond_first(load_model("pure"), torch.arange(8).reshape(1, 8), made, name="pure-text-0", n_orders=1).shape
+        (2,)
+    """
+    first, doses_counted = made.heads[0][0], made.counted(LAYERS)
+
+    def loss(order: NDArray[np.int64], dose: float) -> float:
+        behind = [index for index in order.tolist() if made.heads[index][0] != first]
+        return float(_without(model, made.heads, chosen(behind, made.heads, LAYERS, dose), windows).mean())
+
+    drawn = random_orders(len(made.heads), n_orders, name=f"{name}, within layers")
+    pairs = [(made.orders[HIGH], made.orders[LOW]), *((order, order[::-1]) for order in drawn)]
+    return np.array(
+        [
+            area_under([loss(high, dose) - loss(low, dose) for dose in doses_counted], doses_counted)
+            for high, low in tqdm(pairs, desc="orders within layers", leave=False)
+        ]
+    )
+
+
 def damage_by_rank(
     heads: Sequence[Head], rank: NDArray[np.float64], damage: NDArray[np.float64]
 ) -> tuple[float, float, float]:

@@ -1,0 +1,32 @@
+"""Measure smaller states of the embedded models, and store it in results/shrinking.json.
+
+    python -m training.shrinking
+
+It takes a minute on an H200.
+"""
+
+import os
+
+import torch
+
+from staterank_utils import domain_prompts, load_model, load_tokenizer
+from staterank_utils.models import EMBEDDED
+from staterank_utils.results import embedded_folders, provenance
+from staterank_utils.studies.shrinking import measure_shrinking, store_shrinking
+from staterank_utils.studies.texts import draw_texts
+
+PROMPTS = {"n_prompts": 16, "n_tokens": 2048, "seed": 1000}  # of chapter 4, on which heads are scored
+
+
+def main() -> None:
+    if torch.cuda.is_available():
+        os.environ["TRITON_F32_DEFAULT"] = "tf32x3"  # three products of TF32 for each of float32
+    found = {}
+    for name in EMBEDDED:
+        model, tokenizer = load_model(name, dtype=torch.float32), load_tokenizer(name)
+        found[name] = measure_shrinking(model, draw_texts(tokenizer), domain_prompts("code", tokenizer, **PROMPTS))
+    store_shrinking(found, made=provenance(parameters=PROMPTS, checkpoints=embedded_folders(EMBEDDED)))
+
+
+if __name__ == "__main__":
+    main()
