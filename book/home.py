@@ -17,7 +17,7 @@ FINDINGS = (
     ("Their order is kept over time", "02_input_invariance", "C2"),
     ("Groups do not depend on natural input", "02_input_invariance", "C3"),
     ("Low-rank heads are needed more, by scores on tasks", "03_ablation_asymmetry", "C4"),
-    ("Rank matters beyond the choice of layers, by losses", "03_ablation_asymmetry", "C4b"),
+    ("Rank matters, either way, beyond the choice of layers", "03_ablation_asymmetry", "C4b"),
     ("High-rank heads are redundant with each other", "03_ablation_asymmetry", "C7"),
     ("Long memory is spare where attention recalls", "05_memory_and_recall", "C6"),
     ("A hybrid recalls with its heads of lowest rank", "05_memory_and_recall", "C11"),
@@ -28,18 +28,18 @@ WORDS = {"holds": "yes", "partly": "in part", "fails": "no", "open": "open"}
 ORDER = tuple(dict.fromkeys(notebook for _, notebook, _ in FINDINGS))  # of the chapters
 
 
-def tile(verdict: str | None, link: str, *, about: str, otherwise: str = NOT_MEASURED) -> str:
+def tile(row: Mapping[str, Any] | None, link: str, *, about: str, otherwise: str = NOT_MEASURED) -> str:
     """One verdict as a coloured cell with a mark and a word, a link.
 
     Args:
-        verdict: in the words of `claims`; None where nothing is known.
+        row: as `claims.judge` gives it; None where nothing is known.
         link: where it leads.
         about: what it says, for those who cannot see the table.
         otherwise: why nothing is known.
     """
-    kind = "open" if verdict is None else verdict_class(verdict)
+    kind = "open" if row is None else verdict_class(row["verdict"])
     mark, word = MARKS[kind], WORDS[kind]
-    title = f"{about}: {verdict or otherwise}"
+    title = f"{about}: {row['verdict'] + row['note'] if row else otherwise}"
     return f'<td><a class="tile {kind}" href="{escape(link)}" title="{escape(title)}" aria-label="{escape(title)}"><b>{mark}</b> {word}</a></td>'
 
 
@@ -58,9 +58,9 @@ def counted(verdicts: Sequence[str]) -> str:
     return " ".join(f"{MARKS[kind]}&nbsp;{kinds.count(kind)}" for kind in MARKS if kind in kinds) or "not testable"
 
 
-def verdicts_of(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str | None]:
-    """(claim, model) -> verdict; None where it rests on fewer training seeds than the home page asks for."""
-    return {(row["claim"], row["model"]): None if has_few_seeds(row) else row["verdict"] for row in rows}
+def verdicts_of(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any] | None]:
+    """(claim, model) -> row; None where it rests on fewer training seeds than the home page asks for."""
+    return {(row["claim"], row["model"]): None if has_few_seeds(row) else row for row in rows}
 
 
 def home_tiles(results: Path, models: Sequence[str], ladder: Mapping[str, Sequence[str]]) -> str:
@@ -71,7 +71,7 @@ def home_tiles(results: Path, models: Sequence[str], ladder: Mapping[str, Sequen
         models: names of the embedded models.
         ladder: claim -> verdicts over models or groups of models that could be tested.
     """
-    known: dict[tuple[str, str], str | None] = {}
+    known: dict[tuple[str, str], Mapping[str, Any] | None] = {}
     for notebook in ORDER:
         file = results / f"{notebook}.json"
         if file.exists():
@@ -116,7 +116,7 @@ def ladder_tiles(
         alone: model -> its rows.
         link: (model, notebook) -> where its tile leads; by default to the page of claims, and the findings to their chapters.
     """
-    known = {(row["claim"], name): row["verdict"] for name, rows in alone.items() for row in rows}
+    known = {(row["claim"], name): row for name, rows in alone.items() for row in rows}
     shown = [(finding, notebook, key) for finding, notebook, key in FINDINGS if any(key == claim for claim, _ in known)]
     findings = [
         f'<a href="../notebooks/{notebook}.html">{escape(finding)}</a>' if link is None else escape(finding)

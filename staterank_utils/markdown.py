@@ -247,7 +247,7 @@ def verdict_class(verdict: str) -> str:
 
 
 def badges(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], link: str = "#verdicts") -> str:
-    """The verdicts on some claims as coloured marks with words, links in HTML, one per claim and verdict.
+    """The verdicts on some claims as coloured marks with words, links in HTML, one per claim and verdict, with what they rest on.
 
     Args:
         rows: as `judge` gives them, one per claim and model.
@@ -260,14 +260,17 @@ def badges(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], link: str = "
         >>> badges([judge("C2", model, {"rho": Estimate(0.95, 0.92, 0.97)}) for model in ("hybrid", "pure")], ["C2"])
         '<a class="verdict holds" href="#verdicts">✓ C2, the order is kept over time: <b>holds</b> (hybrid, pure)</a>'
     """
-    models: dict[tuple[str, str], list[str]] = {}
+    models: dict[tuple[str, str, str], list[str]] = {}
     for key in keys:
         for row in (row for row in rows if row["claim"] == key):
-            models.setdefault((key, _verdict(row)), []).append(row["model"])
+            rests_on = (
+                row["note"] if row["note"].startswith(";") else ""
+            )  # seeds or doses, not the long reason of no verdict
+            models.setdefault((key, _verdict(row), rests_on), []).append(row["model"])
     parts = []
-    for (key, verdict), names in models.items():
+    for (key, verdict, rests_on), names in models.items():
         kind, statement = verdict_class(verdict), _printed(key)[0]
-        words = f"{MARKS[kind]} {key}, {escape(statement)}: <b>{escape(verdict)}</b> ({escape(', '.join(names))})"
+        words = f"{MARKS[kind]} {key}, {escape(statement)}: <b>{escape(verdict)}</b>{escape(rests_on)} ({escape(', '.join(names))})"
         parts.append(f'<a class="verdict {kind}" href="{escape(link)}">{words}</a>')
     return " ".join(parts)
 

@@ -7,16 +7,20 @@ from book import home
 from staterank_utils.claims import FAILS, HOLDS, NOT_TESTABLE, PARTLY, judge_alpha
 
 
-def row(claim: str, model: str, verdict: str) -> dict:
-    return {"claim": claim, "model": model, "verdict": verdict}
+def row(claim: str, model: str, verdict: str, note: str = "") -> dict:
+    return {"claim": claim, "model": model, "verdict": verdict, "note": note}
 
 
 def test_a_tile_says_its_verdict_by_colour_mark_and_word() -> None:
-    tiles = {verdict: home.tile(verdict, "x.html", about="C1") for verdict in (HOLDS, PARTLY, FAILS, NOT_TESTABLE)}
+    tiles = {
+        verdict: home.tile(row("C1", "m", verdict, "; 1 of 2 doses count"), "x.html", about="C1")
+        for verdict in (HOLDS, PARTLY, FAILS, NOT_TESTABLE)
+    }
     assert len({cell.split('class="tile ')[1].split('"')[0] for cell in tiles.values()}) == 4
     assert "<b>✓</b> yes" in tiles[HOLDS]
     assert "<b>✗</b> no" in tiles[FAILS]
-    assert home.tile("explained by layers", "x.html", about="C4b").count("fails") == 1
+    assert 'title="C1: does not hold; 1 of 2 doses count"' in tiles[FAILS]
+    assert home.tile(row("C4b", "m", "explained by layers"), "x.html", about="C4b").count("fails") == 1
     assert "not measured" in home.tile(None, "x.html", about="C1")
 
 

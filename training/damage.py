@@ -3,7 +3,7 @@
     python -m training.damage
 
 Every head is removed by itself; what is kept are means over the ladder's windows of held-out books and code. Then heads of all layers but the first go by
-rank and in random orders within layers. It takes four minutes on an H200.
+rank and in random orders within layers. It takes three minutes on an H200.
 """
 
 import os

@@ -88,23 +88,50 @@ def measures_of(model: str) -> dict[str, NDArray[np.float64]]:
     if stored is None:
         return {}
     found = {LOG_HALF_LIFE: np.log2(stored[0].groups["end"].half_life())}
+    damage = _damage_of(stored[1])
+    return found | {DAMAGE: np.array(damage["added"])} if damage else found
+
+
+def beyond_first(model: str) -> tuple[float, float] | None:
+    """What is stored of C4b on the layers behind the first one.
+
+    Args:
+        model: as in `stored_on`.
+
+    Returns:
+        D of rank, layer-matched, and the share of the D of random orders within layers, both signs, that are smaller in size; None where nothing
+        is stored.
+
+    Example:
+        >>> beyond_first("OWNER/NAME") is None, 0 <= beyond_first("hybrid")[1] <= 1
+        (True, True)
+    """
+    stored = stored_on(model)
+    damage = _damage_of(stored[1]) if stored else None
+    if damage is None:
+        return None
+    own, *random = damage["areas_beyond_first"]
+    return own, float((np.abs(random) < abs(own)).mean())
+
+
+def _damage_of(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `training/damage.py` stored of the weights of a stored model, by the name of the quantity."""
     damage = json.loads(DAMAGE_FILE.read_text(encoding="utf-8"))
-    weights = stored[1]["provenance"]["checkpoints"]["model"]
-    for name, of in damage["provenance"]["checkpoints"].items():
-        if of == weights:
-            found[DAMAGE] = np.array(damage["added"][name])
-    return found
+    for name, weights in damage.pop("provenance")["checkpoints"].items():
+        if weights == content["provenance"]["checkpoints"]["model"]:
+            return {quantity: of[name] for quantity, of in damage.items()}
+    return None
 
 
 def damage_source() -> str:
-    """Where and when the costs of single heads were measured, as a sentence.
+    """Where and when the costs of single heads, and C4b behind the first layer, were measured, as a sentence.
 
     Example:
         >>> damage_source()[:52]
-        'The costs of single heads are of a stored run on NVI'
+        'The costs of single heads, and D behind the first la'
     """
     made = json.loads(DAMAGE_FILE.read_text(encoding="utf-8"))["provenance"]
-    return f"The costs of single heads are of a stored run {_where(made)}."
+    return f"The costs of single heads, and D behind the first layer, are of a stored run {_where(made)}."
 
 
 def write_chapter(
