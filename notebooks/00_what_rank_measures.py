@@ -104,7 +104,11 @@ HTML(interactive.embed(chart, name="law", alt_text=ALT))
 # largest. Its *half-life* is the number of tokens in which its decay alone would halve the state: $\ln 2$ over the mean of $|\log a|$. What new
 # writes erase is not counted. The line is a law with nothing fitted: a head remembers some {glue:text}`half_lives` half-lives above $\varepsilon$, and each token that it remembers adds one direction, until the
 # state is full. By this law a half-life of {glue:text}`full_from` tokens fills a state of $d = 64$, and rank does not tell it from 5,000.
-# Measured heads need not follow: median $r/d$ by half-life: {glue:text}`filling`.
+# Measured heads need not follow:
+#
+# ```{glue:md} filling
+# :format: myst
+# ```
 #
 # ```{admonition} Where the numbers come from
 # :class: dropdown
@@ -174,14 +178,15 @@ run.keep("fig-bound")
 # $$ r \approx \min\Bigl(d,\; 1 + \frac{\log(1/\varepsilon)}{|\overline{\log a}|}\Bigr). $$ (eq-memory-law)
 #
 # This is a prediction, not a theorem. The paper's appendix is said to have a bound per head as well; how it relates to {prf:ref}`thm-memory` we do not
-# know. Of the variance of ranks over heads it explains $R^2$ = {glue:text}`R^2`; it gives the same label, high or low,
-# to this share of heads: {glue:text}`labels`. Clipping flatters the first number, so here is $R^2$ over the heads between $0.1\,d$ and
-# $0.9\,d$ alone: {glue:text}`R^2 between`. The law errs to one side where
-# half-lives are short but not shortest. Of those of 2 to 20 tokens, under the line lie {glue:text}`under`. Why is not tested here. Writes that
-# repeat directions, the erasing by $b_t k_t k_t^\top$, which the law ignores, and a mean that stands for a varying decay are candidates.
+# know. $R^2$ is the part of the variance of ranks over heads that it explains:
 #
-# For comparison, $R^2$ of a straight line in the geometric mean decay $\exp(\overline{\log a})$, the predictor of the independent replication (0.90
-# there): {glue:text}`r2_decay`. The law has no line fitted, and says why.
+# ```{glue:md} fit
+# :format: myst
+# ```
+#
+# Clipping flatters the first row, so the second leaves out the heads whose rank is cut. The last row is the predictor of the independent replication, a straight
+# line that is fitted (0.90 there); the law has nothing fitted, and says why. Heads under the line are those where the law errs to one side. Why is not
+# tested here. Writes that repeat directions, the erasing by $b_t k_t k_t^\top$, which the law ignores, and a mean that stands for a varying decay are candidates.
 #
 # ## Is it the decay, or something that goes with it?
 #
@@ -198,9 +203,12 @@ if laws:
     run.keep("fig-scaled")
 
 # %% [markdown]
-# Spearman of predicted and measured change, over heads and all six factors: {glue:text}`causal`. Left out, as the rule says, are the pairs of head and
-# factor for which the law predicts no change, and their ranks moved as well: {glue:text}`still`. The direction of the change alone makes such a
-# correlation high, so here it is for each factor, from the longest half-lives to the shortest (exploratory): {glue:text}`by_factor`.
+# Left out, as the rule says, are the pairs of head and factor for which the law predicts no change; their ranks moved as well. The direction of the change
+# alone makes such a correlation high, so it stands below for each factor alone, too (exploratory):
+#
+# ```{glue:md} causal
+# :format: myst
+# ```
 #
 # ## How fast can norms turn?
 #
@@ -260,10 +268,6 @@ Markdown(markdown.verdict_table(verdicts))
 forgetful = {name: of for name, of in shown.items() if of.log_decay["prose"].max() < 0}
 fits = {name: measures.law_fit(groups, strict=False) for name, groups in forgetful.items()}
 half_lives_remembered = math.log2(1 / spectra.REL_TOL)
-said = {
-    key: "; ".join(f"{of[key]} ({name})" for name, of in fits.items())
-    for key in ("R^2", "labels", "R^2 between")
-}
 explained = (
     ", ".join(f"{strata.exactly(of['R^2'].point):.0%} ({name})" for name, of in fits.items())
     or "nothing: these models do not forget"
@@ -276,27 +280,18 @@ between = (
 )
 
 # %% tags=["hide-input"]
-said |= {
+said = {
     "answer": f"The number of tokens that a head remembers, cut at the size of its state, by the registered rule: {markdown.yes_or_no(verdicts, 'C0a')}. Decay alone, with nothing fitted, explains this part of the variance of rank: {explained}; of heads with a measured rank between 0.1 d and 0.9 d alone: {between}.",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),
     "half_lives": f"{half_lives_remembered:.1f}",
     "full_from": f"{63 / half_lives_remembered:.1f}",
-    "filling": "; ".join(f"{of.filling()} ({name})" for name, of in shown.items()),
-    "r2_decay": "; ".join(f"{measures.decay_fit(of)} ({name})" for name, of in forgetful.items()),
+    "filling": {name: of.filling() for name, of in shown.items()},
+    "fit": {name: measures.fit_in_words(shown[name], fit) for name, fit in fits.items()},
+    "causal": {name: law.numbers() for name, law in laws.items()},
     "bound_now": "; ".join(
         f"{of.rank.numel():,} states, {of.n_violations} violations ({name})"
         for name, of in checks.items()
     ),
-    "causal": "; ".join(f"{law.agreement()} ({name})" for name, law in laws.items())
-    or "not measured on these models",
-    "still": "; ".join(f"{law.still_in_words()} ({name})" for name, law in laws.items())
-    or "not measured",
-    "under": "; ".join(f"{of.under_the_law()} ({name})" for name, of in shown.items()),
-    "by_factor": "; ".join(
-        f"{', '.join(f'{rho:.2f}' for rho in law.by_factor().values())} ({name})"
-        for name, law in laws.items()
-    )
-    or "not measured",
 }
 run.conclude(said, verdicts, found, badges=("C0", "C0a", "C0c"))
 

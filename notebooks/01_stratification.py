@@ -77,9 +77,12 @@ for (left, right), (name, groups) in zip(panels, shown.items(), strict=True):
 run.keep("fig-rank-distribution")
 
 # %% [markdown]
-# Read the left panels first. Each head forgets at its own rate: half-lives of nine heads in ten, in tokens: {glue:text}`spread`. By the law, a rank lies
-# between the groups only if the half-life lies in the grey window, in tokens {glue:text}`window`. Below and above it lie {glue:text}`sides` of the heads,
-# which make the heaps at the ends of the right panels. Measured ranks follow the law, but not exactly: {glue:text}`between`.
+# Read the left panels first. Each head forgets at its own rate. By the law, a rank lies between the groups only if the half-life lies in the grey window. The
+# heads below and above it make the heaps at the ends of the right panels. Measured ranks follow the law, but not exactly:
+#
+# ```{glue:md} around
+# :format: myst
+# ```
 #
 # *State Rank Stratification* is the first finding of the paper: some heads keep a state of nearly rank 0, the others climb to an upper
 # bound.
@@ -192,19 +195,20 @@ run.keep("fig-ranks-over-time")
 # another. In float32 a state carries noise of about $10^{-7}\sigma_1$, so $10^{-6}$ is as low as a threshold can go.
 
 # %% mystnb={"figure": {"caption": "Sorted r/d over heads at the last token for five thresholds, this run. The thick line is the registered threshold. If a bundle sinks, its rank was in small singular values.", "name": "fig-eps"}, "image": {"alt": "Five sorted curves of relative rank, one for each threshold from 1e-2 to 1e-6."}} tags=["hide-input"]
+SHARES = {"share outside": strata.share_outside, "two-group share": strata.two_group_share}
 at_end = {name: Spectrum(trace.values[:, :, -1]) for name, trace in traces.items()}
-outside_by_eps, smaller_by_eps, violations = [], [], []
+by_eps, violations = {}, []
 for name, ax in plotting.model_panels(run.models).items():
     d, curves = traces[name].d, {}
     for eps in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
         table = at_end[name].effective_rank(rel_tol=eps).double()
         curves[eps] = (table.mean(1) / d).flatten().numpy()
     plotting.plot_thresholds(ax, curves, registered=1e-4)
-    for shares, of in (
-        (outside_by_eps, strata.share_outside),
-        (smaller_by_eps, strata.two_group_share),
-    ):
-        shares.append(f"{', '.join(f'{of(curve):.2f}' for curve in curves.values())} ({name})")
+    by_eps[name] = {
+        f"{label}, threshold {eps:g}": f"{share(curve):.2f}"
+        for label, share in SHARES.items()
+        for eps, curve in curves.items()
+    }
     every = range(1, min(d, T) + 1)
     texts = prompts[name][:, : every[-1]]
     early = trace_states(loaded[name][0], texts, positions=every, reduce=singular_values).values
@@ -214,11 +218,13 @@ for name, ax in plotting.model_panels(run.models).items():
 run.keep("fig-eps")
 
 # %% [markdown]
-# Share outside, from the largest threshold to the smallest: {glue:text}`outside_by_eps`; C1 asks for two thirds, at $10^{-4}$ alone. Two-group share:
-# {glue:text}`smaller_by_eps`. So groups that are clear at one threshold need not be at another. Two measures need no threshold. The *stable rank*
+# C1 asks for two thirds outside, at $10^{-4}$ alone. Groups that are clear at one threshold need not be at another. Two measures need no threshold. The *stable rank*
 # $\|S\|_F^2/\sigma_1^2$ weighs a direction by its energy, the *entropy rank* $\exp H(\sigma/\sum\sigma)$ by its share of the nuclear
-# norm. Spearman of the entropy rank with the effective rank: {glue:text}`entropy_rank`; of the stable rank: {glue:text}`stable_rank`
-# (exploratory).
+# norm. The last two rows have their Spearman with the effective rank (exploratory):
+#
+# ```{glue:md} by_eps
+# :format: myst
+# ```
 #
 # ## Verdicts
 #
@@ -234,7 +240,7 @@ for name, groups in found.items():
 Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
-outside, spearmans, changes, others = [], [], [], {}
+outside, spearmans, changes, around = [], [], [], {}
 for name, groups in shown.items():
     before, after = numbers[name, "before training"], numbers[name, "trained"]
     both = [groups[key].rank["prose"].mean(0) for key in ("initial", "end")]
@@ -245,18 +251,20 @@ for name, groups in shown.items():
         changes.append(f"from {pair[0]} to {pair[1]} ({name})")
     else:
         changes.append(f"to {pair[1]}, and fresh weights of its class have {pair[0]} ({name})")
+    rows = {"spread": "half-lives of nine heads in ten, tokens", "window": "grey window, tokens"}
+    rows |= {"sides": "heads below and above the window"}
+    around[name] = {}
     for key, (low, high) in groups["end"].around_gap().items():
         form, word = (".0%", "and") if key == "sides" else (".3g", "to")
         words = f"{low:{form}} {word} {high:{form}}" if high < np.inf else "without end"
-        others.setdefault(key, []).append(f"{words} ({name})")
+        around[name][rows[key]] = words
     n_between, n_window = groups["end"].between()
-    others.setdefault("between", []).append(
-        f"of {n_between} heads between the groups, {n_window} have their half-life in the window ({name})"
-    )
+    of_these = f"{n_window} of {n_between}"
+    around[name]["heads with a rank between the groups that lie in the window"] = of_these
     for key in ("entropy_rank", "stable_rank"):
         tables = (getattr(at_end[name], key)(), at_end[name].effective_rank())
         rho = strata.spearman(*(x.double().mean(1).flatten() for x in tables))
-        others.setdefault(key, []).append(f"{strata.exactly(rho):.2f} ({name})")
+        by_eps[name][f"Spearman of the {key.replace('_', ' ')}"] = f"{strata.exactly(rho):.2f}"
 
 # %% tags=["hide-input"]
 beyond = (
@@ -265,7 +273,9 @@ beyond = (
     else ""
 )
 start = "before training" if spearmans else "with fresh weights of the class"
-said = {key: "; ".join(values) for key, values in others.items()} | {
+said = {
+    "around": around,
+    "by_eps": by_eps,
     "answer": f"Two groups, by the registered rule: {markdown.yes_or_no(verdicts, 'C1')}. Heads with a rank under 0.2 d or over 0.8 d: {', '.join(outside)}. The same rule {start}: {markdown.yes_or_no(untrained, 'before training')}; with shuffled weights: {markdown.yes_or_no(untrained, 'shuffled')}.{beyond} The smaller group's share went in training {'; '.join(changes)}.",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),
     "controls_pass": ", ".join(passing) or "none",
@@ -273,8 +283,6 @@ said = {key: "; ".join(values) for key, values in others.items()} | {
     "rho_initial": "; ".join(spearmans) or "not measured, those weights are not known",
     "bound_violations": "; ".join(violations),
     "setting": "{n_prompts} prompts of {n_tokens:,} tokens (seed {seed})".format(**run.sizes),
-    "outside_by_eps": "; ".join(outside_by_eps),
-    "smaller_by_eps": "; ".join(smaller_by_eps),
 }
 run.conclude(said, verdicts, found, badges=("C1", "C1b", "C1c"))
 

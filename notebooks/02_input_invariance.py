@@ -76,10 +76,12 @@ run.keep("fig-domains")
 
 # %% [markdown]
 # Each mark is one head of one model. Read it from left to right: if a head's group were a property of the head alone, dots would stay
-# above and squares below for every kind of input. Heads with another label (high from $d/2$ on) than on prose on some natural input:
-# {glue:text}`moved_natural`. From under $0.2\,d$ on one natural input to over $0.8\,d$ on another go {glue:text}`crossed`. With one symbol repeated a
-# state is offered few directions, and ranks can only be small. How many heads reach $d/2$ on the paper's two adversarial
-# inputs: {glue:text}`high_there`. How many share one mean rank there: {glue:text}`tied`. An order with many ties says little.
+# above and squares below for every kind of input. With one symbol repeated, as in the paper's two adversarial inputs, a state is offered few directions, and ranks
+# can only be small; an order with many ties says little. *High* is a rank from $d/2$ on:
+#
+# ```{glue:md} moved
+# :format: myst
+# ```
 #
 # The paper reports two things, as told by an independent reader. The order of heads by rank is settled early and kept over time. And a head's
 # group does not depend on the input, adversarial inputs included. That the *order* is the same on every input is a stricter reading of ours, which
@@ -115,16 +117,20 @@ run.keep("fig-agreement")
 
 # %% [markdown]
 # The registered measure for natural inputs (claim C3) is the *smallest* agreement over the six pairs, since one input that reorders
-# the heads is enough to make a group depend on input. For adversarial inputs (C3a) each is compared with prose: {glue:text}`strange`. The
-# first two are the paper's, the others ours.
+# the heads is enough to make a group depend on input. For adversarial inputs (C3a) each is compared with prose; the
+# first two are the paper's, the others ours:
+#
+# ```{glue:md} strange
+# :format: myst
+# ```
 #
 # ## How well could they agree at all?
 #
 # Two controls answer that. *Same input, other prompts*: the prompts of each natural input in two halves, which differ in nothing but which
 # prompts they are. No two inputs can be asked to agree better. *Models that learned nothing*, before training and shuffled: where those
 # agree as well as the trained one, agreement is no sign of a function that was learned; where they agree better, training made heads
-# depend on input. All rows but the first compare halves of the prompts, so compare them with each other and not with the verdicts. Smallest kappa
-# of the labels, from halves: {glue:text}`kappas`. Where the last number is the largest, training did not add that heads disregard the input.
+# depend on input. All rows but the first compare halves of the prompts, so compare them with each other and not with the verdicts. Where the kappa between
+# inputs is larger before training than after, training did not add that heads disregard the input.
 
 # %% tags=["hide-input"]
 agreed = {name: measures.agreements(variants) for name, variants in shown.items()}
@@ -225,7 +231,10 @@ turned = (
     for name, of in found.items()
 )
 rho = {
-    row["model"]: ", ".join(markdown.number(x) for x in row["criteria"]) or row["verdict"]
+    row["model"]: {
+        f"Spearman with prose, {x['label']}": markdown.number({**x, "label": ""}).strip()
+        for x in row["criteria"]
+    }
     for row in verdicts
     if row["claim"] == "C3a"
 }
@@ -233,19 +242,12 @@ of_inputs = [
     f"{name} {strata.exactly(of.least_with_prose(ADVERSARIAL[:2])):.2f} on the paper's inputs, {strata.exactly(of.least_with_prose(ADVERSARIAL[2:])):.2f} on ours"
     for name, of in end.items()
 ]
-kappas = []
-for name, by_label in agreed.items():
-    between, same, before = ([of[2] for of in by_label.values()][i] for i in (1, 2, 3))
-    kappas.append(
-        f"between inputs {strata.exactly(between):.2f}, between prompts of the same input {strata.exactly(same):.2f}, between inputs before training {strata.exactly(before):.2f} ({name})"
-    )
 
 # %% tags=["hide-input"]
 said = {
     "answer": f"The same order of heads early and late: {time}. The same groups on natural inputs: {inputs}. The same order on adversarial inputs: {strange}. Smallest Spearman with prose there: {'; '.join(of_inputs)}.",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),
-    "strange": "; ".join(f"{of} ({name})" for name, of in rho.items()),
-    "kappas": "; ".join(kappas),
+    "strange": rho,
     "turning_answer": "; ".join(turned),
     "norms": ", ".join(
         f"{row['criteria'][0]['point']:.3f} ({row['model']})"
@@ -255,21 +257,26 @@ said = {
     "early": f"{measures.EARLY}",
     "setting": "{n_prompts} prompts of {n_tokens:,} tokens (seed {seed})".format(**curves),
 }
-counts = [f"{of.moved(NATURAL)} of {len(of.heads)} ({name})" for name, of in end.items()]
-crossed = [f"{of.crossed(NATURAL)} of {len(of.heads)} ({name})" for name, of in end.items()]
-said |= {"moved_natural": "; ".join(counts), "crossed": "; ".join(crossed)}
+said["moved"] = {
+    name: {
+        "high on prose, low on some natural input, or the reverse": f"{of.moved(NATURAL)} of {len(of.heads)}",
+        "under $0.2\\,d$ on one natural input, over $0.8\\,d$ on another": f"{of.crossed(NATURAL)} of {len(of.heads)}",
+        **{f"high on {kind}": of.high_on(kind) for kind in ADVERSARIAL[:2]},
+        **{
+            f"of one and the same mean rank on {kind}": of.tied_on(kind)
+            for kind in ADVERSARIAL[:2]
+        },
+    }
+    for name, of in end.items()
+}
+
+# %% tags=["hide-input"]
 at, single = positions.index(measures.EARLY), []
 for name, spectrum in spectra.items():
     rank = spectrum.effective_rank()
     rho = measures.spearman_by_prompt(rank[:, :, at], rank[:, :, -1])
     single.append(f"{strata.exactly(rho):.2f} ({name})")
-said |= {
-    "high_there": "; ".join(
-        f"{of.high_on(ADVERSARIAL[:2])} ({name})" for name, of in end.items()
-    ),
-    "tied": "; ".join(f"{of.tied_on(ADVERSARIAL[:2])} ({name})" for name, of in end.items()),
-    "single": "; ".join(single),
-}
+said["single"] = "; ".join(single)
 run.conclude(said, verdicts, found, badges=("C2", "C3", "C3a"))
 
 # %% [markdown]

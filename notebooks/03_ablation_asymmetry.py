@@ -95,7 +95,7 @@ run.keep("fig-removal")
 # The other columns take a rival explanation away. An order over the whole model also chooses layers. *Layer-matched* removes the same number of
 # heads from every layer; *layer 0 protected* leaves the first layer whole. A quarter of the
 # heads, and as far as measured the paper's share for pruning, in added nats; open marks average one window per text, so they can lie outside the bands of the figure; brackets are 95 % intervals over windows of text, and for random heads the range of their
-# draws:
+# draws, {glue:text}`n_drawn`:
 
 # %% tags=["hide-input"]
 doses = {"shares": (0.25, selection.PAPER_SHARE), "schemes": removals.SCHEMES}
@@ -137,7 +137,7 @@ f"{name}, {n} fewer heads: {without - token_nats(network, texts.windows).mean():
 # Heads are ordered by effective rank on other text. Try it: colour the heads by a measure, choose an order, and move the sliders. *Nats added
 # without it* is the cost of a head that is removed alone.
 
-# %% mystnb={"figure": {"caption": "All heads of each model, layer by layer. Crosses: removed, in the chosen order. Below: what each order costs; the line marks the slider's dose.", "name": "fig-explorer"}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "All heads of each model, layer by layer. Crosses: removed, in the chosen order. Below: added nats per token of each order; the line marks the slider's dose.", "name": "fig-explorer"}} tags=["hide-input"]
 ALT = "Grid of the heads of {}, coloured by relative rank, with curves of added nats by number of heads removed."
 explorers, rows, alone = [], [], []
 source_of_alone = []
@@ -224,8 +224,11 @@ Markdown(markdown.markdown_table(("model", "first to go", *removals.SCHEMES), ro
 # ## Are high-rank heads redundant with each other?
 #
 # If high-rank heads all did the same, a few of them would be enough. Of the heads with $r \ge 0.9\,d$, all are removed, and then a part of
-# them is kept (claim C7). Beside it stand groups of as many heads at random. To remove all costs, in nats per token: {glue:text}`all_removed`.
-# With a quarter kept, the share of that damage undone is {glue:text}`undone`.
+# them is kept (claim C7). Beside it stand groups of as many heads at random:
+#
+# ```{glue:md} redundant
+# :format: myst
+# ```
 #
 # This is a narrower question than the paper's, and ours: can a quarter of these heads stand in for all? It does not ask whether they can be
 # spared; they may be cheap to lose and still not replace each other. Damage beyond the horizontal line of the first figure tells little, and the registered
@@ -327,11 +330,9 @@ said = {
     "sources": " ".join(
         [*(found.source(name) for name, found in removed.items()), *source_of_alone]
     ),
+    "n_drawn": "; ".join(f"{of.n_random(MODEL, 0.25)} ({name})" for name, of in shown.items()),
     "n_prompts": f"{run.sizes['n_prompts']}",
-    "all_removed": "; ".join(f"{shown[name].damage_in_words()} in {name}" for name in grouped)
-    or "not measured",
-    "undone": "; ".join(f"{shown[name].undone_in_words(0.25)} in {name}" for name in grouped)
-    or "not measured",
+    "redundant": {name: shown[name].redundancy(0.25) for name in grouped},
     "tasks_that_count": " ".join(f"{name} masters {tasks}." for name, tasks in counting),
 }
 run.conclude(said, verdicts, removed, badges=("C4b", "C4c", "C7", "C4"))

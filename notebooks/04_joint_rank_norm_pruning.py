@@ -53,7 +53,6 @@ from dataclasses import replace
 import numpy as np
 from IPython.display import Markdown
 from staterank_utils import domain_prompts, lola, markdown, plotting, selection
-from staterank_utils.evaluation import score_interval
 from staterank_utils.studies import caching, shrinking
 from staterank_utils.studies import removal as removals
 from staterank_utils.studies.by_task import measure_by_task, tasks_of
@@ -92,7 +91,7 @@ run.keep("fig-joint")
 # Lower is better: *added nats* are the loss without the heads minus the loss with all, on held-out books and code. Compare green with grey. An order is informative
 # only if it beats random heads. What the joint score adds to rank
 # is the norm, so the difference between the two is what the norm does. With layer 0 protected the picture is another one: so many random draws cost more than the joint score at the
-# paper's share: {glue:text}`dearer` ({doc}`ladder <../book/ladder>`). Added nats at a quarter of the heads and at the paper's share; brackets are 95 % intervals over windows, and for random heads the range of their draws:
+# paper's share: {glue:text}`dearer` ({doc}`ladder <../book/ladder>`). Added nats at a quarter of the heads and at the paper's share; brackets are 95 % intervals over windows, and for random heads the range of their draws, {glue:text}`n_drawn`:
 
 # %% tags=["hide-input"]
 doses = {"shares": (0.25, SHARE), "schemes": SCHEMES}
@@ -281,7 +280,7 @@ if pairs:
     run.keep("fig-caches")
 
 # %% [markdown]
-# Lower is better. At 25 %: {glue:text}`caches` At 38.9 %: {glue:text}`more_caches` The tables have the controls, as many random heads (one draw) among
+# Lower is better. The tables have the controls, as many random heads (one draw) among
 # them. *Their mean outputs* stand for heads that remember nothing. *Bytes freed* is a part of all states; key channels free as many as states that are
 # removed and get no cache, so compare them with that point of a curve. Then nats per token added at all positions and at those over 512. The gain is the
 # loss on a text minus the loss on its repetition, as in {doc}`05_memory_and_recall`, mean over copies of {glue:text}`copies` tokens: the higher, the more
@@ -291,17 +290,19 @@ if pairs:
 # {glue:text}`beside` A reading, which nothing here tests: the delta rule overwrites the value of a key that comes again. The overwritten pair then has a
 # large error, so LoLA's rule keeps what the delta rule has learned to forget.
 #
-# Do full states recall worse? {glue:text}`self_recall`. The error of a head over the pairs of the last $d$ tokens of code, relative to their values, is 1
-# for an empty state and 0 for one that recalls all.
+# Do full states recall worse? The error of a head over the pairs of the last $d$ tokens of code, relative to their values, is 1
+# for an empty state and 0 for one that recalls all:
+#
+# ```{glue:md} self_recall
+# :format: myst
+# ```
 
 # %% tags=["hide-input"]
 none = f"No cache was tried: {'; '.join(f'{why} ({name})' for name, why in uncached.items())}."
 said |= {
-    "caches": caching.left_in_words(pairs, 0.25) or "not measured.",
-    "more_caches": caching.left_in_words(pairs, SHARE) or "not measured.",
     "beside": caching.beside_in_words(pairs, 0.25),
     "copies": " and ".join(map(str, next((of.gaps for of in pairs.values() if of.gaps), ["no"]))),
-    "self_recall": caching.recall_in_words(pairs) or "not measured",
+    "self_recall": {name: caching.recall_by_rank(of) for name, of in pairs.items()},
     "cache_sources": " ".join(found.source(name) for name, found in caches.items()),
 }
 tables = []
@@ -364,15 +365,11 @@ losses = {when: token_nats(it, text).mean() for when, it in both.items()}
 #
 # C5a asks that the joint score cost less than the best of all random draws, at 38.9 % and at the largest share that rank alone removes for at most 0.1
 # nats per token; its number is what the score costs beyond that draw. Where a model without 38.9 % reads worse than token frequencies, the smaller
-# share alone decides. C5 is judged by tasks, of which a model must master at least two. Share of answers that are right with all heads, {glue:text}`n_prompts` prompts
-# per task: {glue:text}`scores`. C5a and C5b are judged on text, on the measurement that the first figure shows, at doses at which the model still reads
+# share alone decides. C5 is judged by tasks, of which a model must master at least two. C5b is what the joint score costs beyond rank alone at 25 % of
+# the heads. C5a and C5b are judged on text, on the measurement that the first figure shows, at doses at which the model still reads
 # better than a unigram model. Added nats at which it does not: {glue:text}`ruin`.
 
 # %% tags=["hide-input"]
-scores = (
-    f"{', '.join(f'{task} {score_interval(x).point:.2f}' for task, x in found.intact.items())} ({name})"
-    for name, found in by_task.items()
-)
 verdicts = []
 for name in run.models:
     verdicts += [row for row in by_task[name].claims() if row["claim"] == "C5"]
@@ -396,14 +393,15 @@ for name, found in shown.items():
 said |= {
     "answer": f"Cheaper than all random draws, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone adds at most 0.1: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. Key channels instead: {'; '.join(channels)}.",
     "inverted": "; ".join(inverted),
+    "n_drawn": "; ".join(
+        f"{of.n_random(removals.MODEL, SHARE)} ({name})" for name, of in shown.items()
+    ),
     "dearer": "; ".join(
         f"{found.dearer_draws(removals.PROTECTED, JOINT, SHARE)} ({name})"
         for name, found in shown.items()
     ),
     "sources": " ".join(found.source(name) for name, found in pruned.items()),
     "smaller_sources": " ".join(found.source(name) for name, found in smaller.items()),
-    "n_prompts": f"{run.sizes['n_prompts']}",
-    "scores": "; ".join(scores),
     "ruin": ", ".join(f"{found.ruin:.2f} ({name})" for name, found in shown.items()),
 }
 run.conclude(said, verdicts, pruned, badges=("C5a", "C5b", "C5"))

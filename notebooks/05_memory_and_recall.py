@@ -93,12 +93,20 @@ run.keep("fig-recall-arms")
 # The model reads a passage of {glue:text}`gap` tokens twice in a row. The *gain* is how much better it predicts the second copy: what it recalls
 # from context. Then heads are removed, the same number in every layer, so that the choice of layers explains nothing. The right panel answers the
 # first objection, that some heads cost more on any text: compare arms at the same cost on text that is read once.
-# How much a model recalls depends on the distance, too. Gains with all heads, by the length of the passage: {glue:text}`by_distance`.
+# How much a model recalls depends on the distance, too. With all heads, by the length of the passage:
+#
+# ```{glue:md} by_distance
+# :format: myst
+# ```
 
 # %% [markdown] tags=["of-the-book"]
 # In the embedded hybrid, recall needs the heads of *low* rank: without them most of the gain is gone, without the highest ranks it is all there. At the
 # same cost on text read once, arms of low rank recall less than random arms. Every arm also takes heads of layer 0. With that layer protected and a
-# quarter of all heads removed from the others, the gains are {glue:text}`recall_protected`.
+# quarter of all heads removed from the others:
+#
+# ```{glue:md} recall_protected
+# :format: myst
+# ```
 #
 # In hybrid the heads of low rank have short memories ({glue:text}`lowest`), so they cannot hold a passage of 512 tokens themselves. Softmax layers can
 # look back to it, but must be told where; heads that tell each token what stood just before it would do that. This account is a guess that nothing
@@ -117,11 +125,15 @@ limit = claims.SECOND["C6"].numbers["hybrid"]
 stored = {name: of[0] for name in run.models if (of := stored_on(name))}
 said = {
     "first_pair": markdown.by_model(first_pair, "C4"),
-    "first_pair_numbers": "; ".join(
-        f"{', '.join(markdown.number(x) for x in row['criteria'] if 'random' not in x['label'])} ({row['model']})"
+    "first_pair_numbers": {
+        row["model"]: {
+            x["label"].partition(" (")[0]: f"{x['point']:.2f} ({x['label'].partition(' (')[2]}"
+            for x in row["criteria"]
+            if "random" not in x["label"]
+        }
         for row in first_pair
         if row["claim"] == "C4"
-    ),
+    },
     "cap_takes": f"it asks that the cap take under {limit:.0%} of the gain; in hybrids of the ladder it takes {cap_by_design(everyone)} (the one with Sparse State Expansion is left out: it was measured under another cap)",
     "ladder_said": recall_over_models(ladder),
     "losses_pure": pure_direction(everyone),
@@ -129,9 +141,7 @@ said = {
     "lowest": "; ".join(
         memory_of_lowest(*pair) for pair in stored.items() if without[pair[0]].recalls
     ),
-    "recall_protected": "; ".join(
-        f"{recalls.gains_protected(of.recall)} ({name})" for name, of in stored.items()
-    ),
+    "recall_protected": {name: recalls.gains_protected(of.recall) for name, of in stored.items()},
 }
 run.say(said)
 
@@ -161,8 +171,13 @@ Markdown(markdown.markdown_table(HEAD, rows))
 # {glue:text}`ladder_said` {glue:text}`later` Pure models trained on text recall next to nothing over this distance. Those trained with 63 % tasks recall a little, and
 # their gain grows when the lowest ranks go; from gains under 0.2 nothing follows. A replication on a pure model of 1.3 billion parameters reports
 # that the gain vanishes without the high-rank heads ({doc}`limits <../book/limits>`). An earlier pair of 9 million parameters was judged by scores on
-# tasks. That removing its low-rank heads hurts more: {glue:text}`first_pair`. Score without the highest minus without the lowest, one seed each:
-# {glue:text}`first_pair_numbers`. So in recall and on tasks a hybrid, which the paper measured, and a pure
+# tasks. That removing its low-rank heads hurts more: {glue:text}`first_pair`. Score without the highest minus without the lowest, one seed each, in brackets the heads removed:
+#
+# ```{glue:md} first_pair_numbers
+# :format: myst
+# ```
+#
+# So in recall and on tasks a hybrid, which the paper measured, and a pure
 # model, which the replication measured, may differ. For losses on text this does not reconcile the two: {glue:text}`losses_pure`; the
 # replication's model has the opposite at every share.
 
@@ -259,7 +274,7 @@ said = {
     "gap": f"{GAP}",
     "sources": " ".join(of.source(name) for name, of in found.items()),
     "answer": " ".join(recalls.recall_in_words(name, of) for name, of in without.items()),
-    "by_distance": "; ".join(f"{of.by_distance()} ({name})" for name, of in shown.items()),
+    "by_distance": {name: of.by_distance() for name, of in shown.items()},
 }
 run.conclude(said, verdicts, found, badges=("C6",))
 

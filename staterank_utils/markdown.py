@@ -275,6 +275,28 @@ def badges(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], link: str = "
     return " ".join(parts)
 
 
+def per_model(numbers: Mapping[str, Mapping[str, str]]) -> str:
+    """Quantities as a Markdown table, one row each, with a column per model.
+
+    Args:
+        numbers: model -> quantity -> its number there, in words; a model that lacks one gets a dash.
+
+    Example:
+        >>> print(per_model({"hybrid": {"heads": "144", "d": "64"}, "pure": {"heads": "192"}}))
+        |  | hybrid | pure |
+        | --- | --- | --- |
+        | heads | 144 | 192 |
+        | d | 64 | – |
+        >>> per_model({})
+        'Not measured on these models.'
+    """
+    quantities = dict.fromkeys(quantity for of in numbers.values() for quantity in of)
+    if not quantities:
+        return "Not measured on these models."
+    rows = [(quantity, *(of.get(quantity, "–") for of in numbers.values())) for quantity in quantities]
+    return markdown_table(("", *numbers), rows)
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; a vertical bar inside a cell is escaped, a line break becomes a space.
 

@@ -28,7 +28,7 @@ from staterank_utils.selection import (
     saturation_scores,
     select_heads,
 )
-from staterank_utils.strata import Estimate, bootstrap, spearman, without_minus
+from staterank_utils.strata import GAP, Estimate, bootstrap, spearman, without_minus
 from staterank_utils.studies.groups import half_lives_from
 from staterank_utils.studies.recall import induction_gains
 from staterank_utils.studies.removal import BINS, by_position
@@ -347,31 +347,27 @@ class RepeatedCaching(Repeated[Caching]):
         )
 
 
-def recall_in_words(found: Mapping[str, Caching]) -> str:
-    """Whether full states recall worse, per model.
+def recall_by_rank(found: Caching) -> dict[str, str]:
+    """Whether full states recall worse: quantity -> number, in words.
 
     Args:
-        found: name -> what was measured.
+        found: of one model.
 
     Example:
-        >>> recall_in_words({})
-        ''
+        >>> list(recall_by_rank(load_caching("hybrid")[0]))[:2]
+        ['error, mean over heads with a rank over 0.8 d', 'error, mean over heads with a rank under 0.2 d']
     """
-    said, worse = [], set()
-    for name, of in found.items():
-        full, low = of.error[of.rank > 0.8 * of.d], of.error[of.rank < 0.2 * of.d]
-        if len(full) and len(low):
-            worse.add(bool(full.mean() > low.mean()))
-        groups = [
-            f"{errors.mean():.2f} over the {len(errors)} heads with a rank {where} d"
-            for errors, where in ((full, "over 0.8"), (low, "under 0.2"))
-            if len(errors)
-        ]
-        of_rank, of_half_life = (_correlated(of.error, each) for each in (of.rank, -1 / of.half_life))
-        correlated = f"Spearman {of_rank} with rank, {of_half_life} with half-life ({name})"
-        said.append("; ".join(filter(None, (" and ".join(groups), correlated))))
-    answer = {(True,): "Yes: ", (False,): "No: ", (False, True): "In some models: "}.get(tuple(sorted(worse)), "")
-    return answer + ". ".join(said)
+    low, high = (share * found.d for share in GAP)
+    groups = {"over 0.8 d": found.error[found.rank > high], "under 0.2 d": found.error[found.rank < low]}
+    return {
+        f"error, mean over heads with a rank {where}": f"{errors.mean():.2f} ({len(errors)} heads)"
+        if len(errors)
+        else "no head"
+        for where, errors in groups.items()
+    } | {
+        "Spearman of error and rank": _correlated(found.error, found.rank),
+        "Spearman of error and half-life": _correlated(found.error, -1 / found.half_life),
+    }
 
 
 def _correlated(error: NDArray[np.float64], other: NDArray[np.float64]) -> str:
@@ -446,7 +442,7 @@ def channels_in_words(stored: Caching | None, live: Shrinking, share: float) -> 
 
     Example:
         >>> nothing = np.empty(0)
-        >>> whole = Shrinking((), 64, nothing, nothing, (), {}, {}, {}, 0.0, 0.0, "its keys are shared")
+        >>> whole = Shrinking((), 64, nothing, nothing, (), {}, {}, {}, {}, 0.0, 0.0, "its keys are shared")
         >>> channels_in_words(None, whole, 0.389)
         'refused'
     """

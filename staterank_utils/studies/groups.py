@@ -142,34 +142,36 @@ class Groups:
             np.min([strata.spearman(self.rank[domain].mean(0), self.rank["prose"].mean(0)) for domain in domains])
         )
 
-    def high_on(self, domains: Sequence[str]) -> str:
-        """How many heads have a mean rank of half of d or more on each of these kinds of input, in words."""
-        counts = [is_high(self.rank[domain].mean(0), self.d).sum() for domain in domains]
-        return f"{', '.join(map(str, counts))} of {len(self.heads)}"
+    def high_on(self, domain: str) -> str:
+        """How many heads have a mean rank of half of d or more on a kind of input, in words."""
+        return f"{is_high(self.rank[domain].mean(0), self.d).sum()} of {len(self.heads)}"
 
-    def tied_on(self, domains: Sequence[str]) -> str:
-        """How many heads share the most frequent mean rank on each of these kinds of input, in words."""
-        counts = [np.unique(self.rank[domain].mean(0), return_counts=True)[1].max() for domain in domains]
-        return f"{', '.join(map(str, counts))} of {len(self.heads)}"
+    def tied_on(self, domain: str) -> str:
+        """How many heads share the most frequent mean rank on a kind of input, in words."""
+        return f"{np.unique(self.rank[domain].mean(0), return_counts=True)[1].max()} of {len(self.heads)}"
 
     def half_life(self, domain: str = "prose") -> NDArray[np.float64]:
         """Tokens after which a state has fallen to half, (head,), by the mean log-decay over prompts; infinite without decay."""
         return half_lives_from(self.log_decay[domain].mean(0))
 
-    def filling(self, ranges: Sequence[tuple[float, float]] = ((4, 6), (10, 20), (40, 80))) -> str:
-        """Median r/d on prose of the heads whose half-lives lie in some ranges of tokens, in words; ranges without a head are left out."""
+    def filling(self, ranges: Sequence[tuple[float, float]] = ((4, 6), (10, 20), (40, 80))) -> dict[str, str]:
+        """Median r/d on prose of the heads whose half-lives lie in some ranges of tokens: quantity -> number, in words."""
         lives, relative = self.half_life(), self.relative("prose").mean(0)
         inside = {(low, high): relative[(low <= lives) & (lives < high)] for low, high in ranges}
-        found = [f"{np.median(x):.2f} at {low:g} to {high:g} tokens" for (low, high), x in inside.items() if x.size]
-        return ", ".join(found) or "no head in the ranges"
+        return {
+            f"median $r/d$ of heads with half-lives of {low:g} to {high:g} tokens": f"{np.median(x):.2f}"
+            if x.size
+            else "no head"
+            for (low, high), x in inside.items()
+        }
 
     def under_the_law(self, low: float = 2, high: float = 20) -> str:
         """How many heads whose half-lives lie in a range of tokens have a rank on prose under that by the law, and their distances, in words."""
         inside = (low <= self.half_life()) & (self.half_life() < high)
         if not inside.any():
-            return "no head in the range"
+            return "no head"
         gaps = self.rank["prose"].mean(0)[inside] - self.predicted()[inside]
-        return f"{(gaps < 0).sum()} of {len(gaps)} heads, {gaps.mean():+.1f} on average"
+        return f"{(gaps < 0).sum()} of {len(gaps)}, by {gaps.mean():+.1f} on average"
 
     def between(self) -> tuple[int, int]:
         """How many heads have a mean rank on prose between 0.2 d and 0.8 d, and how many of these a half-life at which the law says so."""
@@ -558,6 +560,14 @@ class Law:
             for factor, before, found in zip(self.factors, predicted, measured, strict=True)
         }
 
+    def numbers(self) -> dict[str, str]:
+        """What scaling decays did to ranks: quantity -> number, in words."""
+        return {
+            "Spearman of predicted and measured change, all factors": f"{self.agreement()}",
+            "pairs of head and factor with no predicted change": self.still_in_words(),
+            **{f"Spearman, log-decay times {factor}": f"{rho:.2f}" for factor, rho in self.by_factor().items()},
+        }
+
     def scaled_half_life(self) -> NDArray[np.float64]:
         """(factor, head): half-life in tokens once the log-decay is multiplied."""
         return half_lives_from(np.array(self.factors)[:, None] * self.base_decay.mean(0))
@@ -570,7 +580,7 @@ class Law:
         """How many pairs of head and factor the law predicts no change for, and how far their ranks moved."""
         still = self.predicted_changes() == 0
         moved = np.abs((self.scaled_rank - self.base_rank).mean(1))[still]
-        moved_by = f", by {np.median(moved):.1f} in the median and {moved.max():.0f} at most" if moved.size else ""
+        moved_by = f", moved by {np.median(moved):.1f} in the median, {moved.max():.0f} at most" if moved.size else ""
         return f"{still.sum()} of {still.size}{moved_by}"
 
     @property
@@ -735,6 +745,28 @@ def decay_fit(groups: Groups, domain: str = "prose") -> Estimate:
     """
     pair = np.stack([np.exp(groups.log_decay[domain]), groups.rank[domain]], 1)
     return bootstrap(lambda means: strata.r_squared(*means), pair, of_means=True, strict=False)
+
+
+def fit_in_words(groups: Groups, fit: Mapping[str, Estimate]) -> dict[str, str]:
+    """How well the law and a line in the decay explain ranks on prose: quantity -> number, in words.
+
+    Args:
+        groups: as measured.
+        fit: from `law_fit`.
+
+    Example:
+        >>> from staterank_utils import load_model, load_tokenizer
+        >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256, domains=["prose"])
+        >>> len(fit_in_words(groups, law_fit(groups)))
+        5
+    """
+    return {
+        "$R^2$ over all heads": f"{fit['R^2']}",
+        "$R^2$ over heads with $0.1\\,d < r < 0.9\\,d$ alone": f"{fit['R^2 between']}",
+        "share of heads with the same label, high or low": f"{fit['labels']}",
+        "heads with half-lives of 2 to 20 tokens that lie under the line": groups.under_the_law(),
+        "$R^2$ of a line in the geometric mean decay": f"{decay_fit(groups)}",
+    }
 
 
 def shares(groups: Groups, domain: str = "prose") -> dict[str, float]:

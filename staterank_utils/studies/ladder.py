@@ -589,13 +589,13 @@ def later_hybrids(found: Iterable[RecallWithout]) -> str:
     share, least = (claims.THIRD["C11"].numbers[name] for name in ("share", "left"))
     alone = {of.name: recalling_heads([of])[0]["verdict"] for of in later if of.recalls}
     others = [name for name, verdict in alone.items() if verdict != claims.HOLDS]
-    left = [f"{of.gain[LOW][of.shares.index(share)] / of.intact:.0%} ({of.name})" for of in later if of.recalls]
+    left = [of.gain[LOW][of.shares.index(share)] / of.intact for of in later if of.recalls]
     met = [of for of in later if alone.get(of.name) == claims.HOLDS]
     dearer = sum(of.added[LOW][at] > of.added[RANDOM][at] for of in met for at in [of.shares.index(share)])
     of_class = [verdict == claims.HOLDS for name, verdict in alone.items() if name.startswith("hybrid-default")]
     return (
         f"C11, on the {len(left)} hybrids measured since: {row['verdict']}{row['note']}. Without the lowest ranks, the share of the "
-        f"gain that is left is {', '.join(left)}. The rule asks for less than {least:.0%} and than any random draw leaves, and for more without the "
+        f"gain that is left is {min(left):.0%} to {max(left):.0%}. The rule asks for less than {least:.0%} and than any random draw leaves, and for more without the "
         f"highest ranks than without random heads; it is not met in {', '.join(others) or 'none'}. With the gates that "
         f"the paper's model class begins with, it is met in {sum(of_class)} of {len(of_class)}. In {dearer} of the {len(met)} hybrids that meet it the lowest ranks "
         "also cost more on text that is read once than random heads on average, and there damage to everything is not excluded."

@@ -63,9 +63,9 @@ class Recall:
         """
         return over_texts(self._at(label, gap))
 
-    def by_distance(self) -> str:
-        """Gains of the intact model over each distance that was measured, in words."""
-        return ", ".join(f"{self.gain(gap=gap).point:.2f} over {gap} tokens" for gap in self.gaps)
+    def by_distance(self) -> dict[str, str]:
+        """Gains of the intact model by the length of the passage: quantity -> number, in words."""
+        return {f"gain over {gap:,} tokens": f"{self.gain(gap=gap):.2f}" for gap in self.gaps}
 
     def taken(self, cap: int = claims.SECOND["C6"].numbers["cap"], gap: int = COPY_GAP) -> Estimate:
         """Share of the intact gain that a cap takes, with its interval over windows (C6)."""
@@ -335,8 +335,8 @@ def without_heads(name: str, recall: Recall, removal: Removal) -> RecallWithout:
     )  # fmt: skip
 
 
-def gains_protected(recall: Recall, *, share: float = 0.25) -> str:
-    """Gains without heads of layers other than layer 0, in words.
+def gains_protected(recall: Recall, *, share: float = 0.25) -> dict[str, str]:
+    """Gains without heads of layers other than layer 0: quantity -> number, in words.
 
     Args:
         recall: with the gains of those arms.
@@ -344,15 +344,19 @@ def gains_protected(recall: Recall, *, share: float = 0.25) -> str:
 
     Example:
         >>> from staterank_utils.studies.ladder import load_measured
-        >>> gains_protected(load_measured("hybrid-text-0")[0].recall)[:24]
-        '0.02 without the lowest '
+        >>> gains_protected(load_measured("hybrid-text-0")[0].recall)["gain without the lowest ranks"]
+        '0.02'
     """
     low, high = (recall.gain(f"{order}, {share:.1%}, {PROTECTED}").point for order in (LOW, HIGH))
     labels = [
         label for label in recall.gains if label.startswith(RANDOM) and label.endswith(f", {share:.1%}, {PROTECTED}")
     ]
     random = [recall.gain(label).point for label in labels]
-    return f"{low:.2f} without the lowest ranks, {high:.2f} without the highest, {min(random):.2f} to {max(random):.2f} without random heads"
+    return {
+        "gain without the lowest ranks": f"{low:.2f}",
+        "gain without the highest": f"{high:.2f}",
+        f"gain without random heads, {len(random)} draws": f"{min(random):.2f} to {max(random):.2f}",
+    }
 
 
 def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> str:

@@ -365,6 +365,10 @@ class Removal:
         draws = self.draws(scheme, dose).mean(1)
         return f"{int((draws > self.added(scheme, order, dose).mean()).sum())} of {len(draws)}"
 
+    def n_random(self, scheme: str, share: float) -> int:
+        """Draws of random heads at the dose nearest to a share."""
+        return len(self.draws(scheme, self.nearest(scheme, RANDOM, share)))
+
     def counts(self, scheme: str, share: float, arms: tuple[str, str] = (LOW, HIGH)) -> bool:
         """Whether a dose counts: the mean loss of both arms is below that of unigram models."""
         unigram = float(np.mean(list(self.unigram.values())))
@@ -512,17 +516,24 @@ class Removal:
         loss = float(self.intact.mean())
         return f"{loss:.2f} nats per token, beside {loss + self.ruin:.2f} of a unigram model"
 
-    def damage_in_words(self) -> str:
-        """What removing each whole group of C7 costs, how many heads that are, and the cost at which a model is no better than token frequencies."""
-        n = int((self.rank >= claims.SECOND["C7"].numbers["full"] * self.d).sum())
-        costs = ", ".join(f"{added[0].mean():.2f} ({group})" for group, added in self.groups.items() if added.size)
-        return f"{costs} for {n} of {len(self.heads)} heads, beside {self.ruin:.2f} at the horizontal line,"
+    def redundancy(self, keep: float) -> dict[str, str]:
+        """What C7 measured: quantity -> number, in words.
 
-    def undone_in_words(self, keep: float) -> str:
-        """Share of the damage that keeping a part of each group of C7 undoes, as "number (group), number (group)"."""
+        Args:
+            keep: the part of a group that is kept, one of the claim's.
+        """
         row = [0.0, *map(float, claims.SECOND["C7"].numbers["keeps"])].index(keep)
-        undone = {group: 1 - added[row].mean() / added[0].mean() for group, added in self.groups.items() if added.size}
-        return ", ".join(f"{share:.2f} ({group})" for group, share in undone.items())
+        n = int((self.rank >= claims.SECOND["C7"].numbers["full"] * self.d).sum())
+        groups = {group: added for group, added in self.groups.items() if added.size}
+        return {
+            "heads of full rank": f"{n} of {len(self.heads)}",
+            **{f"added nats without this group, {group}": f"{added[0].mean():.2f}" for group, added in groups.items()},
+            "added nats at which a model is no better than token frequencies": f"{self.ruin:.2f}",
+            **{
+                f"part of it undone by keeping {keep:.0%}, {group}": f"{1 - added[row].mean() / added[0].mean():.2f}"
+                for group, added in groups.items()
+            },
+        }
 
     def from_layer(self, layer: int, scheme: str, order: str, share: float) -> int:
         """How many heads of a layer an arm takes, at the dose that is nearest to a share of all heads."""

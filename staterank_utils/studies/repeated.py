@@ -251,8 +251,8 @@ class RepeatedGroups:
         shown, (n_held, n_intervals) = self.shown["end"], self.held()
         return (
             f"{name} was measured on {len(shown.rank['prose'])} prompts of {shown.n_tokens:,} tokens of each kind {_where(self.made)}. "
-            f"This run repeated {kinds} on {live}: {n_held} of {n_intervals} "
-            f"live intervals hold the stored value, and {self.same_labels():.0%} of the labels, high or low, are the same."
+            f"This run repeated {kinds} on {live}: of its intervals over heads (mean r/d, share outside and two-group share, per kind) {n_held} of "
+            f"{n_intervals} hold the stored value, and {self.same_labels():.0%} of the labels, high or low, are the same."
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import HTML
+from IPython.display import HTML, Markdown
 from myst_nb import glue
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from staterank_utils.models import DTYPES, load_model, load_tokenizer
 from staterank_utils.results import check_parameters, write_table
 from staterank_utils.studies.repeated import RepeatedGroups, RepeatedRecall, RepeatedRemoval, write_chapter
 
+Said = str | Mapping[str, Mapping[str, str]]  # a text; or model -> quantity -> number
 TEXTS = ("model", "revision", "device", "dtype", "profile", "results_folder")
 
 
@@ -86,18 +87,18 @@ class Run:
             write_table(self.file.with_name(f"{figure}.csv"), shown)
 
     @staticmethod
-    def say(said: Mapping[str, str]) -> None:
-        """Put texts where the page names them.
+    def say(said: Mapping[str, Said]) -> None:
+        """Put texts and tables where the page names them.
 
         Args:
-            said: name on the page -> text.
+            said: name on the page -> text, or for a table model -> quantity -> number.
         """
-        for key, text in said.items():
-            glue(key, text, display=False)
+        for key, of in said.items():
+            glue(key, of if isinstance(of, str) else Markdown(markdown.per_model(of)), display=False)
 
     def conclude(
         self,
-        said: Mapping[str, str],
+        said: Mapping[str, Said],
         rows: Sequence[Mapping[str, Any]],
         found: Mapping[str, RepeatedGroups | RepeatedRemoval | RepeatedRecall],
         *,
@@ -106,7 +107,7 @@ class Run:
         """Put texts and badges where the page names them, and store the result if it is to be stored.
 
         Args:
-            said: name on the page -> text; of "answer" the first sentence is `answer` on the page, the rest `more`.
+            said: as in `say`; of "answer" the first sentence is `answer` on the page, the rest `more`.
             rows: verdicts.
             found: name of the model -> what the page shows of it.
             badges: the claims whose verdicts stand under the answer, as `badges` on the page.
@@ -114,11 +115,12 @@ class Run:
         Raises:
             ValueError, OSError: as in `write_chapter`.
         """
-        first, rest = markdown.in_two(said["answer"])
+        answer = str(said["answer"])
+        first, rest = markdown.in_two(answer)
         self.say({**said, "answer": first, "more": rest})
         glue("badges", HTML(markdown.badges(rows, badges)), display=False)
         if self.file:
-            write_chapter(self.file, parameters=self.parameters, rows=rows, found=found, answer=said["answer"])
+            write_chapter(self.file, parameters=self.parameters, rows=rows, found=found, answer=answer)
 
 
 def setup(namespace: dict[str, Any], page: str, **sizes: tuple[int, int]) -> Run:
