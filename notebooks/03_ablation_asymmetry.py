@@ -290,13 +290,12 @@ Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
 counting = ((name, ", ".join(found.heads) or "none") for name, found in by_task.items())
-answer, kept = [], []
+answer = []
 for name, found in shown.items():
     points = [found.near(MODEL, order, 0.25).point for order in (LOW, HIGH, RANDOM)]
     low, high, random = (strata.without_minus(f"{point:.2f}") for point in points)
     spread = found.near(MODEL, RANDOM, 0.25)
     random += f" [{spread.low:.2f} to {spread.high:.2f}]"
-    kept.append(f"{found.points_in_words(removals.LAYERS, (LOW, HIGH), 0.25)} ({name})")
     answer.append(f"lowest rank {low}, highest {high}, random {random} ({name})")
 
 behind = {name: of for name in shown if (of := repeated.beyond_first(name))}
@@ -317,7 +316,7 @@ said = {
         for name, of in shown.items()
         if of.shares(removals.PROTECTED)
     ),
-    "answer": f"An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}{without}. Nats per token that the removal of a quarter of the heads adds: {'; '.join(answer)}. With as many from every layer, lowest and highest: {'; '.join(kept)}.",
+    "answer": f"An effect of rank on the loss beyond the choice of layers: {markdown.yes_or_no(verdicts, 'C4b')}{without}. Nats per token that the removal of a quarter of the heads adds: {'; '.join(answer)}.",
     "alone": "; ".join(alone) or "not measured",
     "behind": "; ".join(
         f"D is {of[0]:.3f}, larger in size than {of[1]:.0%} of the random orders ({name})"
