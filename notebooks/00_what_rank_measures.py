@@ -184,7 +184,7 @@ run.keep("fig-bound")
 # :format: myst
 # ```
 #
-# Clipping flatters the first row, so the second leaves out the heads whose rank is cut. The last row is the predictor of the independent replication, a straight
+# Clipping flatters the first row, so the second keeps heads with a measured rank between $0.1\,d$ and $0.9\,d$ alone. The last row is the predictor of the independent replication, a straight
 # line that is fitted (0.90 there); the law has nothing fitted, and says why. Heads under the line are those where the law errs to one side. Why is not
 # tested here. Writes that repeat directions, the erasing by $b_t k_t k_t^\top$, which the law ignores, and a mean that stands for a varying decay are candidates.
 #

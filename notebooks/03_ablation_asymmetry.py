@@ -95,7 +95,7 @@ run.keep("fig-removal")
 # The other columns take a rival explanation away. An order over the whole model also chooses layers. *Layer-matched* removes the same number of
 # heads from every layer; *layer 0 protected* leaves the first layer whole. A quarter of the
 # heads, and as far as measured the paper's share for pruning, in added nats; open marks average one window per text, so they can lie outside the bands of the figure; brackets are 95 % intervals over windows of text, and for random heads the range of their
-# draws, {glue:text}`n_drawn`:
+# draws:
 
 # %% tags=["hide-input"]
 doses = {"shares": (0.25, selection.PAPER_SHARE), "schemes": removals.SCHEMES}
@@ -231,7 +231,7 @@ Markdown(markdown.markdown_table(("model", "first to go", *removals.SCHEMES), ro
 # ```
 #
 # This is a narrower question than the paper's, and ours: can a quarter of these heads stand in for all? It does not ask whether they can be
-# spared; they may be cheap to lose and still not replace each other. Damage beyond the horizontal line of the first figure tells little, and the registered
+# spared; they may be cheap to lose and still not replace each other. Where the random group recovers as little, the test does not tell the two apart. Damage beyond the horizontal line of the first figure tells little, and the registered
 # rule exempts C7 from it. Both groups hold heads of layer 0, which this does not take apart.
 
 # %% mystnb={"figure": {"caption": "Share of the damage that keeping a part undoes, mean and range over draws. Dots: heads of full rank. Grey: random groups of that size. The claim asks for 0.8 at 25 %.", "name": "fig-undone"}, "image": {"alt": "Curves that rise with the share of the group kept. In the embedded models both need more than a quarter."}} tags=["hide-input"]
@@ -329,7 +329,6 @@ said = {
     "sources": " ".join(
         [*(found.source(name) for name, found in removed.items()), *source_of_alone]
     ),
-    "n_drawn": "; ".join(f"{of.n_random(MODEL, 0.25)} ({name})" for name, of in shown.items()),
     "n_prompts": f"{run.sizes['n_prompts']}",
     "redundant": {name: shown[name].redundancy(0.25) for name in grouped},
     "tasks_that_count": " ".join(f"{name} masters {tasks}." for name, tasks in counting),

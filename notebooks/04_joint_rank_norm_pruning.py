@@ -91,7 +91,7 @@ run.keep("fig-joint")
 # Lower is better: *added nats* are the loss without the heads minus the loss with all, on held-out books and code. Compare green with grey. An order is informative
 # only if it beats random heads. What the joint score adds to rank
 # is the norm, so the difference between the two is what the norm does. With layer 0 protected the picture is another one: so many random draws cost more than the joint score at the
-# paper's share: {glue:text}`dearer` ({doc}`ladder <../book/ladder>`). Added nats at a quarter of the heads and at the paper's share; brackets are 95 % intervals over windows, and for random heads the range of their draws, {glue:text}`n_drawn`:
+# paper's share: {glue:text}`dearer` ({doc}`ladder <../book/ladder>`). Added nats at a quarter of the heads and at the paper's share; brackets are 95 % intervals over windows, and for random heads the range of their draws:
 
 # %% tags=["hide-input"]
 doses = {"shares": (0.25, SHARE), "schemes": SCHEMES}
@@ -213,7 +213,7 @@ run.keep("fig-channels")
 
 # %% [markdown]
 # {glue:text}`refused` Heads are ordered here on code alone, for the first figure on prose and code, so the same score may remove other heads. At 38.9 % the joint
-# score costs, here and there, {glue:text}`other_text`: two such costs differ by more than their intervals where the text of calibration decides.
+# score costs {glue:text}`other_text`. Where the two differ, the choice of the calibration text matters more than the intervals show, and C5a is judged on one choice.
 #
 # Would another $\alpha$, or another maximum, do better? Added nats at 38.9 % for other settings of {eq}`eq-saturation`, exploratory, beside
 # random heads as the first figure has them. Cheaper than all random draws are {glue:text}`cheaper` of these settings.
@@ -238,7 +238,7 @@ for name, found in shrunk.items():
         row[f"α = {alpha:g}"] = f"{point:.2f}"
 said["cheaper"] = f"{sum(cheaper)} of {len(cheaper)}"
 said["other_text"] = "; ".join(
-    f"{costs[name][JOINT][SHARE].point:.2f} and {of.near(removals.MODEL, JOINT, SHARE).point:.2f} ({name})"
+    f"{costs[name][JOINT][SHARE].point:.2f} by code, {of.near(removals.MODEL, JOINT, SHARE).point:.2f} by both ({name})"
     for name, of in shown.items()
 )
 HEAD = ("model", "maximum over", "share of", "random heads", *next(iter(rows.values())))
@@ -283,8 +283,8 @@ if pairs:
 # Lower is better. The tables have the controls, as many random heads (one draw) among
 # them. *Their mean outputs* stand for heads that remember nothing. *Bytes freed* is a part of all states; key channels free as many as states that are
 # removed and get no cache, so compare them with that point of a curve. Then nats per token added at all positions and at those over 512. The gain is the
-# loss on a text minus the loss on its repetition, as in {doc}`05_memory_and_recall`, mean over copies of {glue:text}`copies` tokens: the higher, the more
-# is recalled. Last come nats added to the right answers of recall and needle. Where a model does not master a task whole, its column says little, whichever
+# loss on a text minus the loss on its repetition, as in {doc}`05_memory_and_recall`, mean over copies of {glue:text}`copies` tokens. It falls
+# where less is recalled; it can also rise because the first reading got worse. Last come nats added to the right answers of recall and needle. Where a model does not master a task whole, its column says little, whichever
 # way it moves; the gain is then the measure of recall.
 #
 # {glue:text}`beside` A reading, which nothing here tests: the delta rule overwrites the value of a key that comes again. The overwritten pair then has a
@@ -393,9 +393,6 @@ for name, found in shown.items():
 said |= {
     "answer": f"Cheaper than all random draws, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone adds at most 0.1: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. Key channels instead: {'; '.join(channels)}.",
     "inverted": "; ".join(inverted),
-    "n_drawn": "; ".join(
-        f"{of.n_random(removals.MODEL, SHARE)} ({name})" for name, of in shown.items()
-    ),
     "dearer": "; ".join(
         f"{found.dearer_draws(removals.PROTECTED, JOINT, SHARE)} ({name})"
         for name, found in shown.items()

@@ -91,7 +91,7 @@ run.keep("fig-recall-arms")
 
 # %% [markdown]
 # The model reads a passage of {glue:text}`gap` tokens twice in a row. The *gain* is how much better it predicts the second copy: what it recalls
-# from context. Then heads are removed, the same number in every layer, so that the choice of layers explains nothing. The right panel answers the
+# from context. A gain can also rise because the first reading got worse, so a fall shows that less is recalled, and a gain that stays does not show that all is. Then heads are removed, the same number in every layer, so that the choice of layers explains nothing. The right panel answers the
 # first objection, that some heads cost more on any text: compare arms at the same cost on text that is read once.
 # How much a model recalls depends on the distance, too. With all heads, by the length of the passage:
 #

@@ -263,9 +263,7 @@ def badges(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], link: str = "
     models: dict[tuple[str, str, str], list[str]] = {}
     for key in keys:
         for row in (row for row in rows if row["claim"] == key):
-            rests_on = (
-                row["note"] if row["note"].startswith(";") else ""
-            )  # seeds or doses, not the long reason of no verdict
+            rests_on = row["note"] if row["note"].endswith((" seed", " seeds", " doses count")) else ""
             models.setdefault((key, _verdict(row), rests_on), []).append(row["model"])
     parts = []
     for (key, verdict, rests_on), names in models.items():

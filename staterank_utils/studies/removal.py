@@ -365,10 +365,6 @@ class Removal:
         draws = self.draws(scheme, dose).mean(1)
         return f"{int((draws > self.added(scheme, order, dose).mean()).sum())} of {len(draws)}"
 
-    def n_random(self, scheme: str, share: float) -> int:
-        """Draws of random heads at the dose nearest to a share."""
-        return len(self.draws(scheme, self.nearest(scheme, RANDOM, share)))
-
     def counts(self, scheme: str, share: float, arms: tuple[str, str] = (LOW, HIGH)) -> bool:
         """Whether a dose counts: the mean loss of both arms is below that of unigram models."""
         unigram = float(np.mean(list(self.unigram.values())))
