@@ -62,7 +62,7 @@ from staterank_utils import (
     strata,
 )
 from staterank_utils.studies import groups as measures
-from staterank_utils.studies.repeated import repeat_groups
+from staterank_utils.studies.repeated import over_seeds, repeat_groups
 from staterank_utils.studies.setup import setup
 from staterank_utils.tracing import trace_states
 
@@ -104,7 +104,7 @@ HTML(interactive.embed(chart, name="law", alt_text=ALT))
 # largest. Its *half-life* is the number of tokens in which its decay alone would halve the state: $\ln 2$ over the mean of $|\log a|$. What new
 # writes erase is not counted. The line is a law with nothing fitted: a head remembers some {glue:text}`half_lives` half-lives above $\varepsilon$, and each token that it remembers adds one direction, until the
 # state is full. By this law a half-life of {glue:text}`full_from` tokens fills a state of $d = 64$, and rank does not tell it from 5,000.
-# Measured heads need not follow:
+# Measured heads may fill later:
 #
 # ```{glue:md} filling
 # :format: myst
@@ -168,7 +168,7 @@ for name, ax in plotting.model_panels(run.models).items():
 run.keep("fig-bound")
 
 # %% [markdown]
-# States checked and violations, at $\varepsilon$ for the bound and $1.01\,\varepsilon$ for the rank: {glue:text}`bound_now`.
+# States of this run that were checked, and violations, at $\varepsilon$ for the bound and $1.01\,\varepsilon$ for the rank: {glue:text}`bound_now`.
 #
 # ## From a bound to a law
 #
@@ -184,9 +184,9 @@ run.keep("fig-bound")
 # :format: myst
 # ```
 #
-# Clipping flatters the first row, so the second keeps heads with a measured rank between $0.1\,d$ and $0.9\,d$ alone. The last row is the predictor of the independent replication, a straight
-# line that is fitted (0.90 there); the law has nothing fitted, and says why. Heads under the line are those where the law errs to one side. Why is not
-# tested here. Writes that repeat directions, the erasing by $b_t k_t k_t^\top$, which the law ignores, and a mean that stands for a varying decay are candidates.
+# Clipping flatters the first row, so the second keeps heads with a measured rank between $0.1\,d$ and $0.9\,d$. The last two rows are the predictor of the
+# independent replication, a straight line that is fitted (0.90 there); the law has no fitted number. Where half-lives are short, heads have lower ranks than
+# the law says. The cause is not tested here. Writes that repeat directions, the erasing by $b_t k_t k_t^\top$, which the law ignores, and a mean that stands for a varying decay are candidates.
 #
 # ## Is it the decay, or something that goes with it?
 #
@@ -204,7 +204,8 @@ if laws:
 
 # %% [markdown]
 # Left out, as the rule says, are the pairs of head and factor for which the law predicts no change; their ranks moved as well. The direction of the change
-# alone makes such a correlation high, so it stands below for each factor alone, too (exploratory):
+# alone makes such a correlation high, so the table has it as well, and the correlation for each factor alone. A slope under 1 says that ranks move less than the law
+# predicts (both exploratory):
 #
 # ```{glue:md} causal
 # :format: myst
@@ -268,6 +269,8 @@ Markdown(markdown.verdict_table(verdicts))
 forgetful = {name: of for name, of in shown.items() if of.log_decay["prose"].max() < 0}
 fits = {name: measures.law_fit(groups, strict=False) for name, groups in forgetful.items()}
 half_lives_remembered = math.log2(1 / spectra.REL_TOL)
+trainings = over_seeds(run.models, "C0a")
+trainings = f" Trainings in which it holds whole: {trainings}." if trainings else ""
 explained = (
     ", ".join(f"{strata.exactly(of['R^2'].point):.0%} ({name})" for name, of in fits.items())
     or "nothing: these models do not forget"
@@ -281,7 +284,7 @@ between = (
 
 # %% tags=["hide-input"]
 said = {
-    "answer": f"The number of tokens that a head remembers, cut at the size of its state, by the registered rule: {markdown.yes_or_no(verdicts, 'C0a')}. Decay alone, with nothing fitted, explains this part of the variance of rank: {explained}; of heads with a measured rank between 0.1 d and 0.9 d alone: {between}.",
+    "answer": f"The number of tokens that a head remembers, cut at the size of its state, by the registered rule: {markdown.yes_or_no(verdicts, 'C0a')}.{trainings} Decay alone, with nothing fitted, explains this part of the variance of rank: {explained}; of heads with a measured rank between 0.1 d and 0.9 d alone: {between}.",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),
     "half_lives": f"{half_lives_remembered:.1f}",
     "full_from": f"{63 / half_lives_remembered:.1f}",
@@ -299,8 +302,8 @@ run.conclude(said, verdicts, found, badges=("C0", "C0a", "C0c"))
 # ## What this does not say
 #
 # The bound is void where nothing decays (DeltaNet): there every head may fill, and in {doc}`the ladder <../book/ladder>` every head does. The law
-# takes a mean over tokens, and the replication's finding on a model of 1.3 billion parameters is the only one on a larger model that we know
-# of. That rank follows decay does not say what a head does with its memory: {doc}`05_memory_and_recall` shortens the memory at nearly the
+# takes a mean over tokens. On larger models it is untested; the straight line of the replication, on a model of 1.3 billion parameters, is the nearest that we
+# know of. That rank follows decay does not say what a head does with its memory: {doc}`05_memory_and_recall` shortens the memory at nearly the
 # same rank.
 
 # %% [markdown] tags=["of-the-book"]

@@ -51,7 +51,7 @@ import numpy as np
 from IPython.display import Markdown
 from staterank_utils import markdown, plotting, strata, tasks
 from staterank_utils.studies import groups as measures
-from staterank_utils.studies.repeated import repeat_groups
+from staterank_utils.studies.repeated import over_seeds, repeat_groups
 from staterank_utils.studies.setup import setup
 
 run = setup(globals(), "02_input_invariance", n_prompts=(2, 16), n_tokens=(2048, 2048))
@@ -127,10 +127,10 @@ run.keep("fig-agreement")
 # ## How well could they agree at all?
 #
 # Two controls answer that. *Same input, other prompts*: the prompts of each natural input in two halves, which differ in nothing but which
-# prompts they are. No two inputs can be asked to agree better. *Models that learned nothing*, before training and shuffled: where those
-# agree as well as the trained one, agreement is no sign of a function that was learned; where they agree better, training made heads
-# depend on input. All rows but the first compare halves of the prompts, so compare them with each other and not with the verdicts. Where the kappa between
-# inputs is larger before training than after, training did not add that heads disregard the input.
+# prompts they are. No two inputs can be asked to agree better. *Before training* and *shuffled*, the controls of {doc}`01_stratification`: where these
+# agree as well as the trained model, agreement is no sign of a function that was learned; where they agree better, training made heads
+# depend on input. All rows but the first compare halves of the prompts, so compare them with each other and not with the verdicts. C3 itself, judged on the weights before
+# training: {glue:text}`untrained`.
 
 # %% tags=["hide-input"]
 agreed = {name: measures.agreements(variants) for name, variants in shown.items()}
@@ -139,7 +139,14 @@ rows = [
     for name, by_label in agreed.items()
     for label, of in by_label.items()
 ]
-HEAD = ("model", "what is compared", "min Spearman", "median", "min kappa", "median")
+HEAD = (
+    "model",
+    "what is compared",
+    "min Spearman",
+    "median Spearman",
+    "min kappa",
+    "median kappa",
+)
 Markdown(markdown.markdown_table(HEAD, rows))
 
 # %% [markdown]
@@ -203,12 +210,14 @@ rows = [
     for name, variants in shown.items()
     for label, of in measures.settled(variants, seed=run.seed).items()
 ]
+forgetful = {name: of for name, of in end.items() if of.log_decay["prose"].max() < 0}
+decays = {name: of.decay_order(NATURAL) for name, of in forgetful.items()}
 HEAD = ("model", "weights", "Spearman of r", "cosine of r", "cosine of n")
 Markdown(markdown.markdown_table(HEAD, rows))
 
 # %% [markdown]
 # The rows before training say how much of the agreement is there without it. {doc}`00_what_rank_measures` says why there is some: rank follows a
-# head's decay, and decay is mostly a constant of the head. The bound on how fast norms turn (claim C2b, the paper's Theorem 4.4) is proved there too. It cannot fail, so a count
+# head's decay, and a head's mean decay changes little between inputs. The smallest Spearman of the heads' mean log-decays over pairs of natural inputs is {glue:text}`decays`. The bound on how fast norms turn (claim C2b, the paper's Theorem 4.4) is proved there too. It cannot fail, so a count
 # of violations tests the code, not the model: {glue:text}`turning_answer`.
 #
 # ## Verdicts
@@ -238,6 +247,14 @@ rho = {
     for row in verdicts
     if row["claim"] == "C3a"
 }
+trainings = over_seeds(run.models, "C3")
+trainings = f" Trainings in which it holds whole: {trainings}." if trainings else ""
+untrained = [
+    row
+    for name, of in found.items()
+    if of.initial
+    for row in measures.first_claims(name, of.initial, initial=None, keys=["C3"])
+]
 of_inputs = [
     f"{name} {strata.exactly(of.least_with_prose(ADVERSARIAL[:2])):.2f} on the paper's inputs, {strata.exactly(of.least_with_prose(ADVERSARIAL[2:])):.2f} on ours"
     for name, of in end.items()
@@ -245,7 +262,10 @@ of_inputs = [
 
 # %% tags=["hide-input"]
 said = {
-    "answer": f"The same order of heads early and late: {time}. The same groups on natural inputs: {inputs}. The same order on adversarial inputs: {strange}. Smallest Spearman with prose there: {'; '.join(of_inputs)}.",
+    "answer": f"The same order of heads early and late: {time}. The same groups on natural inputs: {inputs}.{trainings} The same order on adversarial inputs: {strange}. Smallest Spearman with prose there: {'; '.join(of_inputs)}.",
+    "untrained": markdown.by_model(untrained, "C3") or "not known for these models",
+    "decays": ", ".join(f"{strata.exactly(rho):.3f} ({name})" for name, rho in decays.items())
+    or "undefined, as nothing decays",
     "sources": " ".join(groups.source(name) for name, groups in found.items()),
     "strange": rho,
     "turning_answer": "; ".join(turned),
@@ -257,11 +277,16 @@ said = {
     "early": f"{measures.EARLY}",
     "setting": "{n_prompts} prompts of {n_tokens:,} tokens (seed {seed})".format(**curves),
 }
+
+# %% tags=["hide-input"]
 said["moved"] = {
     name: {
         "high on prose, low on some natural input, or the reverse": f"{of.moved(NATURAL)} of {len(of.heads)}",
         "under $0.2\\,d$ on one natural input, over $0.8\\,d$ on another": f"{of.crossed(NATURAL)} of {len(of.heads)}",
-        **{f"high on {kind}": of.high_on(kind) for kind in ADVERSARIAL[:2]},
+        **{
+            f"high on {kind}": f"{of.high_on(kind)} of {len(of.heads)}"
+            for kind in ADVERSARIAL[:2]
+        },
         **{
             f"of one and the same mean rank on {kind}": of.tied_on(kind)
             for kind in ADVERSARIAL[:2]
@@ -269,8 +294,6 @@ said["moved"] = {
     }
     for name, of in end.items()
 }
-
-# %% tags=["hide-input"]
 at, single = positions.index(measures.EARLY), []
 for name, spectrum in spectra.items():
     rank = spectrum.effective_rank()

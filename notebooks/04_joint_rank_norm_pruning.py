@@ -90,7 +90,8 @@ run.keep("fig-joint")
 # %% [markdown]
 # Lower is better: *added nats* are the loss without the heads minus the loss with all, on held-out books and code. Compare green with grey. An order is informative
 # only if it beats random heads. What the joint score adds to rank
-# is the norm, so the difference between the two is what the norm does. With layer 0 protected the picture is another one: so many random draws cost more than the joint score at the
+# is the norm, so the difference between the two is what the norm does. Over the model, the norm makes the score take more heads of layer 0 (a table below), and the two
+# differ by those. With layer 0 protected the picture is another one: so many random draws cost more than the joint score at the
 # paper's share: {glue:text}`dearer` ({doc}`ladder <../book/ladder>`). Added nats at a quarter of the heads and at the paper's share; brackets are 95 % intervals over windows, and for random heads the range of their draws:
 
 # %% tags=["hide-input"]
@@ -238,7 +239,7 @@ for name, found in shrunk.items():
         row[f"α = {alpha:g}"] = f"{point:.2f}"
 said["cheaper"] = f"{sum(cheaper)} of {len(cheaper)}"
 said["other_text"] = "; ".join(
-    f"{costs[name][JOINT][SHARE].point:.2f} by code, {of.near(removals.MODEL, JOINT, SHARE).point:.2f} by both ({name})"
+    f"{costs[name][JOINT][SHARE].point:.2f} by code, {of.near(removals.MODEL, JOINT, SHARE).point:.2f} by prose and code ({name})"
     for name, of in shown.items()
 )
 HEAD = ("model", "maximum over", "share of", "random heads", *next(iter(rows.values())))
@@ -284,7 +285,8 @@ if pairs:
 # them. *Their mean outputs* stand for heads that remember nothing. *Bytes freed* is a part of all states; key channels free as many as states that are
 # removed and get no cache, so compare them with that point of a curve. Then nats per token added at all positions and at those over 512. The gain is the
 # loss on a text minus the loss on its repetition, as in {doc}`05_memory_and_recall`, mean over copies of {glue:text}`copies` tokens. It falls
-# where less is recalled; it can also rise because the first reading got worse. Last come nats added to the right answers of recall and needle. Where a model does not master a task whole, its column says little, whichever
+# where less is recalled; it can also rise because the first reading got worse. *1/2*, *1/4* and *1/8* are the cache's part of the bytes of a state; *half of each* holds
+# as many last pairs as large values. Last come nats added to the right answers of recall and needle. Where a model does not master a task whole, its column says little, whichever
 # way it moves; the gain is then the measure of recall.
 #
 # {glue:text}`beside` A reading, which nothing here tests: the delta rule overwrites the value of a key that comes again. The overwritten pair then has a
@@ -366,7 +368,7 @@ losses = {when: token_nats(it, text).mean() for when, it in both.items()}
 # C5a asks that the joint score cost less than the best of all random draws, at 38.9 % and at the largest share that rank alone removes for at most 0.1
 # nats per token; its number is what the score costs beyond that draw. Where a model without 38.9 % reads worse than token frequencies, the smaller
 # share alone decides. C5 is judged by tasks, of which a model must master at least two. C5b is what the joint score costs beyond rank alone at 25 % of
-# the heads. C5a and C5b are judged on text, on the measurement that the first figure shows, at doses at which the model still reads
+# the heads over the model, where the two take different numbers of heads of layer 0. C5a and C5b are judged on text, on the measurement that the first figure shows, at doses at which the model still reads
 # better than a unigram model. Added nats at which it does not: {glue:text}`ruin`.
 
 # %% tags=["hide-input"]
@@ -376,6 +378,14 @@ for name in run.models:
     seed_of = {"seed": pruned[name].seed}
     verdicts += removals.one_model_claims(shown[name], name, ("C5a", "C5b"), **seed_of)
 Markdown(markdown.verdict_table(verdicts))
+
+# %% tags=["hide-input", "of-the-book"]
+from staterank_utils.studies.ladder import scores_after_pruning
+
+run.say({"scores_after_pruning": scores_after_pruning()})
+
+# %% [markdown] tags=["of-the-book"]
+# {glue:text}`scores_after_pruning`
 
 # %% tags=["hide-input"]
 inverted, cheap, kept, large, channels = ([] for _ in range(5))
@@ -391,7 +401,7 @@ for name, found in shown.items():
     large.append({"claim": "unprotected", "model": name, "verdict": words})
     inverted.append(f"{found.near(removals.MODEL, removals.INVERTED, SHARE):.2f} ({name})")
 said |= {
-    "answer": f"Cheaper than all random draws, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone adds at most 0.1: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. Key channels instead: {'; '.join(channels)}.",
+    "answer": f"Cheaper than all random draws, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone adds at most 0.1: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. As much of the key channels instead: {'; '.join(channels)}.",
     "inverted": "; ".join(inverted),
     "dearer": "; ".join(
         f"{found.dearer_draws(removals.PROTECTED, JOINT, SHARE)} ({name})"

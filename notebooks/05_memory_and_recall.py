@@ -141,7 +141,9 @@ said = {
     "lowest": "; ".join(
         memory_of_lowest(*pair) for pair in stored.items() if without[pair[0]].recalls
     ),
-    "recall_protected": {name: recalls.gains_protected(of.recall) for name, of in stored.items()},
+    "recall_protected": {
+        name: recalls.gains_protected(of.recall, of.removal) for name, of in stored.items()
+    },
 }
 run.say(said)
 
@@ -177,8 +179,8 @@ Markdown(markdown.markdown_table(HEAD, rows))
 # :format: myst
 # ```
 #
-# So in recall and on tasks a hybrid, which the paper measured, and a pure
-# model, which the replication measured, may differ. For losses on text this does not reconcile the two: {glue:text}`losses_pure`; the
+# On tasks, hybrids of {doc}`the ladder <../book/ladder>` differ among themselves, too, one seed each. So that a hybrid, which the paper measured, and a pure
+# model, which the replication measured, differ in what recalls is a guess. For losses on text this does not reconcile the two: {glue:text}`losses_pure`; the
 # replication's model has the opposite at every share.
 
 # %% [markdown]
@@ -213,12 +215,12 @@ if capped:
 
 # %% [markdown]
 # With every half-life capped at {glue:text}`cap` tokens, mean $r/d$ goes {glue:text}`rank_change`, and low and high labels agree with those before to
-# $\kappa$ = {glue:text}`kappa`. The law predicts that no rank falls under such a cap, so what falls is its error. What the cap takes from the gain while ranks
-# stay, rank does not see.
+# $\kappa$ = {glue:text}`kappa`. By the law a full head stays full under such a cap, and others change little; how much of the fall
+# it predicts was not computed. What the cap takes from the gain while ranks stay, rank does not see.
 
 # %% [markdown] tags=["of-the-book"]
 # The hybrid's gain falls: rank hardly sees memory beyond some tens of tokens. The heads of low rank that recall needs have mean half-lives far under the cap, which
-# can change them only at single tokens that decay little. It takes a large part of the gain. The arm of the highest ranks takes away many of
+# can change them only at single tokens that decay little. Yet the cap takes a large part of the gain, so long memories matter, too. The arm of the highest ranks takes away many of
 # the heads with long memories, and costs no gain. So both kinds of memory matter, but not every head of high rank does: some of those that
 # stay may be enough, or a cap may disturb what the later layers expect. Nothing here decides between the two.
 #

@@ -99,7 +99,10 @@ def _outcome(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 # Where registered words say more than their rule asks, what the rule asks stands beside them.
-STATED = {"C4c": "judged by where the curves cross"}
+STATED = {
+    "C4c": "judged by where the curves cross",
+    "C5a": "judged at a smaller share alone where this one ruins the model",
+}
 WEAKER = {"explained by layers": "not shown (registered word: explained by layers)"}
 
 

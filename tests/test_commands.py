@@ -135,7 +135,7 @@ def test_the_script_of_a_batch_system_types_a_report(folder: Path, tmp_path: Pat
     done = CliRunner().invoke(staterank.app, typed.read_text().splitlines())
     assert done.exit_code == 0, done.output
     [(words, options)] = made
-    assert (words, options["profile"]) == ((str(folder), Path("report-report")), "full")
+    assert (words, options["profile"]) == ((str(folder), Path(f"{folder}-report")), "full")
 
 
 def test_commands_within_a_sentence_are_known() -> None:

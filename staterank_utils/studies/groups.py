@@ -142,13 +142,18 @@ class Groups:
             np.min([strata.spearman(self.rank[domain].mean(0), self.rank["prose"].mean(0)) for domain in domains])
         )
 
-    def high_on(self, domain: str) -> str:
-        """How many heads have a mean rank of half of d or more on a kind of input, in words."""
-        return f"{is_high(self.rank[domain].mean(0), self.d).sum()} of {len(self.heads)}"
+    def high_on(self, domain: str) -> int:
+        """How many heads have a mean rank of half of d or more on a kind of input."""
+        return int(is_high(self.rank[domain].mean(0), self.d).sum())
 
     def tied_on(self, domain: str) -> str:
         """How many heads share the most frequent mean rank on a kind of input, in words."""
         return f"{np.unique(self.rank[domain].mean(0), return_counts=True)[1].max()} of {len(self.heads)}"
+
+    def decay_order(self, domains: Sequence[str]) -> float:
+        """The smallest Spearman of the heads' mean log-decays over pairs of these kinds of input; NaN where nothing decays."""
+        means = [self.log_decay[domain].mean(0) for domain in domains]
+        return float(np.min([strata.spearman(one, other) for one, other in combinations(means, 2)]))
 
     def half_life(self, domain: str = "prose") -> NDArray[np.float64]:
         """Tokens after which a state has fallen to half, (head,), by the mean log-decay over prompts; infinite without decay."""
@@ -159,7 +164,7 @@ class Groups:
         lives, relative = self.half_life(), self.relative("prose").mean(0)
         inside = {(low, high): relative[(low <= lives) & (lives < high)] for low, high in ranges}
         return {
-            f"median $r/d$ of heads with half-lives of {low:g} to {high:g} tokens": f"{np.median(x):.2f}"
+            f"median $r/d$ of heads with half-lives of {low:g} to {high:g} tokens": f"{np.median(x):.2f} ({x.size} heads)"
             if x.size
             else "no head"
             for (low, high), x in inside.items()
@@ -171,7 +176,7 @@ class Groups:
         if not inside.any():
             return "no head"
         gaps = self.rank["prose"].mean(0)[inside] - self.predicted()[inside]
-        return f"{(gaps < 0).sum()} of {len(gaps)}, by {gaps.mean():+.1f} on average"
+        return f"{(gaps < 0).sum()} of {len(gaps)}; mean difference {gaps.mean():+.1f}"
 
     def between(self) -> tuple[int, int]:
         """How many heads have a mean rank on prose between 0.2 d and 0.8 d, and how many of these a half-life at which the law says so."""
@@ -296,7 +301,7 @@ def spearman_by_prompt(early: Num[Tensor, "layer prompt head"], late: Num[Tensor
 
 
 def agreements(variants: Mapping[str, Groups]) -> dict[str, tuple[float, float, float, float]]:
-    """How well ranks agree between natural inputs, beside the best that could be expected and models that learned nothing.
+    """How well ranks agree between natural inputs, beside the best that could be expected and controls.
 
     Args:
         variants: "end", "initial" and "shuffled" -> ranks on all natural inputs.
@@ -321,9 +326,9 @@ def agreements(variants: Mapping[str, Groups]) -> dict[str, tuple[float, float, 
         "trained, between inputs, half the prompts": combinations([x for x, _ in halves], 2),
         "trained, same input, other prompts": halves,
     }
-    for variant in ("initial", "shuffled"):
+    for variant, label in (("initial", "before training"), ("shuffled", "shuffled")):
         tables = [variants[variant].rank[domain][:half] for domain in NATURAL_DOMAINS]
-        compared[f"{variant}, between inputs, half the prompts"] = combinations(tables, 2)
+        compared[f"{label}, between inputs, half the prompts"] = combinations(tables, 2)
 
     def smallest_and_median(pairs: Iterable[Any]) -> tuple[float, float, float, float]:
         values = np.array([[f(a, b) for f in (mean_spearman, mean_kappa(end.d))] for a, b in pairs])
@@ -349,7 +354,7 @@ def settled(variants: Mapping[str, Groups], *, seed: int = 0) -> dict[str, tuple
         >>> groups = measure_groups(model, tokenizer, n_prompts=2, n_tokens=256, domains=["prose"])
         >>> rows = settled({"end": groups, "initial": groups, "shuffled": groups})
         >>> [*rows], abs(rows["trained, permuted"][0]) < 0.1
-        (['initial', 'shuffled', 'trained', 'trained, permuted'], True)
+        (['before training', 'shuffled', 'trained', 'trained, permuted'], True)
     """
 
     def pairs(groups: Groups) -> list[tuple[Any, Any, Any]]:
@@ -361,7 +366,7 @@ def settled(variants: Mapping[str, Groups], *, seed: int = 0) -> dict[str, tuple
         first, second, third = numbers
         return first, second, third
 
-    labels = {"initial": "initial", "shuffled": "shuffled", "end": "trained"}
+    labels = {"initial": "before training", "shuffled": "shuffled", "end": "trained"}
     rows = {label: three(f(a, b) for f, a, b in pairs(variants[key])) for key, label in labels.items()}
     rows["trained, permuted"] = three(strata.unrelated(f, a, b, seed=seed) for f, a, b in pairs(variants["end"]))
     return rows
@@ -562,8 +567,18 @@ class Law:
 
     def numbers(self) -> dict[str, str]:
         """What scaling decays did to ranks: quantity -> number, in words."""
+        predicted, measured = self.predicted_changes(), (self.scaled_rank - self.base_rank).mean(1)
+        expected, found = (table[predicted != 0] for table in (predicted, measured))
+        alone = {}
+        if len(expected) > 1:
+            slope, _ = np.polyfit(expected, found, 1)
+            alone = {
+                "Spearman of its direction alone (up or down) and measured change": f"{spearman(np.sign(expected), found):.2f}",
+                "measured change per unit of predicted change, slope of a line": f"{slope:.2f}",
+            }
         return {
             "Spearman of predicted and measured change, all factors": f"{self.agreement()}",
+            **alone,
             "pairs of head and factor with no predicted change": self.still_in_words(),
             **{f"Spearman, log-decay times {factor}": f"{rho:.2f}" for factor, rho in self.by_factor().items()},
         }
@@ -580,7 +595,11 @@ class Law:
         """How many pairs of head and factor the law predicts no change for, and how far their ranks moved."""
         still = self.predicted_changes() == 0
         moved = np.abs((self.scaled_rank - self.base_rank).mean(1))[still]
-        moved_by = f", moved by {np.median(moved):.1f} in the median, {moved.max():.0f} at most" if moved.size else ""
+        moved_by = (
+            f"; their ranks moved by {np.median(moved):.1f} in the median, {moved.max():.0f} at most"
+            if moved.size
+            else ""
+        )
         return f"{still.sum()} of {still.size}{moved_by}"
 
     @property
@@ -758,15 +777,27 @@ def fit_in_words(groups: Groups, fit: Mapping[str, Estimate]) -> dict[str, str]:
         >>> from staterank_utils import load_model, load_tokenizer
         >>> groups = measure_groups(load_model("hybrid"), load_tokenizer("hybrid"), n_prompts=2, n_tokens=256, domains=["prose"])
         >>> len(fit_in_words(groups, law_fit(groups)))
-        5
+        6
     """
     return {
         "$R^2$ over all heads": f"{fit['R^2']}",
         "$R^2$ over heads with $0.1\\,d < r < 0.9\\,d$ alone": f"{fit['R^2 between']}",
         "share of heads with the same label, high or low": f"{fit['labels']}",
-        "heads with half-lives of 2 to 20 tokens that lie under the line": groups.under_the_law(),
-        "$R^2$ of a line in the geometric mean decay": f"{decay_fit(groups)}",
+        "heads with half-lives of 2 to 20 tokens whose rank is under that by the law": groups.under_the_law(),
+        "$R^2$ of a line in the geometric mean decay, all heads": f"{decay_fit(groups)}",
+        "$R^2$ of that line over heads with $0.1\\,d < r < 0.9\\,d$ alone": f"{_decay_fit_between(groups):.3f}",
     }
+
+
+def _decay_fit_between(groups: Groups) -> float:
+    """R^2 of the line in the geometric mean decay that is fitted on all heads, over those that C0a calls between."""
+    decay, rank = np.exp(groups.log_decay["prose"].mean(0)), groups.rank["prose"].mean(0)
+    low, high = (claims.SECOND["C0a"].numbers[end] * groups.d for end in ("low", "high"))
+    between = (rank > low) & (rank < high)
+    if between.sum() < 2:
+        return float("nan")
+    errors = (rank - np.polyval(np.polyfit(decay, rank, 1), decay))[between]
+    return float(1 - (errors**2).sum() / ((rank[between] - rank[between].mean()) ** 2).sum())
 
 
 def shares(groups: Groups, domain: str = "prose") -> dict[str, float]:

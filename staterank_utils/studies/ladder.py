@@ -19,6 +19,7 @@ from staterank_utils import claims, strata
 from staterank_utils.evaluation import TASKS
 from staterank_utils.models import load_model, load_tokenizer
 from staterank_utils.results import STORED, plain, whole_or_not, write_json
+from staterank_utils.selection import PAPER_SHARE
 from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.studies.by_task import ByTask, mastered, measure_by_task, too_few
 from staterank_utils.studies.groups import (
@@ -545,6 +546,24 @@ def recall_over_models(found: Iterable[RecallWithout], *, share: float = 0.25) -
     return (
         f"{who} {kinds}. Of these, {below} recall less without the lowest ranks than without any draw of random heads, and {above} more "
         "without the highest ranks than without random heads on average."
+    )
+
+
+def scores_after_pruning() -> str:
+    """What C5 found on every model of which tasks are stored, in a sentence.
+
+    Example:
+        >>> scores_after_pruning()[:31]
+        'Models of this book that master'
+    """
+    files = (*sorted(LADDER.glob("*.json")), STORED / "first_pair.json")
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    judged = [row for row in rows if row["claim"] == "C5" and row["criteria"]]
+    left, _, over_mean = zip(*([number["point"] for number in row["criteria"]] for row in judged), strict=True)
+    return (
+        f"Models of this book that master tasks, one training seed each: {len(judged)}. On {sum(row['verdict'] == claims.HOLDS for row in judged)} of them C5 holds. Without "
+        f"{PAPER_SHARE:.1%} of the heads, by this score over the model, they keep {min(left):.1%} to {max(left):.1%} of their scores on tasks; without as many random heads "
+        f"they keep more on average in {sum(x < 0 for x in over_mean)}."
     )
 
 

@@ -335,16 +335,18 @@ def without_heads(name: str, recall: Recall, removal: Removal) -> RecallWithout:
     )  # fmt: skip
 
 
-def gains_protected(recall: Recall, *, share: float = 0.25) -> dict[str, str]:
-    """Gains without heads of layers other than layer 0: quantity -> number, in words.
+def gains_protected(recall: Recall, removal: Removal, *, share: float = 0.25) -> dict[str, str]:
+    """Gains without heads of layers other than layer 0, and what that costs on text read once: quantity -> number, in words.
 
     Args:
         recall: with the gains of those arms.
+        removal: with their losses.
         share: of all heads.
 
     Example:
         >>> from staterank_utils.studies.ladder import load_measured
-        >>> gains_protected(load_measured("hybrid-text-0")[0].recall)["gain without the lowest ranks"]
+        >>> measured, _ = load_measured("hybrid-text-0")
+        >>> gains_protected(measured.recall, measured.removal)["gain without the lowest ranks"]
         '0.02'
     """
     low, high = (recall.gain(f"{order}, {share:.1%}, {PROTECTED}").point for order in (LOW, HIGH))
@@ -356,6 +358,9 @@ def gains_protected(recall: Recall, *, share: float = 0.25) -> dict[str, str]:
         "gain without the lowest ranks": f"{low:.2f}",
         "gain without the highest": f"{high:.2f}",
         f"gain without random heads, {len(random)} draws": f"{min(random):.2f} to {max(random):.2f}",
+        "added nats on text read once: lowest, highest, random": ", ".join(
+            f"{removal.near(PROTECTED, order, share).point:.2f}" for order in (LOW, HIGH, RANDOM)
+        ),
     }
 
 
@@ -371,10 +376,10 @@ def recall_in_words(name: str, found: RecallWithout, *, share: float = 0.25) -> 
         >>> from staterank_utils.studies.ladder import load_measured
         >>> measured, _ = load_measured("pure-text-0")
         >>> print(recall_in_words("pure", without_heads("pure", measured.recall, measured.removal)))
-        pure hardly recalls: its gain from reading 512 tokens twice is -0.01 nats per token.
+        pure hardly recalls over this distance: its gain from reading 512 tokens twice is -0.01 nats per token.
     """
     if not found.recalls:
-        return f"{name} hardly recalls: its gain from reading {COPY_GAP} tokens twice is {found.intact:.2f} nats per token."
+        return f"{name} hardly recalls over this distance: its gain from reading {COPY_GAP} tokens twice is {found.intact:.2f} nats per token."
     at = found.shares.index(share)
     low, high, random = found.gain[LOW][at], found.gain[HIGH][at], found.random[at]
     who = (

@@ -505,7 +505,7 @@ class Removal:
         if self.ruin < 0:
             return "with all heads the model is worse than token frequencies already"
         worse = "worse" if self.near(scheme, order, share).point > self.ruin else "better"
-        return f"at {share:.1%} the model is {worse} than token frequencies"
+        return f"{share:.1%} by this score leave a model {worse} than token frequencies"
 
     def intact_in_words(self) -> str:
         """The loss with all heads and that of a unigram model, means over texts."""
@@ -523,10 +523,13 @@ class Removal:
         groups = {group: added for group, added in self.groups.items() if added.size}
         return {
             "heads of full rank": f"{n} of {len(self.heads)}",
-            **{f"added nats without this group, {group}": f"{added[0].mean():.2f}" for group, added in groups.items()},
+            **{
+                f"added nats without all of them, {group} group": f"{added[0].mean():.2f}"
+                for group, added in groups.items()
+            },
             "added nats at which a model is no better than token frequencies": f"{self.ruin:.2f}",
             **{
-                f"part of it undone by keeping {keep:.0%}, {group}": f"{1 - added[row].mean() / added[0].mean():.2f}"
+                f"part of this damage undone by keeping {keep:.0%} of the {group} group": f"{1 - added[row].mean() / added[0].mean():.2f}"
                 for group, added in groups.items()
             },
         }
@@ -618,7 +621,7 @@ def costs_table(
         removals: name of the model -> its measurement.
         shares: of the heads; those that were not measured are left out.
         schemes: of `SCHEMES`.
-        orders: one column each.
+        orders: one column each; behind random heads, whose mean and range are given, stands the number of their draws.
 
     Example:
         >>> from staterank_utils.studies.ladder import load_measured
@@ -634,8 +637,9 @@ def costs_table(
                 if not there:
                     continue
                 numbers = (f"{of.near(scheme, order, share):.2f}" if order in there else "–" for order in orders)
-                rows.append((name, scheme, f"{of.actual(scheme, share, there[0]):.1%}", *numbers))
-    return ("model", "scheme", "heads removed", *orders), rows
+                drawn = [f"{len(of.draws(scheme, share))}" if RANDOM in there else "–"] if RANDOM in orders else []
+                rows.append((name, scheme, f"{of.actual(scheme, share, there[0]):.1%}", *numbers, *drawn))
+    return ("model", "scheme", "heads removed", *orders, *(["draws"] if RANDOM in orders else [])), rows
 
 
 def area_under(values: Sequence[float] | NDArray[np.float64], shares: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """What is stored of a model's very weights, and a part of it measured again on the machine at hand."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from staterank_utils import strata
+from staterank_utils.claims import HOLDS
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, load_model
 from staterank_utils.results import embedded_folders, provenance, weights_hash, write_json
 from staterank_utils.strata import is_high
@@ -121,6 +122,35 @@ def _damage_of(content: Mapping[str, Any]) -> dict[str, Any] | None:
         if weights == content["provenance"]["checkpoints"]["model"]:
             return {quantity: of[name] for quantity, of in damage.items()}
     return None
+
+
+def over_seeds(models: Iterable[str], key: str) -> str:
+    """On how many stored trainings of each model, which differ in the seed alone, a claim holds whole, in words.
+
+    Args:
+        models: as in `stored_on`; those of which nothing is stored, or nothing on the claim, are left out.
+        key: of the claim.
+
+    Returns:
+        Such as "1 of 3 (hybrid); 0 of 3 (pure)"; empty where no model is stored.
+
+    Example:
+        >>> over_seeds(["hybrid", "OWNER/NAME"], "C2")
+        '3 of 3 (hybrid)'
+    """
+    said = []
+    for model in models:
+        if stored := stored_on(model):
+            recipe, _, _ = stored[0].name.rpartition("-")
+            rows = [
+                row
+                for file in sorted(LADDER.glob(f"{recipe}-[0-9]*.json"))
+                for row in json.loads(file.read_text(encoding="utf-8"))["rows"]
+                if row["claim"] == key
+            ]
+            holding = sum(row["verdict"] == HOLDS for row in rows)
+            said += [f"{holding} of {len(rows)} ({model})"] if rows else []
+    return "; ".join(said)
 
 
 def damage_source() -> str:
