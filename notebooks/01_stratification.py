@@ -47,6 +47,8 @@ n_tokens = 0  # T, tokens per prompt; 0: what the profile says
 results_folder = ""  # where the result is stored; "": nowhere
 
 # %% tags=["hide-input"]
+import itertools
+
 import numpy as np
 from IPython.display import Markdown
 from staterank_utils import claims, markdown, plotting, strata
@@ -138,7 +140,7 @@ for (name, label), of in numbers.items():
     if label in VARIANTS:
         [rule] = first_claims(name, shown[name][VARIANTS[label]], initial=None, keys=["C1"])
     rows.append(
-        (name, label, *(f"{strata.exactly(number)}" for number in of.values()), rule["verdict"])
+        (name, label, *itertools.starmap(markdown.three_digits, of.items()), rule["verdict"])
     )
     untrained.append({"claim": label, "model": name, "verdict": rule["verdict"]})
     if label != "trained" and rule["verdict"] == claims.HOLDS:

@@ -256,13 +256,17 @@ untrained = [
     for row in measures.first_claims(name, of.initial, initial=None, keys=["C3"])
 ]
 of_inputs = [
-    f"{name} {strata.exactly(of.least_with_prose(ADVERSARIAL[:2])):.2f} on the paper's inputs, {strata.exactly(of.least_with_prose(ADVERSARIAL[2:])):.2f} on ours"
+    f"{strata.exactly(of.least_with_prose(ADVERSARIAL[:2])):.2f} ({name})"
+    for name, of in end.items()
+]
+high = [
+    f"{max(map(of.high_on, ADVERSARIAL[:2]))} of {len(of.heads)} ({name})"
     for name, of in end.items()
 ]
 
 # %% tags=["hide-input"]
 said = {
-    "answer": f"The same order of heads early and late: {time}. The same groups on natural inputs: {inputs}.{trainings} The same order on adversarial inputs: {strange}. Smallest Spearman with prose there: {'; '.join(of_inputs)}.",
+    "answer": f"The same order of heads early and late: {time}. The same groups on natural inputs: {inputs}.{trainings} The same order on adversarial inputs: {strange}. On the paper's two of them, the smallest Spearman with prose is {', '.join(of_inputs)}, and at most this many heads are high: {', '.join(high)}.",
     "untrained": markdown.by_model(untrained, "C3") or "not known for these models",
     "decays": ", ".join(f"{strata.exactly(rho):.3f} ({name})" for name, rho in decays.items())
     or "undefined, as nothing decays",

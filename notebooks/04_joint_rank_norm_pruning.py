@@ -411,7 +411,7 @@ said |= {
     "smaller_sources": " ".join(found.source(name) for name, found in smaller.items()),
     "ruin": ", ".join(f"{found.ruin:.2f} ({name})" for name, found in shown.items()),
 }
-run.conclude(said, verdicts, pruned, badges=("C5a", "C5b", "C5"))
+run.conclude(said, verdicts, pruned, badges=("C5a", "C5"))
 
 # %% [markdown]
 # ## What this does not say

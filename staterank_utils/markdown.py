@@ -165,14 +165,27 @@ def number(criterion: Mapping[str, Any]) -> str:
     return f"{criterion['label']} {'undefined' if point is None else format(point, 'z.2f')}"
 
 
+def three_digits(label: str, number: float) -> str:
+    """A number with three digits; a p-value under half of the last one as smaller than it.
+
+    Args:
+        label: what it is, as rows and `groups.evidence` name it.
+        number: its value.
+
+    Example:
+        >>> three_digits("dip p", 0.0001), three_digits("Sarle", 0.7454)
+        ('< 0.001', '0.745')
+    """
+    return "< 0.001" if label == "dip p" and number < 0.0005 else f"{number:z.3f}"
+
+
 def _interval(number: Mapping[str, Any]) -> str:
     if number["point"] is None:
         return "undefined"
     if number["label"] == "violations":
         return f"{number['point']:.0f}"
-    if number["point"] == number["low"] == number["high"]:
-        return f"{number['point']:z.3f}"
-    return f"{number['point']:z.3f} [{number['low']:z.3f}, {number['high']:z.3f}]"
+    point, low, high = (three_digits(number["label"], number[end]) for end in ("point", "low", "high"))
+    return point if number["point"] == number["low"] == number["high"] else f"{point} [{low}, {high}]"
 
 
 def by_model(rows: Iterable[Mapping[str, Any]], key: str) -> str:
