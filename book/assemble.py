@@ -212,7 +212,7 @@ def main() -> None:
         "ladder_answer": when,
         "tiles_legend": home.legend(),
         "retrained": home.retrained("hybrid", models["hybrid-text-0"][1], again),
-        "answers": f"{home.answers(stage / 'results')}\n- {{doc}}`ladder` {when}",
+        "answers": f"{home.answers(stage / 'results')}\n- {{doc}}`ladder` {markdown.in_two(when)[0]}",
         "overview": markdown.overview_table(stage / "results", EMBEDDED),
         "registered": markdown.registered_table(),
         "preamble": claims.PREAMBLE,

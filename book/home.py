@@ -8,7 +8,7 @@ from typing import Any
 
 from staterank_utils.claims import ENOUGH_SEEDS, FAILS, HOLDS, NOT_MEASURED, NOT_TESTABLE, PARTLY, has_few_seeds
 from staterank_utils.markdown import MARKS, in_two, verdict_class
-from staterank_utils.selection import PAPER_SHARE
+from staterank_utils.studies.ladder import at_its_own_share
 
 # What the home page shows: finding, notebook, the claim that decides it.
 FINDINGS = (
@@ -136,28 +136,14 @@ def ladder_tiles(
 
 
 def ladder_answer(alone: Mapping[str, Sequence[Mapping[str, Any]]], needed: Mapping[str, Sequence[str]]) -> str:
-    """When the findings hold: which heads each design needs, and on how many models each finding holds, in part or not.
+    """When the findings hold: which heads each design needs, and how often the paper's score could be judged at its own share.
 
     Args:
         alone: model -> its rows.
         needed: what a design needs -> the designs that do, by a claim that judges seeds.
     """
-    found = ladder_verdicts(alone, ())
-    shown = [(finding, found[key]) for finding, _, key in FINDINGS if key in found]
-    counts = [f"{finding[0].lower()}{finding[1:]} {counted(verdicts)}" for finding, verdicts in shown]
-    leads = [
-        number["point"]
-        for rows in alone.values()
-        for row in rows
-        if row["claim"] == "C5a"
-        for number in row["criteria"]
-        if number["label"] == f"{PAPER_SHARE:.1%}"
-    ]
     designs = [f"{what} in {' and '.join(names)}" for what, names in needed.items() if names]
-    return (
-        f"**Which heads are needed in a model depends on its design: {', '.join(designs)}.** How many models each finding holds on, in part ({MARKS['partly']}), or not: "
-        f"{'; '.join(counts)}. At its own {PAPER_SHARE:.1%} the paper's score could be judged on {len(leads)} models, and beat all random draws on {sum(x < 0 for x in leads)}."
-    )
+    return f"**Which heads are needed in a model depends on its design: {', '.join(designs)}.** {at_its_own_share(row for rows in alone.values() for row in rows)}"
 
 
 def retrained(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from staterank_utils import plotting, strata
 from staterank_utils.claims import (
     CLAIMS,
+    ENOUGH_SEEDS,
     FAILS,
     HOLDS,
     NOT_MEASURED,
@@ -235,17 +236,21 @@ def _by_needs(rows: Iterable[Mapping[str, Any]]) -> dict[str | None, list[str]]:
     return groups
 
 
-def _beyond_layers() -> str:
-    """Where C4b holds, and in which direction, in a sentence."""
-    groups = _by_needs(over_models())
+def beyond_layers(*, enough: int = 1) -> str:
+    """Where C4b holds, and in which direction, in a sentence.
+
+    Args:
+        enough: training seeds that a design must have to be named.
+    """
+    groups, n_seeds = _by_needs(over_models()), {name: len(of) for name, of in designs().items()}
     said = {"in the paper's direction": groups["low"], "in the other": groups["high"]}
-    seeds = designs()
-
-    def counted(name: str) -> str:
-        n = len(seeds[name])
-        return f"`{name}` ({n} {'seed' if n == 1 else 'seeds'})"
-
-    return "; ".join(f"{where}: {', '.join(map(counted, of)) or 'none'}" for where, of in said.items())
+    parts = []
+    for where, names in said.items():
+        counted = [
+            f"`{name}` ({n} {'seed' if n == 1 else 'seeds'})" for name in names if (n := n_seeds[name]) >= enough
+        ]
+        parts.append(f"{where}: {', '.join(counted) or 'none'}")
+    return "; ".join(parts)
 
 
 def _joint_protected() -> str:
@@ -420,7 +425,8 @@ def ladder_tables() -> dict[str, str]:
         "ladder_direction": _of_direction(),
         "ladder_mastering": _mastering(),
         "ladder_tasks": _of_tasks(),
-        "ladder_beyond": _beyond_layers(),
+        "ladder_beyond": beyond_layers(),
+        "home_beyond": beyond_layers(enough=ENOUGH_SEEDS),
         "ladder_protected": _joint_protected(),
         "ladder_random_groups": _random_groups(),
         "ladder_still": _without_decay(),

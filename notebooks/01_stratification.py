@@ -103,7 +103,7 @@ run.keep("fig-rank-distribution")
 # $$ r_h(t) = \#\{\, i : \sigma_i(S_h(t)) > \varepsilon\, \sigma_1 \,\}, \quad \varepsilon = 10^{-4}. $$ (eq-effective-rank)
 #
 # Write $d$ for the largest rank a state can have, $\min(d_k, d_v)$. Ranks are taken on technical prose, Python's reference manual. No embedded
-# model was trained on it, and the loss on it is near that of token frequencies; {doc}`02_input_invariance` has code, which they can read. Why a half-life predicts a rank is the subject of {doc}`00_what_rank_measures`.
+# model was trained on such text, and they predict it far worse than code ({doc}`02_input_invariance` has the losses). Why a half-life predicts a rank is the subject of {doc}`00_what_rank_measures`.
 #
 # ## Are there two groups?
 #
@@ -280,9 +280,9 @@ for name, groups in shown.items():
 
 # %% tags=["hide-input"]
 trainings = over_seeds(run.models, "C1")
-trainings = f" Trainings in which it holds whole: {trainings}." if trainings else ""
+trainings = f" Training seeds on which it holds fully: {trainings}." if trainings else ""
 beyond = (
-    f" So the rule alone does not show that training made the groups: it is met without, by {', '.join(passing)}."
+    f" So the rule alone does not show that training made the groups: these meet it too: {', '.join(passing)}."
     if passing
     else ""
 )

@@ -51,7 +51,7 @@ import numpy as np
 from IPython.display import Markdown
 from staterank_utils import markdown, plotting, strata, tasks
 from staterank_utils.studies import groups as measures
-from staterank_utils.studies.repeated import over_seeds, repeat_groups
+from staterank_utils.studies.repeated import losses_by_kind, over_seeds, repeat_groups
 from staterank_utils.studies.setup import setup
 
 run = setup(globals(), "02_input_invariance", n_prompts=(2, 16), n_tokens=(2048, 2048))
@@ -95,8 +95,13 @@ run.keep("fig-domains")
 # ## Which inputs are compared?
 #
 # Eight kinds. Four are natural: technical prose, Python code (held out from the training of the embedded models), arithmetic stories with
-# worked solutions, and long contexts with needles to retrieve. Of these the embedded models were trained on code alone; on the others their loss is
-# near that of token frequencies. Four are adversarial: one rare character repeated, one common
+# worked solutions, and long contexts with needles to retrieve. Of these four kinds only code was in their training, beside books. Their losses, in nats per token:
+#
+# ```{glue:md} losses
+# :format: myst
+# ```
+#
+# Four are adversarial: one rare character repeated, one common
 # number repeated (the paper names these two), and our additions, uniformly random tokens and prose with its tokens shuffled.
 #
 # For every pair of inputs we compare the mean ranks of the heads at the last token: Spearman for the order, Cohen's kappa for the two
@@ -248,7 +253,7 @@ rho = {
     if row["claim"] == "C3a"
 }
 trainings = over_seeds(run.models, "C3")
-trainings = f" Trainings in which it holds whole: {trainings}." if trainings else ""
+trainings = f" Training seeds on which it holds fully: {trainings}." if trainings else ""
 untrained = [
     row
     for name, of in found.items()
@@ -283,6 +288,7 @@ said = {
 }
 
 # %% tags=["hide-input"]
+said["losses"] = {name: of for name in run.models if (of := losses_by_kind(name))}
 said["moved"] = {
     name: {
         "high on prose, low on some natural input, or the reverse": f"{of.moved(NATURAL)} of {len(of.heads)}",

@@ -56,7 +56,7 @@ from staterank_utils import claims, interactive, markdown, plotting, selection, 
 from staterank_utils.evaluation import score_interval
 from staterank_utils.studies import removal as removals
 from staterank_utils.studies import repeated
-from staterank_utils.studies.by_task import measure_by_task, tasks_of
+from staterank_utils.studies.by_task import mastered, measure_by_task, tasks_of
 from staterank_utils.studies.setup import setup
 from staterank_utils.studies.texts import draw_texts
 
@@ -251,14 +251,20 @@ if grouped := [of for of in run.models if shown[of].groups and shown[of].groups[
 # ## And the tasks?
 #
 # The first registration judges by tasks, of which a model must master at least half: damage to what it cannot do cannot be seen. Share
-# of answers that are right, with all heads, {glue:text}`n_prompts` prompts per task:
+# of answers that are right, with all heads. This run asks fewer prompts, in the quick profile of shorter tasks:
 
 # %% tags=["hide-input"]
+intact = {(name, "this run"): found.intact for name, found in by_task.items()}
+intact |= {(name, "stored"): of for name in run.models if (of := repeated.task_scores(name))}
 rows = [
-    (name, *(str(score_interval(scores)) for scores in found.intact.values()))
-    for name, found in by_task.items()
+    (
+        *which,
+        f"{len(next(iter(scores.values())))}",
+        *(str(score_interval(of)) for of in scores.values()),
+    )
+    for which, scores in sorted(intact.items())
 ]
-Markdown(markdown.markdown_table(("model", *tasks_of(profile)), rows))
+Markdown(markdown.markdown_table(("model", "run", "prompts per task", *tasks_of(profile)), rows))
 
 # %% [markdown]
 # {glue:text}`tasks_that_count` For a model that masters two or more, this page compares the low and the high arm at the registered dose,
@@ -276,21 +282,24 @@ Markdown(markdown.markdown_table(HEAD, rows)) if rows else None
 # %% [markdown]
 # ## Verdicts
 #
-# By {doc}`the registered rules <../book/claims>`. C4b, C4c and C7 are judged on the measurement that the figures show, for an embedded model
-# the stored one; C4 and C4a on this run. C4b and C4c are judged here for one training seed; {doc}`the ladder <../book/ladder>` has them over
+# By {doc}`the registered rules <../book/claims>`. They are judged on the measurement that the figures show, for an embedded model
+# the stored one, and C4 and C4a on its scores. C4b and C4c are judged here for one training seed; {doc}`the ladder <../book/ladder>` has them over
 # seeds. C4b gives the share of random orders whose $D$ is smaller in size than that of rank; C4c by how much the crossing moves, as a share of heads,
 # where 1 means that it is gone; C7 the smallest share kept that undoes 80 % of the damage, where 1 means that none did.
 
 # %% tags=["hide-input"]
 verdicts = []
 for name in run.models:
-    verdicts += [row for row in by_task[name].claims() if row["claim"] in ("C4", "C4a")]
+    verdicts += [row for row in repeated.task_claims(name, by_task[name]) if row["claim"] != "C5"]
     of_seed = {"seed": removed[name].seed}
     verdicts += removals.one_model_claims(shown[name], name, ("C4b", "C4c", "C7"), **of_seed)
 Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input"]
-counting = ((name, ", ".join(found.heads) or "none") for name, found in by_task.items())
+counting = (
+    (name, ", ".join(mastered(repeated.task_scores(name) or found.intact)) or "none")
+    for name, found in by_task.items()
+)
 answer = []
 for name, found in shown.items():
     points = [found.near(MODEL, order, 0.25).point for order in (LOW, HIGH, RANDOM)]
@@ -307,7 +316,9 @@ found = [
 ]
 without = markdown.by_model(found, "behind")
 without = (
-    f"; without the first layer, exploratory, one training each: {without}" if without else ""
+    f"; among the heads behind layer 0, exploratory, one training each: {without}"
+    if without
+    else ""
 )
 
 # %% tags=["hide-input"]
@@ -332,11 +343,10 @@ said = {
     "sources": " ".join(
         [*(found.source(name) for name, found in removed.items()), *source_of_alone]
     ),
-    "n_prompts": f"{run.sizes['n_prompts']}",
     "redundant": {name: shown[name].redundancy(0.25) for name in grouped},
     "tasks_that_count": " ".join(f"{name} masters {tasks}." for name, tasks in counting),
 }
-run.conclude(said, verdicts, removed, badges=("C4b", "C4c", "C7", "C4"))
+run.conclude(said, verdicts, removed, badges=("C4b", "C7", "C4"))
 
 # %% [markdown]
 # ## What this does not say

@@ -53,10 +53,9 @@ from dataclasses import replace
 import numpy as np
 from IPython.display import Markdown
 from staterank_utils import domain_prompts, lola, markdown, plotting, selection
-from staterank_utils.studies import caching, shrinking
+from staterank_utils.studies import caching, repeated, shrinking
 from staterank_utils.studies import removal as removals
 from staterank_utils.studies.by_task import measure_by_task, tasks_of
-from staterank_utils.studies.repeated import repeat_removal
 from staterank_utils.studies.setup import setup
 from staterank_utils.studies.shrinking import footprint, repeat_shrinking
 from staterank_utils.studies.texts import draw_texts, over_texts
@@ -75,10 +74,10 @@ few = {"n_windows": 1, "n_calibration": 2} if run.quick else {}
 texts = {name: draw_texts(words, seed=run.seed, **few) for name, (_, words) in loaded.items()}
 for name, (network, _) in loaded.items():
     print(f"{name}: {removals.planned(network, texts[name], sizes)}", file=sys.stderr)
-    pruned[name] = repeat_removal(name, network, texts[name], sizes=sizes, seed=run.seed)
+    pruned[name] = repeated.repeat_removal(name, network, texts[name], sizes=sizes, seed=run.seed)
 shown = {name: found.shown for name, found in pruned.items()}
 
-# %% mystnb={"figure": {"caption": "Added nats against the share of heads removed, four orders; lower is better. Left: over the model. Right: layer 0 protected. Open marks: this run. Horizontal: a unigram model.", "name": "fig-joint"}, "image": {"alt": "Panels of rising curves, one row per model. In the embedded models the joint score and norm alone rise far above random heads over the model, and rank alone stays under them up to a third of the heads; with layer 0 protected all stay low."}} tags=["hide-input"]
+# %% mystnb={"figure": {"caption": "Added nats against the share of heads removed; lower is better. Triangles that point up: the joint score. Left: over the model. Right: layer 0 protected. Open marks: this run. Horizontal: a unigram model.", "name": "fig-joint"}, "image": {"alt": "Panels of rising curves, one row per model. In the embedded models the joint score and norm alone rise far above random heads over the model, and rank alone stays under them up to a third of the heads; with layer 0 protected all stay low."}} tags=["hide-input"]
 curves = {
     name: {scheme: found.curves(scheme, (HIGH, NORM, JOINT)) for scheme in SCHEMES}
     for name, found in pruned.items()
@@ -88,7 +87,7 @@ plotting.plot_all_added(curves, ruins=ruins, width=10, row_height=2.5, top=1.75)
 run.keep("fig-joint")
 
 # %% [markdown]
-# Lower is better: *added nats* are the loss without the heads minus the loss with all, on held-out books and code. Compare green with grey. An order is informative
+# Lower is better: *added nats* are the loss without the heads minus the loss with all, on held-out books and code. Compare the triangles that point up with the grey band. An order is informative
 # only if it beats random heads. What the joint score adds to rank
 # is the norm, so the difference between the two is what the norm does. Over the model, the norm makes the score take more heads of layer 0 (a table below), and the two
 # differ by those. With layer 0 protected the picture is another one: so many random draws cost more than the joint score at the
@@ -374,18 +373,18 @@ losses = {when: token_nats(it, text).mean() for when, it in both.items()}
 # %% tags=["hide-input"]
 verdicts = []
 for name in run.models:
-    verdicts += [row for row in by_task[name].claims() if row["claim"] == "C5"]
+    verdicts += [row for row in repeated.task_claims(name, by_task[name]) if row["claim"] == "C5"]
     seed_of = {"seed": pruned[name].seed}
     verdicts += removals.one_model_claims(shown[name], name, ("C5a", "C5b"), **seed_of)
 Markdown(markdown.verdict_table(verdicts))
 
 # %% tags=["hide-input", "of-the-book"]
-from staterank_utils.studies.ladder import scores_after_pruning
+from staterank_utils.studies.ladder import at_its_own_share, scores_after_pruning, stored_rows
 
-run.say({"scores_after_pruning": scores_after_pruning()})
+run.say({"after_pruning": f"{at_its_own_share(stored_rows())} {scores_after_pruning()}"})
 
 # %% [markdown] tags=["of-the-book"]
-# {glue:text}`scores_after_pruning`
+# {glue:text}`after_pruning`
 
 # %% tags=["hide-input"]
 inverted, cheap, kept, large, channels = ([] for _ in range(5))
@@ -401,7 +400,7 @@ for name, found in shown.items():
     large.append({"claim": "unprotected", "model": name, "verdict": words})
     inverted.append(f"{found.near(removals.MODEL, removals.INVERTED, SHARE):.2f} ({name})")
 said |= {
-    "answer": f"Cheaper than all random draws, by the paper's score over the model: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone adds at most 0.1: {'; '.join(cheap)}; with layer 0 protected, at 38.9%: {'; '.join(kept)}. Unprotected, {markdown.by_model(large, 'unprotected')}. As much of the key channels instead: {'; '.join(channels)}.",
+    "answer": f"Without {SHARE:.1%} of the heads, chosen over the model by the paper's score, a model predicts text {markdown.by_model(large, 'unprotected')}. Cheaper than all random draws at shares that count: {markdown.yes_or_no(verdicts, 'C5a')}. Nats added by the score and by random heads, where rank alone adds at most 0.1: {'; '.join(cheap)}; with layer 0 protected, at {SHARE:.1%}: {'; '.join(kept)}. As much of the key channels instead: {'; '.join(channels)}.",
     "inverted": "; ".join(inverted),
     "dearer": "; ".join(
         f"{found.dearer_draws(removals.PROTECTED, JOINT, SHARE)} ({name})"

@@ -60,6 +60,7 @@ from staterank_utils.studies.ladder import (
     pure_direction,
     recall_over_models,
     recall_without,
+    recalling_heads,
     stored_models,
 )
 from staterank_utils.studies.repeated import repeat_recall, stored_on
@@ -254,11 +255,14 @@ Markdown(markdown.markdown_table(HEAD, rows))
 # ## Verdicts
 #
 # By {doc}`the registered rule <../book/claims>`, for an embedded model on the stored measurement. C6 compares a hybrid with a pure model of the same training data;
-# {doc}`the ladder <../book/ladder>` has it over seeds.
+# {doc}`the ladder <../book/ladder>` has it over seeds. C11, over later hybrids of the ladder, stands with the models above.
 
 # %% tags=["hide-input"]
 verdicts = recalls.pair_claims({name: (of.shown, of.seed) for name, of in found.items()})
 Markdown(markdown.verdict_table(verdicts))
+
+# %% tags=["hide-input", "of-the-book"]
+verdicts = [*recalling_heads(ladder), *verdicts]
 
 # %% tags=["hide-input"]
 label = f"cap {CAP}"
@@ -278,7 +282,7 @@ said = {
     "answer": " ".join(recalls.recall_in_words(name, of) for name, of in without.items()),
     "by_distance": {name: of.by_distance() for name, of in shown.items()},
 }
-run.conclude(said, verdicts, found, badges=("C6",))
+run.conclude(said, verdicts, found, badges=("C11", "C6"))
 
 # %% [markdown]
 # ## What this does not say

@@ -17,6 +17,7 @@ from staterank_utils.claims import (
     SECOND,
     THIRD,
     SecondClaim,
+    has_few_seeds,
 )
 
 
@@ -265,6 +266,8 @@ def verdict_class(verdict: str) -> str:
 def badges(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], link: str = "#verdicts") -> str:
     """The verdicts on some claims as coloured marks with words, links in HTML, one per claim and verdict, with what they rest on.
 
+    A verdict of fewer than three training seeds, where its claim speaks of seeds, is grey.
+
     Args:
         rows: as `judge` gives them, one per claim and model.
         keys: of the claims, in this order.
@@ -276,14 +279,15 @@ def badges(rows: Iterable[Mapping[str, Any]], keys: Sequence[str], link: str = "
         >>> badges([judge("C2", model, {"rho": Estimate(0.95, 0.92, 0.97)}) for model in ("hybrid", "pure")], ["C2"])
         '<a class="verdict holds" href="#verdicts">✓ C2, the order is kept over time: <b>holds</b> (hybrid, pure)</a>'
     """
-    models: dict[tuple[str, str, str], list[str]] = {}
+    models: dict[tuple[str, str, str, str], list[str]] = {}
     for key in keys:
         for row in (row for row in rows if row["claim"] == key):
             rests_on = row["note"] if row["note"].endswith((" seed", " seeds", " doses count")) else ""
-            models.setdefault((key, _verdict(row), rests_on), []).append(row["model"])
+            kind = "open" if has_few_seeds(row) else verdict_class(row["verdict"])
+            models.setdefault((key, kind, _verdict(row), rests_on), []).append(row["model"])
     parts = []
-    for (key, verdict, rests_on), names in models.items():
-        kind, statement = verdict_class(verdict), _printed(key)[0]
+    for (key, kind, verdict, rests_on), names in models.items():
+        statement = _printed(key)[0]
         words = f"{MARKS[kind]} {key}, {escape(statement)}: <b>{escape(verdict)}</b>{escape(rests_on)} ({escape(', '.join(names))})"
         parts.append(f'<a class="verdict {kind}" href="{escape(link)}">{words}</a>')
     return " ".join(parts)

@@ -549,6 +549,37 @@ def recall_over_models(found: Iterable[RecallWithout], *, share: float = 0.25) -
     )
 
 
+def stored_rows() -> list[Row]:
+    """The rows of every stored model, and of the pair that was embedded before, each judged alone.
+
+    Example:
+        >>> {row["model"] for row in stored_rows()} > {"hybrid-text-0", "pure-text-0", "hybrid", "pure"}
+        True
+    """
+    files = (*sorted(LADDER.glob("*.json")), STORED / "first_pair.json")
+    return [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+
+
+def at_its_own_share(rows: Iterable[Mapping[str, Any]]) -> str:
+    """On how many models C5a could be judged at the paper's share, and on how many the score beat chance there, in a sentence.
+
+    Args:
+        rows: of any claims.
+
+    Example:
+        >>> at_its_own_share([])
+        "At its own 38.9% the paper's score could be judged on 0 models, and beat all random draws on 0."
+    """
+    leads = [
+        number["point"]
+        for row in rows
+        if row["claim"] == "C5a"
+        for number in row["criteria"]
+        if number["label"] == f"{PAPER_SHARE:.1%}"
+    ]
+    return f"At its own {PAPER_SHARE:.1%} the paper's score could be judged on {len(leads)} models, and beat all random draws on {sum(x < 0 for x in leads)}."
+
+
 def scores_after_pruning() -> str:
     """What C5 found on every model of which tasks are stored, in a sentence.
 
@@ -556,9 +587,7 @@ def scores_after_pruning() -> str:
         >>> scores_after_pruning()[:31]
         'Models of this book that master'
     """
-    files = (*sorted(LADDER.glob("*.json")), STORED / "first_pair.json")
-    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
-    judged = [row for row in rows if row["claim"] == "C5" and row["criteria"]]
+    judged = [row for row in stored_rows() if row["claim"] == "C5" and row["criteria"]]
     left, _, over_mean = zip(*([number["point"] for number in row["criteria"]] for row in judged), strict=True)
     return (
         f"Models of this book that master tasks, one training seed each: {len(judged)}. On {sum(row['verdict'] == claims.HOLDS for row in judged)} of them C5 holds. Without "

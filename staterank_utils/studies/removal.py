@@ -503,9 +503,9 @@ class Removal:
     def ruin_in_words(self, scheme: str, order: str, share: float) -> str:
         """Whether the model still reads better than a unigram model at the dose nearest to a share."""
         if self.ruin < 0:
-            return "with all heads the model is worse than token frequencies already"
+            return "worse than token frequencies, as with all heads"
         worse = "worse" if self.near(scheme, order, share).point > self.ruin else "better"
-        return f"{share:.1%} by this score leave a model {worse} than token frequencies"
+        return f"{worse} than token frequencies"
 
     def intact_in_words(self) -> str:
         """The loss with all heads and that of a unigram model, means over texts."""

@@ -15,10 +15,12 @@ from staterank_utils.claims import HOLDS
 from staterank_utils.models import CHECKPOINTS, EMBEDDED, load_model
 from staterank_utils.results import embedded_folders, provenance, weights_hash, write_json
 from staterank_utils.strata import is_high
+from staterank_utils.studies.by_task import ByTask
 from staterank_utils.studies.groups import (
     DOMAINS,
     Groups,
     Law,
+    Row,
     Turning,
     measure_groups,
     measure_turning,
@@ -28,6 +30,7 @@ from staterank_utils.studies.recall import Recall, induction_gains, measure_caps
 from staterank_utils.studies.removal import DAMAGE_FILE, HIGH, LAYERS, LOW, RANDOM, Removal, Sizes, measure_removal
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, draw_texts
 from staterank_utils.surgery import ablate_heads
+from staterank_utils.tasks import NATURAL_DOMAINS
 
 Study = TypeVar("Study")
 
@@ -122,6 +125,56 @@ def _damage_of(content: Mapping[str, Any]) -> dict[str, Any] | None:
         if weights == content["provenance"]["checkpoints"]["model"]:
             return {quantity: of[name] for quantity, of in damage.items()}
     return None
+
+
+def losses_by_kind(model: str) -> dict[str, str]:
+    """What is stored of a model's losses on the natural inputs, with all heads: kind -> nats per token; empty where nothing is stored.
+
+    Args:
+        model: as in `stored_on`.
+
+    Example:
+        >>> [*losses_by_kind("hybrid")], losses_by_kind("OWNER/NAME")
+        (['loss on prose', 'loss on code', 'loss on arithmetic', 'loss on retrieval'], {})
+    """
+    stored = stored_on(model)
+    if stored is None:
+        return {}
+    losses = stored[0].removal.secondary["intact"].mean(1)
+    return {f"loss on {kind}": f"{nats:.2f}" for kind, nats in zip(NATURAL_DOMAINS, losses, strict=True)}
+
+
+def task_scores(model: str) -> dict[str, NDArray[np.float64]]:
+    """What is stored of a model's scores on the tasks, with all heads: task -> (prompt,); empty where nothing is stored.
+
+    Args:
+        model: as in `stored_on`.
+
+    Example:
+        >>> {task: len(scores) for task, scores in task_scores("hybrid").items()}
+        {'needle': 100, 'arithmetic': 100, 'recall': 100, 'copying': 100}
+    """
+    stored = stored_on(model)
+    return dict(stored[0].recall.scores) if stored else {}
+
+
+def task_claims(model: str, live: ByTask) -> list[Row]:
+    """The rows of C4, C4a and C5, from what is stored of a model's weights; from a live run where nothing is.
+
+    Args:
+        model: as in `stored_on`.
+        live: scores of this run.
+
+    Example:
+        >>> from staterank_utils.studies.by_task import ByTask
+        >>> none = ByTask("hybrid", {}, {}, {}, {}, {}, None, {})
+        >>> [row["claim"] for row in task_claims("hybrid", none)], task_claims("OWNER/NAME", none) == none.claims()
+        (['C4', 'C4a', 'C5'], True)
+    """
+    stored = stored_on(model)
+    if stored is None:
+        return live.claims()
+    return [row | {"model": model} for row in stored[0].claims() if row["claim"] in ("C4", "C4a", "C5")]
 
 
 def over_seeds(models: Iterable[str], key: str) -> str:
