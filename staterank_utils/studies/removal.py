@@ -37,6 +37,7 @@ BINS = {
     "over 512": (512, None),
 }  # positions of the token that is predicted
 DAMAGE_FILE = STORED / "damage.json"  # of each head alone, written by training/damage.py
+DRAWS_FILE = STORED / "draws.json"  # of more random heads, written by training/draws.py
 POSITION_DOSES = (Fraction(1, 8), Fraction(1, 4), Fraction(3, 8))
 
 
@@ -243,6 +244,29 @@ def chance_arms(heads: Sequence[Head], *, name: str, spare: float | None, first:
     )
 
 
+def further_draws(made: "Removal", *, name: str, n_draws: int) -> tuple[Arm, ...]:
+    """The random arms that a measurement lacks to have as many draws at each of its doses.
+
+    Args:
+        made: by whose doses heads go.
+        name: of the model that it was measured under, which seeds the random orders.
+        n_draws: how many there are to be in all.
+
+    Example:
+        >>> from staterank_utils.studies.ladder import load_measured
+        >>> made = load_measured("hybrid-text-0")[0].removal
+        >>> len(further_draws(made, name="hybrid-text-0", n_draws=16))
+        0
+    """
+    orders_of = {scheme: random_orders(len(made.heads), n_draws, name=f"{name}, {scheme}") for scheme in SCHEMES}
+    return tuple(
+        Arm(scheme, RANDOM, share, draw, chosen(orders_of[scheme][draw], made.heads, scheme, share))
+        for scheme, drawn in orders_of.items()
+        for share in made.shares(scheme, RANDOM)
+        for draw in range(len(made.draws(scheme, share)), n_draws)
+    )
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -324,6 +348,22 @@ class Removal:
     def draws(self, scheme: str, share: float) -> NDArray[np.float64]:
         """Added nats of all random arms at a dose, (draw, window)."""
         return np.asarray(self.nats[self._rows[scheme, RANDOM, share]] - self.intact)
+
+    def with_arms(self, arms: Sequence[Arm], nats: NDArray[np.float64]) -> "Removal":
+        """This measurement and more arms of the same model and windows.
+
+        Args:
+            arms: such as `further_draws` gives.
+            nats: their losses, (arm, window).
+
+        Raises:
+            ValueError: losses of other numbers of arms or windows.
+        """
+        if nats.shape != (len(arms), len(self.intact)):
+            raise ValueError(
+                f"expected losses of {len(arms)} arms on {len(self.intact)} windows, got an array of {nats.shape}"
+            )
+        return replace(self, arms=(*self.arms, *arms), nats=np.concatenate([self.nats, nats]))
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str, float], list[int]]:
@@ -738,13 +778,10 @@ def measure_removal(
         more: tuple[Arm, ...] = ()
     else:
         more = chance_arms(heads, name=name, spare=partial.spare_share(), first=sizes.n_draws, n_draws=sizes.n_chance)
-    more_nats = [
-        _without(model, heads, arm.heads, texts.windows).mean(1) for arm in tqdm(more, desc="random draws", leave=False)
-    ]
+    if more:
+        partial = partial.with_arms(more, losses_without(model, more, texts.windows))
     return replace(
         partial,
-        arms=(*partial.arms, *more),
-        nats=np.concatenate([partial.nats, np.reshape(more_nats, (len(more), len(partial.intact)))]),
         within=_within_layers(model, texts, partial, name, sizes),
         groups=_groups(model, texts, partial, name, sizes),
     )
@@ -781,6 +818,26 @@ def damage_alone(model: PreTrainedModel, windows: Tensor) -> NDArray[np.float64]
     intact = token_nats(model, windows).mean(1)
     indices = tqdm(range(len(heads)), desc="heads", leave=False)
     return np.stack([_without(model, heads, [index], windows).mean(1) - intact for index in indices])
+
+
+def losses_without(model: PreTrainedModel, arms: Sequence[Arm], windows: Tensor) -> NDArray[np.float64]:
+    """Loss without the heads of one arm at a time, nats per token, (arm, window).
+
+    Args:
+        model: from `load_model`.
+        arms: what is removed.
+        windows: of text, (window, token).
+
+    Example:
+        >>> import torch
+        >>> from staterank_utils import load_model
+        >>> losses_without(load_model("pure"), [Arm(MODEL, RANDOM, 1 / 96, 0, (0, 5))], torch.arange(8).reshape(1, 8)).shape
+        (1, 1)
+    """
+    heads = all_heads(model)
+    return np.stack(
+        [_without(model, heads, arm.heads, windows).mean(1) for arm in tqdm(arms, desc="arms", leave=False)]
+    )
 
 
 def areas_beyond_first(

@@ -27,7 +27,18 @@ from staterank_utils.studies.groups import (
 )
 from staterank_utils.studies.ladder import LADDER, Measured, load_measured
 from staterank_utils.studies.recall import Recall, induction_gains, measure_caps, recall_arms
-from staterank_utils.studies.removal import DAMAGE_FILE, HIGH, LAYERS, LOW, RANDOM, Removal, Sizes, measure_removal
+from staterank_utils.studies.removal import (
+    DAMAGE_FILE,
+    DRAWS_FILE,
+    HIGH,
+    LAYERS,
+    LOW,
+    RANDOM,
+    Removal,
+    Sizes,
+    further_draws,
+    measure_removal,
+)
 from staterank_utils.studies.texts import LOSS_TEXTS, Texts, draw_texts
 from staterank_utils.surgery import ablate_heads
 from staterank_utils.tasks import NATURAL_DOMAINS
@@ -51,17 +62,14 @@ CLOSE = 0.05  # nats per token, by which losses on the same windows may differ
 QUARTER = Sizes((LOW, HIGH), (0.25,), 4, n_chance=0, n_within=0, within_windows=0, n_groups=0, secondary=False, schemes=(LAYERS,))  # fmt: skip
 
 
-def stored_on(model: str) -> tuple[Measured, dict[str, Any]] | None:
-    """What is stored of a model's very weights, found by their SHA-256.
+def stored_name(model: str) -> str | None:
+    """The stored model that has a model's very weights, found by their SHA-256.
 
     Args:
         model: an embedded name or a folder; of a hub id nothing is stored.
 
-    Returns:
-        As `load_measured`; None where no stored model has these weights.
-
     Example:
-        >>> stored_on("hybrid")[0].name, stored_on("OWNER/NAME")
+        >>> stored_name("hybrid"), stored_name("OWNER/NAME")
         ('hybrid-text-0', None)
     """
     folder = CHECKPOINTS / model if model in EMBEDDED else Path(model)
@@ -70,8 +78,34 @@ def stored_on(model: str) -> tuple[Measured, dict[str, Any]] | None:
     weights = weights_hash(folder)
     for file in sorted(LADDER.glob("*.json")):
         if json.loads(file.read_text(encoding="utf-8"))["provenance"]["checkpoints"].get("model") == weights:
-            return load_measured(file.stem)
+            return file.stem
     return None
+
+
+def stored_on(model: str) -> tuple[Measured, dict[str, Any]] | None:
+    """What is stored of a model's very weights; of the embedded ones with more random draws than the ladder has.
+
+    Args:
+        model: as in `stored_name`.
+
+    Returns:
+        As `load_measured`; None where no stored model has these weights.
+
+    Example:
+        >>> stored_on("hybrid")[0].removal.draws("layer-matched", 0.25).shape  # 40 draws, 16 windows of each text
+        (40, 32)
+        >>> stored_on("OWNER/NAME") is None
+        True
+    """
+    name = stored_name(model)
+    if name is None:
+        return None
+    measured, content = load_measured(name)
+    more = _of_the_weights(DRAWS_FILE, content)
+    if more:
+        arms = further_draws(measured.removal, name=name, n_draws=more["n_draws"])
+        measured = replace(measured, removal=measured.removal.with_arms(arms, np.array(more["nats"])))
+    return measured, content
 
 
 def measures_of(model: str) -> dict[str, NDArray[np.float64]]:
@@ -92,7 +126,7 @@ def measures_of(model: str) -> dict[str, NDArray[np.float64]]:
     if stored is None:
         return {}
     found = {LOG_HALF_LIFE: np.log2(stored[0].groups["end"].half_life())}
-    damage = _damage_of(stored[1])
+    damage = _of_the_weights(DAMAGE_FILE, stored[1])
     return found | {DAMAGE: np.array(damage["added"])} if damage else found
 
 
@@ -111,19 +145,20 @@ def beyond_first(model: str) -> tuple[float, float] | None:
         (True, True)
     """
     stored = stored_on(model)
-    damage = _damage_of(stored[1]) if stored else None
+    damage = _of_the_weights(DAMAGE_FILE, stored[1]) if stored else None
     if damage is None:
         return None
     own, *random = damage["areas_beyond_first"]
     return own, float((np.abs(random) < abs(own)).mean())
 
 
-def _damage_of(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `training/damage.py` stored of the weights of a stored model, by the name of the quantity."""
-    damage = json.loads(DAMAGE_FILE.read_text(encoding="utf-8"))
-    for name, weights in damage.pop("provenance")["checkpoints"].items():
+def _of_the_weights(file: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a file that holds quantities by embedded model has of the weights of a stored model, by the name of the quantity."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    made = found.pop("provenance")
+    for name, weights in made["checkpoints"].items():
         if weights == content["provenance"]["checkpoints"]["model"]:
-            return {quantity: of[name] for quantity, of in damage.items()}
+            return made["parameters"] | {quantity: of[name] for quantity, of in found.items()}
     return None
 
 
