@@ -271,7 +271,7 @@ high = [
 
 # %% tags=["hide-input"]
 said = {
-    "answer": f"The same order of heads early and late: {time}. The same groups on natural inputs: {inputs}.{trainings} The same order on adversarial inputs: {strange}. On the paper's two of them, the smallest Spearman with prose is {', '.join(of_inputs)}, and at most this many heads are high: {', '.join(high)}.",
+    "answer": f"The same order of heads early and late: {time}. The same groups on natural inputs: {inputs}.{trainings} The same order on adversarial inputs: {strange}. On the paper's two, Spearman with prose goes down to {', '.join(of_inputs)}; high heads, at most: {', '.join(high)}.",
     "untrained": markdown.by_model(untrained, "C3") or "not known for these models",
     "decays": ", ".join(f"{strata.exactly(rho):.3f} ({name})" for name, rho in decays.items())
     or "undefined, as nothing decays",

@@ -252,6 +252,22 @@ def damage_source() -> str:
     return f"The costs of single heads, and D behind the first layer, are of a stored run {_where(made)}."
 
 
+def draws_source(made: Mapping[str, Any]) -> str:
+    """Where and when random draws were added to those of a ladder's run, as a sentence after a space; empty where none were.
+
+    Args:
+        made: provenance of the run.
+
+    Example:
+        >>> draws_source(stored_on("pure")[1]["provenance"])[:45], draws_source({"checkpoints": {"model": "another"}})
+        (' Random draws beyond those of the ladder are ', '')
+    """
+    added = json.loads(DRAWS_FILE.read_text(encoding="utf-8"))["provenance"]
+    if made["checkpoints"]["model"] not in added["checkpoints"].values():
+        return ""
+    return f" Random draws beyond those of the ladder are of a stored run {_where(added)}."
+
+
 def write_chapter(
     file: Path,
     *,
@@ -490,7 +506,7 @@ class RepeatedRemoval(Repeated[Removal]):
         return (
             f"{name} was measured on {_several(self.shown.n_windows, 'window')} of each text {_where(self.made)}. "
             f"This run repeated {n_arms} arms on {self.live.n_windows} of them: no loss on books differs "
-            f"by more than {difference:.0e} nats per token."
+            f"by more than {difference:.0e} nats per token.{draws_source(self.made)}"
         )
 
 
