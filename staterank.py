@@ -218,6 +218,8 @@ def trace(
         from staterank_utils.tracing import check_dtype, check_even
 
         is_file = text not in DOMAINS and Path(text).exists()
+        if is_file and Path(text).is_dir():
+            raise IsADirectoryError(f"{text} is a folder: give a text file, or a built-in text such as prose or code")
         domain = f"./{text}" if is_file and "/" not in text else text
         if out:
             check_writable(out)
@@ -301,18 +303,18 @@ def prune(
         _prepare()
         from staterank_utils.architectures import linear_layers
         from staterank_utils.models import DTYPES, load_model, load_tokenizer, model_outline, stored_license
-        from staterank_utils.results import check_writable
-        from staterank_utils.studies.handover import check_pruning, prune_by_rule, write_pruned
+        from staterank_utils.studies.handover import check_pruning, check_room, prune_by_rule, write_pruned
 
-        check_writable(out)
         outline = model_outline(model, revision=revision)
         check_pruning(outline, rule=rule, share=share, per_layer=per_layer)
         if plain and not (first := linear_layers(outline)[0]).heads_settings:
             raise ValueError(
                 f"a model of {first.name} cannot say in its configuration that it has fewer heads: leave --plain out"
             )
+        narrow = DTYPES[dtype] if dtype else None
+        check_room(outline, out, share=share, dtype=narrow)
         tokenizer = load_tokenizer(model, revision=revision)
-        network = load_model(model, revision=revision, device=device, dtype=DTYPES[dtype] if dtype else None)
+        network = load_model(model, revision=revision, device=device, dtype=narrow)
         pruned, cost = prune_by_rule(network, tokenizer, rule=rule, share=share, per_layer=per_layer)
         if dtype is None:  # exact: each weight was one of the checkpoint's
             pruned = pruned.to(outline.dtype)

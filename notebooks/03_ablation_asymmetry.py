@@ -305,7 +305,7 @@ for name, found in shown.items():
     points = [found.near(MODEL, order, 0.25).point for order in (LOW, HIGH, RANDOM)]
     low, high, random = (strata.without_minus(f"{point:.2f}") for point in points)
     spread = found.near(MODEL, RANDOM, 0.25)
-    random += f" [{spread.low:.2f} to {spread.high:.2f}]"
+    random += f" [{spread.low:z.2f} to {spread.high:z.2f}]"
     answer.append(f"lowest rank {low}, highest {high}, random {random} ({name})")
 
 behind = {name: of for name in shown if (of := repeated.beyond_first(name))}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -53,6 +54,7 @@ LEAST = 20.0  # seconds that a chapter takes on any model, most of them imports
 PATIENCE = 10.0  # seconds that a chapter's process has to end
 ROOM = 500_000_000  # bytes that must be free: of pages, the library of charts, and executed notebooks
 DEFAULT = "at its default"  # of a size, a dtype or a device that was not given
+LOCK = ".lock"  # in the folder of a report that is being written
 TOLD = 400  # letters of an error that a page shows
 
 
@@ -120,7 +122,7 @@ def write_report(
 
     Raises:
         ValueError: an unknown profile, dtype, chapter or parameter, or a model that cannot be measured.
-        FileExistsError: the folder holds something else: the report says what.
+        FileExistsError: the folder holds something else, and the message says what; or another call is writing a report there.
         ModuleNotFoundError: without the packages that run and build notebooks.
         OSError: a hub id that could not be fetched, or too little room on the disk.
 
@@ -154,25 +156,37 @@ def write_report(
     }  # fmt: skip
     files = _files_hash(folder) if folder.is_dir() else "of the revision"
     chosen = {name: value for name, value in {**given, **sizes}.items() if value}
-    _take_folder(out, {**chosen, "version": __version__, "files": files})
-    print(plan, file=sys.stderr)
-    work = out / "work"
-    (work / "notebooks").mkdir(exist_ok=True)
+    made_of = {**chosen, "version": __version__, "files": files}
+    _check_folder(out, made_of)
+    with _alone_in(out):
+        _check_folder(out, made_of)
+        _begin(out / "work", made_of)
+        print(plan, file=sys.stderr)
+        missing = _run_chapters(
+            sources, out / "work", {source: {**given, **known[source]} for source in sources}, in_words
+        )
+        measured_with = ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "model")
+        _build(out, out / "work", given["model"], measured_with, _done(out / "work"), missing)
+    return missing
+
+
+def _run_chapters(
+    sources: Iterable[Path], work: Path, parameters: Mapping[Path, Mapping[str, Any]], in_words: Callable[[str], str]
+) -> dict[str, str]:
+    """Run the chapters that are not done; chapter -> why it failed."""
     missing: dict[str, str] = {}
-    with _called(given["model"], work) as name, tqdm(sources, desc="chapters") as bar:
+    [model] = {of["model"] for of in parameters.values()}
+    with _called(model, work) as name, tqdm(sources, desc="chapters") as bar:
         for source in bar:
             bar.set_postfix_str(source.stem)
             target = work / "notebooks" / source.name
-            named = {**given, "model": name, "results_folder": str(work / "results"), **known[source]}
+            named = {**parameters[source], "model": name, "results_folder": str(work / "results")}
             if not target.exists() and (reason := _run(source, target, named, cwd=work)):
                 said = in_words(reason)
                 log.warning("%s failed: %s", source.stem, said)
                 missing[source.stem] = said if len(said) <= TOLD else said[:TOLD] + " ..."
-    done = _done(work)
-    if not done:
+    if not _done(work):
         raise ValueError("no chapter could be run: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
-    measured_with = ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "model")
-    _build(out, work, given["model"], measured_with, done, missing)
     return missing
 
 
@@ -219,8 +233,26 @@ def _done(work: Path) -> list[str]:
     return sorted(file.stem for file in (work / "notebooks").glob("*.ipynb"))
 
 
-def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
-    """Make the folder of a report, or go on in it if it holds a report on the same things, or one of which no chapter is done."""
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the folder of a report, which is made where it is not there, so that no other command writes to it meanwhile."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"another command is writing a report to {out}: wait until it has ended, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (out / LOCK).unlink(missing_ok=True)
+
+
+def _check_folder(out: Path, made_of: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds anything but a report on the same things, or one of which no chapter is done; or that has no room."""
     marker = out / "work" / "report.json"
     if marker.exists() and _done(marker.parent):
         before = json.loads(marker.read_text(encoding="utf-8"))
@@ -233,20 +265,26 @@ def _take_folder(out: Path, made_of: Mapping[str, Any]) -> None:
             )  # fmt: skip
             raise FileExistsError(f"{out} holds a report with {differs}: choose another folder, or remove this one")
         return
-    if not marker.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not marker.exists() and out.exists() and (not out.is_dir() or any(each.name != LOCK for each in out.iterdir())):
         raise FileExistsError(f"{out} is there already and is no report: choose a folder that is new or empty")
     above = check_writable(out)
     if (free := shutil.disk_usage(above).free) < ROOM:
         raise OSError(f"{out} has room for {in_words(free)}, and a report needs {in_words(ROOM)}: choose another disk")
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(marker.parent, ignore_errors=True)  # what a start without a finished chapter left
-    write_json(marker, made_of)
+
+
+def _begin(work: Path, made_of: Mapping[str, Any]) -> None:
+    """Make the folder in which chapters are run, anew where none is done."""
+    if not _done(work):
+        shutil.rmtree(work, ignore_errors=True)  # what a start without a finished chapter left
+        write_json(work / "report.json", made_of)
+    (work / "notebooks").mkdir(exist_ok=True)
 
 
 def _check_packages() -> None:
     if absent := _absent(metadata.requires(DISTRIBUTION) or ()):
         raise ModuleNotFoundError(
-            f"a report needs {', '.join(needed.name for needed in absent)}: pip install {' '.join(shlex.quote(f'{needed.name}{needed.specifier}') for needed in absent)}",
+            f"a report needs {', '.join(needed.name for needed in absent)}: pip install {' '.join(shlex.quote(f'{needed.name}{needed.specifier}') for needed in absent)}, "
+            f"or install {DISTRIBUTION} with [report] behind its name",
             name=absent[0].name,
         )
 

@@ -236,6 +236,8 @@ def test_a_text_is_found_by_its_name_and_however_its_path_is_typed(tiny: Path, t
     ]
     assert said[0] == said[1]
     assert "| 2 |" in said[0]
+    done = RUN.invoke(staterank.app, ["trace", str(tiny), "--text", str(tmp_path), *sizes])
+    assert "is a folder: give a text file" in done.stderr
     Path("latin.txt").write_bytes("Zustände ".encode("latin-1") * 300)
     done = RUN.invoke(staterank.app, ["trace", str(tiny), "--text", "latin.txt", *sizes])
     assert "latin.txt is no text in UTF-8" in done.stderr
@@ -251,6 +253,15 @@ def test_a_checkpoint_keeps_its_dtype(tiny: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert "in bfloat16" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_disk_without_room_is_told_before_weights_are_read(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(models, "load_model", lambda *args, **options: pytest.fail("weights were read"))
+    done = RUN.invoke(staterank.app, ["prune", str(tiny), "--out", str(tmp_path / "new")])
+    assert done.exit_code == 1
+    assert "new has room for 0.0 kB, and the smaller model needs at least" in done.stderr
 
 
 def test_a_full_disk_is_told_in_a_line(tiny: Path, tmp_path: Path, monkeypatch) -> None:

@@ -278,7 +278,9 @@ def test_a_stop_while_pages_are_built_leaves_no_half_site_and_goes_on(tiny: Path
         assert process.returncode != 0
         assert "Traceback" not in said
         assert ("staterank: stopped; the same command goes on" in said) == (how == signal.SIGINT)
-        assert [file.name for file in out.iterdir()] == ["work"]
+        assert {file.name for file in out.iterdir()} - {report.LOCK} == {
+            "work"
+        }  # a command that is killed leaves its lock
         assert (out / "work" / "notebooks" / f"{CHAPTER}.ipynb").exists()
         stage.unlink()
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -326,6 +328,16 @@ def test_chapters_call_a_folder_by_its_name_where_that_is_free(tmp_path: Path) -
     assert [place.name for place in (tmp_path / "work").iterdir()] == ["results"]
     with report._called("OWNER/NAME", tmp_path / "work") as found:
         assert found == "OWNER/NAME"
+
+
+def test_a_folder_that_another_command_writes_to_is_left_alone(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "_run", lambda *args, **options: pytest.fail("it was run"))
+    with (
+        report._alone_in(tmp_path / "out"),
+        pytest.raises(FileExistsError, match="another command is writing a report to .*out: wait until it has ended"),
+    ):
+        write_report(str(tiny), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_all_that_the_extra_asks_for_is_looked_for() -> None:

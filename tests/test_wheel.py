@@ -16,6 +16,7 @@ from architectures import delta, fla_models, ssd
 from conftest import save_tiny, save_with_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+HOWTO = ROOT / "book" / "howto.md"
 FAMILIES: dict[str, Callable] = {
     "qwen3_5": delta.MODELS["qwen3_5"],
     "kimi_linear": delta.MODELS["kimi_linear"],
@@ -62,10 +63,21 @@ def bin(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The newest transformers that the wheel allows, which is what a user gets; of all else what was tested together.
     pins = (ROOT / "requirements.txt").read_text().splitlines(keepends=True)
     (folder.parent / "pins.txt").write_text("".join(pin for pin in pins if not pin.startswith("transformers==")))
-    quiet = ["--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", str(folder.parent / "pins.txt")]
-    fla = ["flash-linear-attention", "triton"] if sys.platform == "linux" else []
-    subprocess.run([folder / "bin" / "python", "-m", "pip", "install", *quiet, f"{wheel}[report]", *fla], check=True)
+    install(folder / "bin", f"{wheel}[report,trainer]")
     return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def bin_with_fla(bin: Path) -> Path:
+    """The same with flash-linear-attention, whose kernels transformers then calls, also where no GPU is: tests that do without come before."""
+    if sys.platform == "linux":
+        install(bin, "flash-linear-attention", "triton")
+    return bin
+
+
+def install(bin: Path, *packages: str) -> None:
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", str(bin.parents[1] / "pins.txt")]
+    subprocess.run([bin / "python", "-m", "pip", "install", *quiet, *packages], check=True)
 
 
 def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess:
@@ -132,17 +144,27 @@ def test_a_model_is_traced_pruned_loaded_tuned_and_generates(bin: Path, tmp_path
     check_outcome(done.stdout.splitlines()[-1])
 
 
-def test_so_is_a_model_of_any_other_family(bin: Path, tmp_path: Path) -> None:
+def test_the_callback_of_the_pages_watches_a_training(bin: Path, tmp_path: Path) -> None:
+    folder = save("qwen3_next", tmp_path / "qwen3_next")
+    [block] = [
+        of for of in re.findall(r"```python\n(.*?)```", HOWTO.read_text(), re.DOTALL) if "StateRankCallback" in of
+    ]
+    done = run([str(bin / "python"), "-W", "ignore", "-c", f"FOLDER = {str(folder)!r}\n{block}"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "training").rglob("events.out.tfevents.*"))
+
+
+def test_so_is_a_model_of_any_other_family(bin_with_fla: Path, tmp_path: Path) -> None:
     """In one process, which imports everything once."""
     (tmp_path / "notes.txt").write_text(NOTES)
     words = [of for family in FAMILIES for of in commands(save(family, tmp_path / family), f"smaller-{family}")]
-    done = run([str(bin / "python"), "-W", "ignore", "-c", IN_TURN, json.dumps(words)], tmp_path)
+    done = run([str(bin_with_fla / "python"), "-W", "ignore", "-c", IN_TURN, json.dumps(words)], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for family in FAMILIES:
         assert len((tmp_path / f"smaller-{family}.csv").read_text().splitlines()) > 4
     codes = [code_of_the_card(tmp_path / f"smaller-{family}") for family in FAMILIES]
     together = "".join(f"{code}{TUNE}" for code in codes)
-    done = run([str(bin / "python"), "-c", f"import json, torch\n{together}"], tmp_path)
+    done = run([str(bin_with_fla / "python"), "-c", f"import json, torch\n{together}"], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(lines) == len(FAMILIES)

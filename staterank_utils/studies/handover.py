@@ -1,11 +1,13 @@
 """A model to hand on: pruned by a rule, with what that costs, in a folder whose card says both."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -13,12 +15,13 @@ from transformers import PreTrainedModel
 
 from staterank_utils import __version__
 from staterank_utils.architectures import linear_layers, state_size
+from staterank_utils.budget import in_words
 from staterank_utils.evaluation import token_nats
 from staterank_utils.fla_cpu import is_fla
 from staterank_utils.markdown import markdown_table
 from staterank_utils.pruned import plain_model, removed_heads
 from staterank_utils.pruning import prune_heads
-from staterank_utils.results import requirement, whole_or_not
+from staterank_utils.results import check_writable, requirement, whole_or_not
 from staterank_utils.selection import Measure, measure_heads, random_heads, saturation_scores, select_heads
 from staterank_utils.strata import Estimate, bootstrap
 from staterank_utils.studies.shrinking import Footprint, footprint
@@ -293,6 +296,36 @@ def model_card(
         ordered="" if cost.rule == "random" else "They were ordered on technical prose and Python code. ",
         uneven="" if even else "\nLayers keep different numbers of heads, so staterank-utils cannot trace this model: trace the whole one.",
     )  # fmt: skip
+
+
+def check_room(outline: PreTrainedModel, folder: Path, *, share: float, dtype: torch.dtype | None = None) -> int:
+    """Refuse a disk that cannot hold a smaller model, before anything is measured.
+
+    Args:
+        outline: the whole model, with weights or without.
+        folder: of the smaller one, which need not be there.
+        share: of heads that go; a model without all of that share's weights would be the smallest.
+        dtype: in which weights are written; None: that of the model.
+
+    Returns:
+        Bytes that the smaller model takes at least.
+
+    Raises:
+        PermissionError: the folder cannot be written.
+        OSError: too little room.
+
+    Example:
+        >>> from staterank_utils import load_model
+        >>> in_words(check_room(load_model("pure"), Path("smaller"), share=0.25))
+        '58.8 MB'
+    """
+    item = (dtype or outline.dtype).itemsize
+    needed = int((1 - share) * item * sum(parameter.numel() for parameter in outline.parameters()))
+    if (free := shutil.disk_usage(check_writable(folder)).free) < needed:
+        raise OSError(
+            f"{folder} has room for {in_words(free)}, and the smaller model needs at least {in_words(needed)}: choose another disk"
+        )
+    return needed
 
 
 def write_pruned(
