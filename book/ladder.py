@@ -236,7 +236,7 @@ def _by_needs(rows: Iterable[Mapping[str, Any]]) -> dict[str | None, list[str]]:
     return groups
 
 
-def beyond_layers(*, enough: int = 1) -> str:
+def _beyond_layers(*, enough: int = 1) -> str:
     """Where C4b holds, and in which direction, in a sentence.
 
     Args:
@@ -425,8 +425,8 @@ def ladder_tables() -> dict[str, str]:
         "ladder_direction": _of_direction(),
         "ladder_mastering": _mastering(),
         "ladder_tasks": _of_tasks(),
-        "ladder_beyond": beyond_layers(),
-        "home_beyond": beyond_layers(enough=ENOUGH_SEEDS),
+        "ladder_beyond": _beyond_layers(),
+        "home_beyond": _beyond_layers(enough=ENOUGH_SEEDS),
         "ladder_protected": _joint_protected(),
         "ladder_random_groups": _random_groups(),
         "ladder_still": _without_decay(),

@@ -270,7 +270,6 @@ forgetful = {name: of for name, of in shown.items() if of.log_decay["prose"].max
 fits = {name: measures.law_fit(groups, strict=False) for name, groups in forgetful.items()}
 half_lives_remembered = math.log2(1 / spectra.REL_TOL)
 trainings = over_seeds(run.models, "C0a")
-trainings = f" Training seeds on which it holds fully: {trainings}." if trainings else ""
 explained = (
     ", ".join(f"{strata.exactly(of['R^2'].point):.0%} ({name})" for name, of in fits.items())
     or "nothing: these models do not forget"

@@ -280,7 +280,6 @@ for name, groups in shown.items():
 
 # %% tags=["hide-input"]
 trainings = over_seeds(run.models, "C1")
-trainings = f" Training seeds on which it holds fully: {trainings}." if trainings else ""
 beyond = (
     f" So the rule alone does not show that training made the groups: these meet it too: {', '.join(passing)}."
     if passing

@@ -253,7 +253,6 @@ rho = {
     if row["claim"] == "C3a"
 }
 trainings = over_seeds(run.models, "C3")
-trainings = f" Training seeds on which it holds fully: {trainings}." if trainings else ""
 untrained = [
     row
     for name, of in found.items()

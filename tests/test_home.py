@@ -51,7 +51,7 @@ def test_verdicts_of_few_seeds_stay_off_the_home_page(tmp_path: Path) -> None:
     assert "fewer than 3 training seeds" in line
 
 
-def test_the_ladder_says_which_heads_are_needed_and_how_often_a_finding_holds() -> None:
+def test_the_ladder_says_which_heads_are_needed_and_how_often_the_score_beats_chance() -> None:
     rows = {
         "a": [row("C1", "a", HOLDS), row("C2", "a", HOLDS), row("C7", "a", FAILS)],
         "b": [row("C1", "b", PARTLY), row("C5a", "b", FAILS) | {"criteria": [{"label": "38.9%", "point": -0.1}]}],

@@ -6,25 +6,21 @@ Every head is removed by itself; what is kept are means over the ladder's window
 rank and in random orders within layers. It takes three minutes on an H200.
 """
 
-import os
-
 import torch
 
 from staterank_utils import load_model, load_tokenizer
-from staterank_utils.dispatch import limit_autotuning
 from staterank_utils.models import EMBEDDED
 from staterank_utils.results import embedded_folders, provenance, write_json
 from staterank_utils.studies.removal import DAMAGE_FILE, areas_beyond_first, damage_alone
 from staterank_utils.studies.repeated import stored_on
 from staterank_utils.studies.texts import draw_texts
+from training.measure import compute_in_float32
 
 SIZES = {"n_windows": 16, "window": 1024}  # of the ladder
 
 
 def main() -> None:
-    if torch.cuda.is_available():
-        os.environ["TRITON_F32_DEFAULT"] = "tf32x3"  # three products of TF32 for each of float32
-    limit_autotuning()
+    compute_in_float32()
     added, areas = {}, {}
     for name in EMBEDDED:
         windows, model = draw_texts(load_tokenizer(name), **SIZES).windows, load_model(name, dtype=torch.float32)

@@ -25,15 +25,22 @@ def measure(run: Path, out: Path, *, scale: Scale, device: str | None = None) ->
     store_measured(measured, out, made=provenance(parameters=asdict(scale), checkpoints=[run / "model"]))
 
 
+def compute_in_float32() -> None:
+    """Where there is a GPU, let kernels take three products of TF32 for each of float32, and keep one configuration each.
+
+    The heads' order and the losses are then float32's. It holds for the whole process, so only a program that measures calls it.
+    """
+    if torch.cuda.is_available():
+        os.environ["TRITON_F32_DEFAULT"] = "tf32x3"
+    limit_autotuning()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=LADDER, help="folder")
     arguments = parser.parse_args()
-    if torch.cuda.is_available():
-        # Three products of TF32 for each of float32: the heads' order and the losses are float32's.
-        os.environ["TRITON_F32_DEFAULT"] = "tf32x3"
-    limit_autotuning()
+    compute_in_float32()
     measure(arguments.run, arguments.out, scale=Scale())
 
 

@@ -209,27 +209,27 @@ def task_claims(model: str, live: ByTask) -> list[Row]:
     stored = stored_on(model)
     if stored is None:
         return live.claims()
-    return [row | {"model": model} for row in stored[0].claims() if row["claim"] in ("C4", "C4a", "C5")]
+    return [row | {"model": model} for row in stored[1]["rows"] if row["claim"] in ("C4", "C4a", "C5")]
 
 
 def over_seeds(models: Iterable[str], key: str) -> str:
-    """On how many stored trainings of each model, which differ in the seed alone, a claim holds whole, in words.
+    """On how many stored trainings of each model, which differ in the seed alone, a claim holds whole, as a sentence after a space.
 
     Args:
-        models: as in `stored_on`; those of which nothing is stored, or nothing on the claim, are left out.
+        models: as in `stored_name`; those of which nothing is stored, or nothing on the claim, are left out.
         key: of the claim.
 
     Returns:
-        Such as "1 of 3 (hybrid); 0 of 3 (pure)"; empty where no model is stored.
+        Empty where no model is stored.
 
     Example:
-        >>> over_seeds(["hybrid", "OWNER/NAME"], "C2")
-        '3 of 3 (hybrid)'
+        >>> over_seeds(["hybrid", "OWNER/NAME"], "C2"), over_seeds(["OWNER/NAME"], "C2")
+        (' Training seeds on which it holds fully: 3 of 3 (hybrid).', '')
     """
     said = []
     for model in models:
-        if stored := stored_on(model):
-            recipe, _, _ = stored[0].name.rpartition("-")
+        if name := stored_name(model):
+            recipe, _, _ = name.rpartition("-")
             rows = [
                 row
                 for file in sorted(LADDER.glob(f"{recipe}-[0-9]*.json"))
@@ -238,7 +238,7 @@ def over_seeds(models: Iterable[str], key: str) -> str:
             ]
             holding = sum(row["verdict"] == HOLDS for row in rows)
             said += [f"{holding} of {len(rows)} ({model})"] if rows else []
-    return "; ".join(said)
+    return f" Training seeds on which it holds fully: {'; '.join(said)}." if said else ""
 
 
 def damage_source() -> str:
